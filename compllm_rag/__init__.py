@@ -1,0 +1,61 @@
+"""Retrieval-augmented generation that never pays twice for the same passage.
+
+The public names load on first use, so that `import compllm_rag` stays cheap (no torch, no LlamaIndex).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from compllm_rag.compressor import Compressor as Compressor
+    from compllm_rag.config import CompressorConfig as CompressorConfig
+    from compllm_rag.config import GenerationConfig as GenerationConfig
+    from compllm_rag.config import IngestConfig as IngestConfig
+    from compllm_rag.generation.local import LocalGenerator as LocalGenerator
+    from compllm_rag.llamaindex.embedding import load_embedder as load_embedder
+    from compllm_rag.llamaindex.index import ConceptIndex as ConceptIndex
+    from compllm_rag.llamaindex.llm import ConceptLLM as ConceptLLM
+    from compllm_rag.llamaindex.node_parser import ConceptNodeParser as ConceptNodeParser
+    from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer as ConceptSynthesizer
+    from compllm_rag.llamaindex.transform import ConceptTransform as ConceptTransform
+    from compllm_rag.llamaindex.vector_store import FaissTextVectorStore as FaissTextVectorStore
+    from compllm_rag.llm import TargetLLM as TargetLLM
+    from compllm_rag.store import DiskStore as DiskStore
+    from compllm_rag.store import MemoryStore as MemoryStore
+
+_HOME = {
+    "Compressor": "compressor",
+    "CompressorConfig": "config",
+    "ConceptIndex": "llamaindex.index",
+    "ConceptLLM": "llamaindex.llm",
+    "ConceptNodeParser": "llamaindex.node_parser",
+    "ConceptSynthesizer": "llamaindex.synthesizer",
+    "ConceptTransform": "llamaindex.transform",
+    "DiskStore": "store",
+    "FaissTextVectorStore": "llamaindex.vector_store",
+    "GenerationConfig": "config",
+    "IngestConfig": "config",
+    "LocalGenerator": "generation.local",
+    "MemoryStore": "store",
+    "TargetLLM": "llm",
+    "load_embedder": "llamaindex.embedding",
+}
+
+__all__ = [*sorted(_HOME), "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name from its module (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'compllm_rag' has no attribute {name!r}; public names: {', '.join(sorted(_HOME))}")
+    value = getattr(importlib.import_module(f"compllm_rag.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,280 @@
+"""The command line: `compllm-rag ingest | query | stats | demo | models`.
+
+Heavy libraries load inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
+from compllm_rag.errors import CompLLMError, ConfigurationError
+
+if TYPE_CHECKING:
+    from compllm_rag.llamaindex.ingest import IngestReport
+    from compllm_rag.llamaindex.index import ConceptIndex
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Retrieval-augmented generation that never pays twice for the same passage.\n\n"
+    "Ingest documents once: each is cut into chunks, embedded, and compressed into concept embeddings. Every later "
+    "query feeds the retrieved concepts to the LLM in place of tokens, at half or a quarter of the prompt positions.\n\n"
+    "Start with: compllm-rag demo",
+)
+models_app = typer.Typer(no_args_is_help=True, help="The models that answer to an alias: list them, fetch them.")
+app.add_typer(models_app, name="models")
+
+Storage = Annotated[Path, typer.Option("--storage", help="Folder of the storage.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.")]
+
+
+def _reported(command: Callable[..., None]) -> Callable[..., None]:
+    """Print our own errors as one line and exit with 2; a Ctrl-C with 130."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except CompLLMError as error:
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted; what was finished is kept, run the same command again to go on", err=True)
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            # Whoever read our output has gone; the interpreter must not try to flush it again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+
+    return run
+
+
+@app.command()
+@_reported
+def ingest(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files (.txt, .md, .jsonl) or folders.")],
+    storage: Storage,
+    llm: Annotated[
+        str | None, typer.Option(help=f"Target LLM: alias, folder or org/name@revision. Default: {DEFAULT_LLM}.")
+    ] = None,
+    embedder: Annotated[str | None, typer.Option(help=f"Retrieval embedder. Default: {DEFAULT_EMBEDDER}.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Compression rate: source tokens per concept. Default: 2.")] = None,
+    chunk_size: Annotated[int | None, typer.Option(help="Tokens per chunk, about. Default: 200.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Bring documents into a storage; unchanged ones are skipped, changed ones replaced.
+
+    A line of .jsonl is {"id": ..., "title": ..., "text": ...}. Interrupted? Run the same command again.
+
+    Example: compllm-rag ingest docs/ --storage storage
+    """
+    from compllm_rag.llamaindex.reader import check_paths, load_documents
+
+    check_paths(paths)
+    with (
+        _progress(as_json) as show,
+        _index(
+            storage,
+            create=True,
+            show=show,
+            llm=llm,
+            embedder=embedder,
+            rate=rate,
+            chunk_size=chunk_size,
+            dtype=dtype,
+            offline=offline,
+        ) as index,
+    ):
+        report = index.ingest(load_documents(paths), progress=show.ingested)
+    fields = report_fields(report)
+    if as_json:
+        _print_json(fields)
+        return
+    typer.echo(
+        f"{report.documents} documents ({report.documents_changed} new or changed), {report.chunks} chunks, "
+        f"{report.segments} segments: {report.segments_compressed} compressed, {report.segments_reused} reused; "
+        f"{report.source_tokens} tokens in {report.seconds:.1f} s ({report.tokens_per_s:.0f} tokens/s)"
+    )
+
+
+def report_fields(report: IngestReport) -> dict[str, Any]:
+    """An ingest report as `ingest --json` prints it."""
+    names = ("documents", "documents_changed", "chunks", "segments", "segments_compressed", "segments_reused")
+    fields = {name: getattr(report, name) for name in names}
+    return fields | {
+        "source_tokens": report.source_tokens,
+        "seconds": round(report.seconds, 4),
+        "tokens_per_s": round(report.tokens_per_s, 2),
+    }
+
+
+@app.command()
+@_reported
+def query(
+    question: Annotated[str, typer.Argument(help="What you want to know.")],
+    storage: Storage,
+    mode: Annotated[str, typer.Option(help="Read passages as `concepts` or as `text`.")] = "concepts",
+    top_k: Annotated[int, typer.Option(min=1, help="Chunks to retrieve.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it is made.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a question from a storage, with its sources.
+
+    Example: compllm-rag query "Who built the lighthouse?" --storage storage
+    """
+    if mode not in ("concepts", "text"):
+        raise ConfigurationError("unknown mode", got=mode, expected="concepts or text", next_step="pass one of them")
+    if stream and as_json:
+        raise ConfigurationError(
+            "--stream and --json exclude each other", got="both", expected="one", next_step="leave one out"
+        )
+    from compllm_rag.config import GenerationConfig
+    from compllm_rag.llamaindex.answer import answer
+
+    with (
+        _progress(as_json) as show,
+        _index(
+            storage,
+            create=False,
+            show=show,
+            read_only=True,
+            dtype=dtype,
+            offline=offline,
+            generation=GenerationConfig(max_new_tokens=max_new_tokens),
+        ) as index,
+    ):
+        show.close()
+        each = (lambda piece: typer.echo(piece, nl=False)) if stream else None
+        found = answer(index, question, mode=mode, top_k=top_k, on_piece=each)  # type: ignore[arg-type]
+    if as_json:
+        _print_json(found)
+        return
+    typer.echo("" if stream else found["answer"])
+    typer.echo("")
+    for number, source in enumerate(found["sources"], 1):
+        size = f"{source['n_concepts']} concepts" if source["used"] == "concepts" else "text"
+        title = source["title"] or source["doc_id"]
+        typer.echo(f"[{number}] {title} (score {source['score']:.2f}, {source['n_tokens']} tokens as {size})")
+    typer.echo(f"{found['prompt_positions']} prompt positions, first token after {found['ttft_s']:.2f} s")
+
+
+@app.command()
+@_reported
+def stats(storage: Storage, offline: Offline = False, as_json: AsJson = False) -> None:
+    """Tell what a storage holds.
+
+    Example: compllm-rag stats --storage storage
+    """
+    with _progress(as_json) as show, _index(storage, create=False, show=show, read_only=True, offline=offline) as index:
+        found = index.stats()
+    if as_json:
+        _print_json(found)
+        return
+    width = max(map(len, found))
+    for name, value in found.items():
+        typer.echo(f"{name:<{width}}  {value:.3f}" if isinstance(value, float) else f"{name:<{width}}  {value}")
+
+
+@app.command()
+@_reported
+def demo(
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all results there.")] = None,
+    rate: Annotated[float, typer.Option(help="Compression rate: source tokens per concept.")] = 2.0,
+    top_k: Annotated[int, typer.Option(min=1, help="Chunks to retrieve.")] = 4,
+    questions: Annotated[int | None, typer.Option(min=1, help="Ask only the first N questions.")] = None,
+    llm: Annotated[str, typer.Option(help="Target LLM: alias, folder or org/name@revision.")] = DEFAULT_LLM,
+    embedder: Annotated[str, typer.Option(help="Retrieval embedder.")] = DEFAULT_EMBEDDER,
+    storage: Annotated[Path | None, typer.Option(help="Keep the storage there; else it is thrown away.")] = None,
+    offline: Offline = False,
+) -> None:
+    """Ingest the sample corpus that ships, and answer its questions from text and from concepts, side by side."""
+    from compllm_rag.demo import run_demo
+
+    run_demo(
+        json_file=json_file,
+        rate=rate,
+        top_k=top_k,
+        limit=questions,
+        llm=llm,
+        embedder=embedder,
+        storage=storage,
+        offline=offline,
+    )
+
+
+@models_app.command("list")
+@_reported
+def models_list(as_json: AsJson = False) -> None:
+    """List the aliases: what each is for, its licence, and whether it is fetched."""
+    from compllm_rag.models import list_models
+
+    found = list_models()
+    if as_json:
+        _print_json([{**vars(m), "path": str(m.path) if m.path else None} for m in found])
+        return
+    for m in found:
+        typer.echo(f"{m.alias}  ({m.licence}, {'fetched' if m.fetched else 'not fetched'})\n    {m.role}")
+
+
+@models_app.command("fetch")
+@_reported
+def models_fetch(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Aliases or org/name@revision.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fetch models into the user's cache and verify them; without names the two defaults."""
+    from compllm_rag.models import resolve_model
+
+    found = []
+    with _progress(as_json) as show:
+        for name in names or [DEFAULT_LLM, DEFAULT_EMBEDDER]:
+            files = resolve_model(name, progress=show.fetching)
+            found.append({"model": name, "path": str(files.path), "digests": files.digests})
+    if as_json:
+        _print_json(found)
+        return
+    for entry in found:
+        typer.echo(f"{entry['model']}  verified  {entry['path']}")
+
+
+def _index(storage: Path, *, create: bool, show: Any, **options: Any) -> ConceptIndex:
+    from compllm_rag.llamaindex.index import ConceptIndex
+
+    make = ConceptIndex.create if create else ConceptIndex.load
+    return make(storage, progress=show.fetching, **options)
+
+
+def _progress(quiet: bool) -> Any:
+    from compllm_rag.progress import ProgressShow
+
+    return ProgressShow(quiet=quiet)
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False))
+
+
+def main() -> None:
+    """Entry point of the `compllm-rag` command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app()
+
+
+if __name__ == "__main__":
+    main()

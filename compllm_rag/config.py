@@ -1,0 +1,59 @@
+"""Settings as frozen pydantic models; those that are written to disk carry a `format_version`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FORMAT_VERSION = 1
+SEGMENTER_VERSION = 1
+
+DEFAULT_LLM = "smollm2-135m-instruct"
+DEFAULT_EMBEDDER = "all-minilm-l6-v2"
+
+Mode = Literal["concepts", "text"]
+MissingPolicy = Literal["recompress", "text", "error"]
+OverflowPolicy = Literal["drop", "error"]
+
+
+class Frozen(BaseModel):
+    """Base of all settings: immutable, unknown fields refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CompressorConfig(Frozen):
+    """All that makes one compressor differ from another, besides its weights.
+
+    Every field except `format_version` is part of the fingerprint (DESIGN section 5).
+    """
+
+    format_version: Literal[1] = 1
+    segment_length: int = Field(default=20, ge=2, le=512, description="S, the most tokens of one segment")
+    segmenter_version: Literal[1] = 1
+    layers: int | None = Field(default=None, ge=1, description="first L layers of the LLM; None: all of them")
+    queries: Literal["anchor", "eos"] = Field(default="anchor", description="what a concept starts from")
+    anchor_positions: Literal["continue", "source"] = Field(
+        default="continue", description="rotary positions of the anchors: after the segment, or their own"
+    )
+    sink: bool = Field(default=False, description="put the beginning-of-sequence token in front of each segment")
+    scale: float = Field(default=1.0, gt=0.0, description="factor of the head's output, the RMS of embeddings if trained")
+    lora_rank: int = Field(default=0, ge=0, description="0: no LoRA")
+    lora_alpha: float = Field(default=0.0, ge=0.0)
+    lora_modules: tuple[str, ...] = ()
+
+
+class IngestConfig(Frozen):
+    """How documents become chunks and concepts."""
+
+    rate: float = Field(default=2.0, ge=1.0, description="source tokens per concept")
+    chunk_size: int = Field(default=200, ge=20, description="target tokens of a chunk, about")
+    namespace: str = Field(default="default", min_length=1, max_length=200)
+
+
+class GenerationConfig(Frozen):
+    """How an answer is decoded: greedily, until a stop token or `max_new_tokens`."""
+
+    max_new_tokens: int = Field(default=64, ge=1)
+    stop: tuple[str, ...] = Field(default=(), description="texts that end the answer")

@@ -1,0 +1,143 @@
+"""Every error this package raises on purpose.
+
+Each one says what went wrong, what was got, what was expected and what to do next. Each derives from
+`CompLLMError` and from the builtin that a caller would catch anyway, so `except FileNotFoundError` keeps working.
+"""
+
+from __future__ import annotations
+
+
+class CompLLMError(Exception):
+    """Base of all errors raised on purpose by this package.
+
+    Args:
+        what: What went wrong, in one clause.
+        got: What was met (a value, a path, a digest); left out when None.
+        expected: What would have been right; left out when None.
+        next_step: What the reader should do now; left out when None.
+    """
+
+    def __init__(
+        self, what: str, *, got: object = None, expected: object = None, next_step: str | None = None
+    ) -> None:
+        self.what, self.got, self.expected, self.next_step = what, got, expected, next_step
+        super().__init__(self._message())
+
+    def _message(self) -> str:
+        facts = []
+        if self.got is not None:
+            facts.append(f"got {self.got}")
+        if self.expected is not None:
+            facts.append(f"expected {self.expected}")
+        text = f"{self.what}: {', '.join(facts)}" if facts else self.what
+        return f"{text}. Next step: {self.next_step}" if self.next_step else text
+
+    def __str__(self) -> str:
+        return self._message()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Survive the trip between processes (keyword arguments are not in `args`)."""
+        return (_rebuild, (type(self), self.what, str_or_none(self.got), str_or_none(self.expected), self.next_step))
+
+
+def str_or_none(value: object) -> str | None:
+    """Text of a value, None kept."""
+    return None if value is None else str(value)
+
+
+def _rebuild(
+    cls: type[CompLLMError], what: str, got: str | None, expected: str | None, next_step: str | None
+) -> CompLLMError:
+    return cls(what, got=got, expected=expected, next_step=next_step)
+
+
+class ConfigurationError(CompLLMError, ValueError):
+    """A setting has a value that makes no sense."""
+
+
+class RateOutOfReachError(ConfigurationError):
+    """The compression rate cannot be reached at this segment length."""
+
+
+class UnsupportedDtypeError(ConfigurationError):
+    """The compute dtype is not one the device and this package support."""
+
+
+class UnknownModelError(CompLLMError, LookupError):
+    """No alias, folder or hub id answers to this name."""
+
+
+class ModelFetchError(CompLLMError, ConnectionError):
+    """A model could not be fetched: no network, no such package, hub not reachable."""
+
+
+class DigestMismatchError(CompLLMError, ValueError):
+    """A file's SHA-256 is not the pinned one."""
+
+
+class UnsupportedModelError(CompLLMError, TypeError):
+    """The model or its tokenizer cannot be used (no `inputs_embeds`, per-layer embeddings, slow tokenizer)."""
+
+
+class UnsafeModelError(CompLLMError, ValueError):
+    """The model folder asks for code or holds pickled weights; this package never runs either."""
+
+
+class CorpusPathError(CompLLMError, FileNotFoundError):
+    """A path named for ingestion does not exist."""
+
+
+class EmptyCorpusError(CompLLMError, ValueError):
+    """Nothing to ingest was found."""
+
+
+class UnreadableFileError(CompLLMError, OSError):
+    """A file exists but cannot be read as text."""
+
+
+class StorageNotFoundError(CompLLMError, FileNotFoundError):
+    """No storage lies at this path."""
+
+
+class StorageMismatchError(CompLLMError, ValueError):
+    """The storage was made with other settings than the ones asked for."""
+
+
+class FingerprintMismatchError(StorageMismatchError):
+    """Concepts were made by another compressor, tokenizer or target LLM."""
+
+
+class EmbedderMismatchError(StorageMismatchError):
+    """Vectors were made by another embedder, or have another dimension."""
+
+
+class UnsupportedFormatError(CompLLMError, ValueError):
+    """Something on disk was written in a format version this release does not read."""
+
+
+class CorruptRecordError(CompLLMError, ValueError):
+    """Stored bytes fail their checksum or their bounds."""
+
+
+class InvalidConceptsError(CompLLMError, ValueError):
+    """Concepts have a wrong shape, a wrong dtype, or hold NaN or infinite values."""
+
+
+class MissingConceptsError(CompLLMError, LookupError):
+    """Concepts are not in the store and the policy forbids to make them now."""
+
+
+class StoreFullError(CompLLMError, OSError):
+    """The disk or the size limit of the store is reached; nothing was evicted."""
+
+
+class StoreLockedError(CompLLMError, OSError):
+    """Another process writes to this storage."""
+
+
+class StoreReadOnlyError(CompLLMError, PermissionError):
+    """The storage was opened for reading, or its folder cannot be written."""
+
+
+class PromptTooLongError(CompLLMError, ValueError):
+    """The prompt does not fit the window of the target LLM."""

@@ -1,0 +1,71 @@
+"""The protocol between an answering component and whatever runs the target LLM."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from compllm_rag.config import GenerationConfig
+    from compllm_rag.prompt import PromptPlan
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer and what it cost.
+
+    Attributes:
+        text: The answer, stop texts removed.
+        token_ids: Generated tokens, the stop token left out.
+        finish_reason: A stop token or text, the length limit, or a cancellation.
+        prompt_positions: Positions that were prefilled.
+        layout_s: Seconds from the plan to laid-out embeddings.
+        prefill_s: Seconds from the embeddings to the first token.
+        decode_s: Seconds from the first token to the last.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    prompt_positions: int
+    layout_s: float
+    prefill_s: float
+    decode_s: float
+
+
+class TokenStream(Protocol):
+    """An answer that is being made: iterate for pieces of text, then read `result`."""
+
+    def __iter__(self) -> Iterator[str]:
+        """Pieces of text; joined they are `result.text`."""
+        ...
+
+    @property
+    def result(self) -> Generation:
+        """What it came to; complete once the iteration has ended (also when it was closed early)."""
+        ...
+
+
+class GenerationBackend(Protocol):
+    """Runs the target LLM on prompt plans."""
+
+    @property
+    def window(self) -> int:
+        """Positions a prompt and its answer may take together."""
+        ...
+
+    def stream(
+        self, plan: PromptPlan, config: GenerationConfig | None = None, cancel: threading.Event | None = None
+    ) -> TokenStream:
+        """Answer one prompt, piece by piece; setting `cancel` ends it at the next token."""
+        ...
+
+    def generate(
+        self, plans: Sequence[PromptPlan], config: GenerationConfig | None = None
+    ) -> list[Generation]:
+        """Answer several prompts as one batch."""
+        ...

@@ -1,0 +1,215 @@
+"""Passages and their concepts: a compressor and a store that work as one.
+
+The library turns a passage's text into segments and record keys, compresses what the store does not hold, and reads
+the concepts of a passage back. Passages are known by their text alone, so a node that was split again, renamed or
+copied still finds its concepts.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from compllm_rag.compressor import Compressor
+from compllm_rag.config import MissingPolicy
+from compllm_rag.errors import ConfigurationError, FingerprintMismatchError, MissingConceptsError
+from compllm_rag.fingerprint import record_key
+from compllm_rag.rates import FixedRate, RatePolicy
+from compllm_rag.store.base import ConceptStore
+
+_REMEMBERED = 4096
+# Segments compressed between two writes: bounds memory, and what an interruption can lose.
+_WRITE_EVERY = 2048
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A passage cut up: token ids, and for each segment its K and its key in the store."""
+
+    ids: tuple[int, ...]
+    segments: tuple[tuple[int, ...], ...]
+    n_concepts: tuple[int, ...]
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class EnsureReport:
+    """What it took to have concepts of a set of passages."""
+
+    segments: int
+    compressed: int
+    reused: int
+    source_tokens: int
+    concepts: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """Concepts of one passage.
+
+    Attributes:
+        concepts: (n_concepts, hidden_size), None when the passage should be read as text.
+        hits: Segments found in the store.
+        misses: Segments not found.
+        compress_s: Seconds spent compressing what was missing.
+    """
+
+    concepts: torch.Tensor | None
+    hits: int
+    misses: int
+    compress_s: float
+
+
+class ConceptLibrary:
+    """Compressor, store, rate and namespace in one hand.
+
+    Args:
+        compressor: Makes concepts.
+        store: Keeps them.
+        rate: Source tokens per concept, or a policy of your own.
+        namespace: Tenant; part of every key.
+
+    Raises:
+        FingerprintMismatchError: The store keeps concepts of another width.
+        RateOutOfReachError: See `FixedRate`.
+    """
+
+    def __init__(
+        self, compressor: Compressor, store: ConceptStore, *, rate: float | RatePolicy = 2.0, namespace: str = "default"
+    ) -> None:
+        if store.hidden_size != compressor.hidden_size:
+            raise FingerprintMismatchError(
+                "store keeps concepts of another LLM",
+                got=f"width {store.hidden_size}",
+                expected=f"width {compressor.hidden_size}",
+                next_step="use the LLM it was made for, or another storage",
+            )
+        self.compressor, self.store, self.namespace = compressor, store, namespace
+        numeric = isinstance(rate, int | float)
+        self.policy: RatePolicy = FixedRate(rate, compressor.config.segment_length) if numeric else rate  # type: ignore[arg-type, assignment]
+        self._known: OrderedDict[str, Passage] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def passage(self, text: str) -> Passage:
+        """Cut a passage up; the last few thousand are remembered."""
+        with self._lock:
+            if text in self._known:
+                self._known.move_to_end(text)
+                return self._known[text]
+        segments = self.compressor.segmenter.split(text)
+        ks = self.policy.n_concepts(segments)
+        fingerprint = self.compressor.fingerprint
+        made = Passage(
+            tuple(token for segment in segments for token in segment),
+            tuple(map(tuple, segments)),
+            tuple(ks),
+            tuple(record_key(self.namespace, fingerprint, k, s) for k, s in zip(ks, segments, strict=True)),
+        )
+        with self._lock:
+            self._known[text] = made
+            while len(self._known) > _REMEMBERED:
+                self._known.popitem(last=False)
+        return made
+
+    def ensure(self, texts: Iterable[str]) -> EnsureReport:
+        """Have concepts of every passage: compress what is missing, write it in ingest order.
+
+        Memory stays bounded however many texts there are. What is written survives once `store.flush()` returns.
+        """
+        begun = time.perf_counter()
+        total = compressed = tokens = concepts = 0
+        for group in _groups(map(self.passage, texts)):
+            total += sum(len(p.keys) for p in group)
+            tokens += sum(len(p.ids) for p in group)
+            concepts += sum(sum(p.n_concepts) for p in group)
+            compressed += self._ensure_group(group)
+        return EnsureReport(total, compressed, total - compressed, tokens, concepts, time.perf_counter() - begun)
+
+    def _ensure_group(self, passages: Sequence[Passage]) -> int:
+        wanted: dict[str, tuple[tuple[int, ...], int]] = {}
+        for p in passages:
+            for key, segment, k in zip(p.keys, p.segments, p.n_concepts, strict=True):
+                wanted.setdefault(key, (segment, k))
+        keys = list(wanted)
+        missing = [key for key, there in zip(keys, self.store.contains(keys), strict=True) if not there]
+        if missing:
+            items = [wanted[key] for key in missing]
+            made = self.compressor.compress([s for s, _ in items], [k for _, k in items])
+            self.store.put(zip(missing, made, strict=True))
+        return len(missing)
+
+    def fetch(self, text: str, *, missing: MissingPolicy = "recompress") -> Fetched:
+        """Concepts of one passage.
+
+        Args:
+            text: The passage, as it was ingested.
+            missing: What to do about segments that are not stored: compress them now (and keep them, where the store
+                can be written), read the passage as text, or raise.
+
+        Raises:
+            MissingConceptsError: Concepts are missing and `missing` is "error".
+            CorruptRecordError: Stored concepts fail their checksum.
+        """
+        passage = self.passage(text)
+        if not passage.keys:
+            return Fetched(torch.empty(0, self.compressor.hidden_size), 0, 0, 0.0)
+        joined = self.store.get_joined(passage.keys)
+        if joined is not None:
+            return Fetched(joined, len(passage.keys), 0, 0.0)
+        found = self.store.get(passage.keys)
+        misses = sum(concepts is None for concepts in found)
+        if missing == "text":
+            return Fetched(None, len(found) - misses, misses, 0.0)
+        if missing == "error":
+            raise MissingConceptsError(
+                "concepts are not in the store",
+                got=f"{misses} of {len(found)} segments missing in {text[:60]!r}",
+                expected="a passage ingested by this compressor at this rate",
+                next_step="ingest it, or allow `recompress` or `text`",
+            )
+        if missing != "recompress":
+            raise ConfigurationError(
+                "unknown policy for missing concepts", got=missing, expected="recompress, text or error"
+            )
+        begun = time.perf_counter()
+        made = self._complete(passage, found)
+        return Fetched(made, len(found) - misses, misses, time.perf_counter() - begun)
+
+    def _complete(self, passage: Passage, found: list[torch.Tensor | None]) -> torch.Tensor:
+        absent = {passage.keys[i]: i for i, concepts in enumerate(found) if concepts is None}
+        made = dict(
+            zip(
+                absent,
+                self.compressor.compress(
+                    [passage.segments[i] for i in absent.values()], [passage.n_concepts[i] for i in absent.values()]
+                ),
+                strict=True,
+            )
+        )
+        if not self.store.read_only:
+            self.store.put(made.items())
+        parts = [
+            made[key] if concepts is None else concepts.float()
+            for key, concepts in zip(passage.keys, found, strict=True)
+        ]
+        # Through the storage's precision, so that the answer is the same now and when read back next time.
+        return torch.cat(parts).half()
+
+
+def _groups(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
+    group: list[Passage] = []
+    size = 0
+    for passage in passages:
+        group.append(passage)
+        size += len(passage.keys)
+        if size >= _WRITE_EVERY:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

@@ -1,0 +1,1 @@
+"""LlamaIndex parts: each usable alone with stock LlamaIndex pieces; nothing else in the package imports LlamaIndex."""

@@ -1,0 +1,96 @@
+"""One question answered, with the full account that the command line, the demo and the benchmarks print."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from llama_index.core.base.response.schema import StreamingResponse
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
+
+from compllm_rag.config import Mode
+
+if TYPE_CHECKING:
+    from compllm_rag.llamaindex.index import ConceptIndex
+
+
+def retrieve(index: ConceptIndex, question: str, top_k: int) -> list[NodeWithScore]:
+    """The chunks nearest to a question, best first."""
+    return index.as_retriever(similarity_top_k=top_k).retrieve(question)
+
+
+def answer(
+    index: ConceptIndex,
+    question: str,
+    *,
+    mode: Mode = "concepts",
+    top_k: int = 4,
+    nodes: Sequence[NodeWithScore] | None = None,
+    on_piece: Callable[[str], object] | None = None,
+) -> dict[str, Any]:
+    """Answer a question.
+
+    Args:
+        index: Where to look.
+        question: In words.
+        mode: Read the passages as concepts or as text.
+        top_k: Chunks to retrieve.
+        nodes: Retrieved already; then `retrieval_s` is 0.
+        on_piece: Called with each piece of the answer as it is made.
+
+    Returns:
+        The fields of `query --json` (README); times in seconds, `used` per source.
+    """
+    begun = time.perf_counter()
+    found = list(nodes) if nodes is not None else retrieve(index, question, top_k)
+    retrieval_s = time.perf_counter() - begun if nodes is None else 0.0
+    response = index.as_synthesizer(mode=mode, streaming=True).synthesize(QueryBundle(question), found)
+    if not isinstance(response, StreamingResponse) or response.metadata is None:
+        # Only an empty retrieval answers without having read anything.
+        return _empty(mode, retrieval_s)
+    for piece in response.response_gen:
+        if on_piece:
+            on_piece(piece)
+    account = response.metadata["compllm"]
+    return {
+        "answer": account["answer"],
+        "mode": mode,
+        "sources": [_source(node, account["nodes"][node.node.node_id]) for node in response.source_nodes],
+        "prompt_positions": account["prompt_positions"],
+        "retrieval_s": retrieval_s,
+        **{name: account[name] for name in ("fetch_s", "layout_s", "prefill_s", "ttft_s")},
+        "total_s": time.perf_counter() - begun,
+        "store": account["store"],
+        "dropped": account["dropped"],
+        "finish_reason": account["finish_reason"],
+    }
+
+
+def _source(node: NodeWithScore, facts: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "doc_id": node.node.ref_doc_id,
+        "node_id": node.node.node_id,
+        "title": node.node.metadata.get("title", ""),
+        "score": node.score,
+        "used": facts["used"],
+        "n_tokens": facts["n_tokens"],
+        "n_concepts": facts["n_concepts"],
+        "text": node.node.get_content(metadata_mode=MetadataMode.NONE),
+    }
+
+
+def _empty(mode: Mode, retrieval_s: float) -> dict[str, Any]:
+    times = dict.fromkeys(("fetch_s", "layout_s", "prefill_s", "ttft_s"), 0.0)
+    return {
+        "answer": "",
+        "mode": mode,
+        "sources": [],
+        "prompt_positions": 0,
+        "retrieval_s": retrieval_s,
+        **times,
+        "total_s": retrieval_s,
+        "store": {"hits": 0, "misses": 0},
+        "dropped": [],
+        "finish_reason": "stop",
+    }

@@ -1,0 +1,374 @@
+"""One SQLite file that holds text, documents, index structs and settings, and says which vectors belong to them.
+
+```
+<path>/catalog.db                    rows; whoever reads it sees the last commit
+<path>/vectors-<generation>.faiss    vectors, see `generations`
+<path>/catalog.lock                  who has uncommitted work
+```
+
+Uncommitted work lies in an open SQLite write transaction, so memory does not grow with it. A commit first makes the
+new vector file durable and then commits the transaction, which also names that file: the SQLite commit is the one
+point at which rows, vectors and settings change together, and a process killed before it leaves the former state.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import astuple
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from compllm_rag.errors import ConfigurationError, StorageNotFoundError, StoreLockedError, StoreReadOnlyError
+from compllm_rag.llamaindex.catalog_database import connect, connected, has_tables, make_tables, read_state, storable
+from compllm_rag.llamaindex.catalog_faults import damaged, explained
+from compllm_rag.llamaindex.flat_vectors import FlatVectors
+from compllm_rag.llamaindex.generations import Generation, GenerationFiles, sync_folder
+from compllm_rag.store.lock import WriterLock
+
+_DATABASE = "catalog.db"
+_RELOADS = 20  # a writer would have to commit twice during each of them
+
+
+class Catalog:
+    """Rows and vectors that commit together. Safe between threads; one writer at a time between processes.
+
+    Changes are visible in this instance at once, and durable and visible to others after `commit`. `close` gives
+    uncommitted work up; a `with` block commits at its end, or rolls back when it ends by an exception.
+
+    Use `Catalog.create`, `Catalog.open` or `Catalog.in_memory`; the constructor is theirs.
+    """
+
+    def __init__(self, path: Path | None, connection: sqlite3.Connection, *, read_only: bool) -> None:
+        self.path, self.read_only = path, read_only
+        self._database = Path(":memory:") if path is None else path / _DATABASE
+        self._guard = threading.RLock()
+        self._connection: sqlite3.Connection | None = connection
+        self._files = GenerationFiles(path)
+        self._lock: WriterLock | None = None
+        self._vectors: FlatVectors | None = None
+        self._loaded = -1  # the generation that the vectors are, or were before they were changed
+        self._changed = False
+        self._uncommitted = False
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], dim: int) -> Catalog:
+        """Make an empty catalog.
+
+        Args:
+            path: Its folder; made (mode 0700) when missing.
+            dim: Dimensions of every vector.
+
+        Raises:
+            ConfigurationError: `dim` makes no sense, or a catalog lies there already.
+            StoreReadOnlyError: The folder cannot be written.
+        """
+        folder = Path(path).absolute()
+        _check_dim(dim)
+        database = folder / _DATABASE
+        with explained(database, writing=True):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Made before SQLite does, with the mode that its journals will inherit.
+            os.close(os.open(database, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        with connected(database, writing=True) as connection:
+            catalog = cls(folder, connection, read_only=False)
+            with catalog.writing():
+                if has_tables(connection):
+                    raise ConfigurationError(
+                        "a catalog lies here already", got=folder, next_step="open it, or name another folder"
+                    )
+                make_tables(connection, dim)
+            catalog.commit()
+            sync_folder(folder)
+        return catalog
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, read_only: bool = False) -> Catalog:
+        """Open a catalog and check that its rows and vectors belong together.
+
+        Args:
+            path: Its folder.
+            read_only: Write nothing. A reader sees each commit of the writer from its next read on.
+
+        Raises:
+            StorageNotFoundError: No catalog, or one whose creation was interrupted.
+            UnsupportedFormatError: Written in another format version.
+            CorruptRecordError: Rows or vectors are damaged, or do not belong together.
+            StoreReadOnlyError, UnreadableFileError: The folder does not allow it.
+        """
+        folder = Path(path).absolute()
+        database = folder / _DATABASE
+        if not database.exists():
+            raise _missing(folder)
+        with connected(database, writing=not read_only) as connection:
+            catalog = cls(folder, connection, read_only=read_only)
+            with explained(database, writing=False):
+                if not has_tables(connection):
+                    raise _missing(folder)
+            with catalog.reading():
+                catalog.vectors()
+        return catalog
+
+    @classmethod
+    def in_memory(cls, dim: int) -> Catalog:
+        """Make a catalog without a folder; commit and rollback work, and close forgets everything."""
+        _check_dim(dim)
+        catalog = cls(None, connect("file::memory:"), read_only=False)
+        with catalog.writing() as connection:
+            make_tables(connection, dim)
+        catalog.commit()
+        return catalog
+
+    @property
+    def generation(self) -> int:
+        """Number of the vectors in force, uncommitted changes aside."""
+        with self.reading():
+            return self._state().number
+
+    @property
+    def dim(self) -> int:
+        """Dimensions of every vector."""
+        with self.reading():
+            return self._state().dim
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is uncommitted work."""
+        with self._guard:
+            return self._uncommitted
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """One consistent view of rows and vectors, held until the block ends.
+
+        Yields:
+            The connection to read rows with; `vectors` gives the vectors that belong to them.
+        """
+        with self._guard, explained(self._database, writing=False):
+            connection = self._alive()
+            if connection.in_transaction:
+                yield connection
+                return
+            self._begin_read(connection)
+            try:
+                yield connection
+            finally:
+                connection.execute("ROLLBACK")
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """One step of uncommitted work: all of it or, when the block raises, nothing.
+
+        Vectors must be changed after the last row, by something that cannot raise.
+
+        Raises:
+            StoreLockedError: Another process or instance has uncommitted work.
+            StoreReadOnlyError: Opened for reading.
+            StoreFullError: No space.
+        """
+        with self._guard, explained(self._database, writing=True):
+            fresh = not self._uncommitted
+            connection = self._begin_write()
+            connection.execute("SAVEPOINT step")
+            try:
+                yield connection
+                connection.execute("RELEASE step")
+            except BaseException:
+                if fresh or not connection.in_transaction:  # SQLite ends it itself when a disk is full or fails
+                    self._abandon(connection)
+                else:
+                    connection.execute("ROLLBACK TO step")
+                    connection.execute("RELEASE step")
+                raise
+
+    def vectors(self, *, changing: bool = False) -> FlatVectors:
+        """The vectors that belong to the rows; only within `reading` or `writing`.
+
+        Args:
+            changing: They are about to be changed, within `writing`.
+
+        Raises:
+            CorruptRecordError: Their file is damaged, or does not belong to the rows.
+        """
+        if not self._changed:
+            state = self._state()
+            if self._vectors is None or self._loaded != state.number:
+                self._vectors, self._loaded = self._load(state), state.number
+            self._changed = changing
+        if self._vectors is None:  # pragma: no cover - changed vectors are there
+            raise damaged("changed vectors are gone")
+        return self._vectors
+
+    def get_meta(self, key: str) -> str | None:
+        """One setting, None when it was never set."""
+        with self.reading() as connection:
+            row = connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def set_meta(self, key: str, value: str) -> None:
+        """Set one setting; it commits with the rest."""
+        with self.writing() as connection:
+            connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (storable(key), storable(value)))
+
+    def commit(self) -> None:
+        """Make uncommitted work durable and visible to others, all of it at once.
+
+        When this raises, the work is still uncommitted (commit again, or roll back), unless `pending` is false then.
+
+        Raises:
+            StoreFullError: No space; the former generation stands.
+            CorruptRecordError: Rows and vectors disagree; nothing was written.
+        """
+        with self._guard, explained(self._database, writing=True):
+            connection = self._alive()
+            if not self._uncommitted:
+                return
+            changed, former = self._changed, self._loaded
+            try:
+                if changed:
+                    self._name_vectors(connection, former + 1)
+                connection.execute("COMMIT")
+            except BaseException:
+                if not connection.in_transaction:
+                    self._abandon(connection)
+                raise
+            self._uncommitted = self._changed = False
+            self._release()
+            if changed:
+                self._loaded = former + 1
+                with suppress(OSError):  # the commit stands; what is left is removed by the next one
+                    self._files.keep_only(former + 1, former)
+
+    def rollback(self) -> None:
+        """Give uncommitted work up."""
+        with self._guard, explained(self._database, writing=True):
+            connection = self._alive()
+            if self._uncommitted:
+                self._abandon(connection)
+
+    def close(self) -> None:
+        """Let go of all files. Uncommitted work is given up, never committed silently."""
+        with self._guard:
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                connection.close()
+            self._vectors, self._loaded, self._changed, self._uncommitted = None, -1, False, False
+            self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.commit()
+        finally:
+            self.close()
+
+    def _alive(self) -> sqlite3.Connection:
+        if self._connection is None:
+            raise ConfigurationError("this catalog is closed", got=self._database, next_step="open it again")
+        return self._connection
+
+    def _begin_read(self, connection: sqlite3.Connection) -> None:
+        for _ in range(_RELOADS):
+            connection.execute("BEGIN")
+            try:
+                self.vectors()
+                return
+            except FileNotFoundError:
+                # The writer went on by two generations between our look at the row and at the file.
+                connection.execute("ROLLBACK")
+            except BaseException:
+                connection.execute("ROLLBACK")
+                raise
+        raise damaged("the vector file that the catalog names is not there", got=self._database)
+
+    def _begin_write(self) -> sqlite3.Connection:
+        connection = self._alive()
+        if self.read_only:
+            raise StoreReadOnlyError(
+                "this catalog was opened for reading", got=self._database, next_step="open it with read_only=False"
+            )
+        if not self._uncommitted:
+            if self.path is not None:
+                self._lock = _locked(self.path)
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except BaseException:
+                self._release()
+                raise
+            self._uncommitted = True
+        return connection
+
+    def _state(self) -> Generation:
+        return read_state(self._alive())
+
+    def _load(self, state: Generation) -> FlatVectors:
+        try:
+            vectors = self._files.load(state)
+        except FileNotFoundError as error:
+            if not self._uncommitted:
+                raise  # a reader looks again
+            raise damaged("the vector file that the catalog names is not there", got=error.filename) from error
+        rows = self._alive().execute("SELECT id FROM nodes ORDER BY id")
+        ids = np.fromiter((id_ for (id_,) in rows), dtype=np.int64)
+        # Equal counts are not enough: ids that moved by one give wrong passages at the best scores.
+        if not np.array_equal(vectors.ids(), ids):
+            raise damaged(
+                "text and vectors do not belong together",
+                got=f"{len(vectors)} vectors in {state.file or 'no file'} and {len(ids)} nodes in {self._database}",
+                expected="one vector for every node, under its id",
+            )
+        return vectors
+
+    def _name_vectors(self, connection: sqlite3.Connection, number: int) -> None:
+        vectors = self.vectors()
+        (n_nodes,) = connection.execute("SELECT count(*) FROM nodes").fetchone()
+        if n_nodes != len(vectors):
+            raise damaged("text and vectors went apart; nothing was committed", got=f"{n_nodes} and {len(vectors)}")
+        made = self._files.save(number, vectors)
+        connection.execute("UPDATE state SET generation = ?, dim = ?, ntotal = ?, file = ?, sha256 = ?", astuple(made))
+
+    def _abandon(self, connection: sqlite3.Connection) -> None:
+        try:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+        finally:
+            if self._changed:  # the next look loads the committed ones
+                self._vectors, self._loaded = None, -1
+            self._changed = self._uncommitted = False
+            self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+
+def _check_dim(dim: int) -> None:
+    if not 1 <= dim <= 2**20:
+        raise ConfigurationError("this number of dimensions makes no sense", got=dim, expected="1 to 1048576")
+
+
+def _missing(folder: Path) -> StorageNotFoundError:
+    return StorageNotFoundError("no catalog lies here", got=folder, next_step="name another folder, or create one")
+
+
+def _locked(folder: Path) -> WriterLock:
+    try:
+        return WriterLock(folder / "catalog.lock")
+    except StoreLockedError as error:
+        raise StoreLockedError(
+            "another writer has uncommitted work in this catalog",
+            got=error.got,
+            next_step="wait for its commit, or open the catalog with read_only=True",
+        ) from error

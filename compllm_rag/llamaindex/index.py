@@ -1,0 +1,277 @@
+"""`ConceptIndex`: a VectorStoreIndex whose query engines read concepts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from llama_index.core import StorageContext, VectorStoreIndex
+from llama_index.core.base.embeddings.base import BaseEmbedding
+from llama_index.core.data_structs.data_structs import IndexDict
+from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.schema import BaseNode, Document, MetadataMode
+from llama_index.core.storage.docstore.keyval_docstore import KVDocumentStore
+
+from compllm_rag.compressor import Compressor
+from compllm_rag.config import GenerationConfig, IngestConfig
+from compllm_rag.errors import CompLLMError
+from compllm_rag.generation.local import LocalGenerator
+from compllm_rag.library import ConceptLibrary
+from compllm_rag.llamaindex.accounts import Accounts
+from compllm_rag.llamaindex.ingest import IngestReport, Progress, ingest_documents
+from compllm_rag.llamaindex.kvstore import CatalogKVStore
+from compllm_rag.llamaindex.node_parser import ConceptNodeParser
+from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer
+from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
+from compllm_rag.store.base import ConceptStore
+
+
+class ConceptIndex(VectorStoreIndex):
+    """Vectors, text and concepts of a corpus, kept together and committed together.
+
+    Build one with `from_documents`, `create` or `load`; the constructor joins parts that are made already.
+
+    Args:
+        compressor: Makes concepts.
+        store: Keeps them.
+        vector_store: Keeps vectors and text.
+        embedder: LlamaIndex embedder of the vectors.
+        config: Rate, chunk size and namespace.
+        generation: Limits of the answers.
+        storage_dir: Where it all lies; None when it lies in memory.
+        embedder_source: How the embedder is named in `stats`; None takes the embedder's own name.
+    """
+
+    def __init__(
+        self,
+        compressor: Compressor,
+        store: ConceptStore,
+        vector_store: FaissTextVectorStore,
+        embedder: BaseEmbedding,
+        *,
+        config: IngestConfig | None = None,
+        generation: GenerationConfig | None = None,
+        storage_dir: Path | None = None,
+        embedder_source: str | None = None,
+    ) -> None:
+        self.config, self.storage_dir, self.store = config or IngestConfig(), storage_dir, store
+        self.embedder_source = embedder_source or embedder.model_name
+        self.library = ConceptLibrary(compressor, store, rate=self.config.rate, namespace=self.config.namespace)
+        self.generator = LocalGenerator(compressor.llm, generation)
+        self.faiss = vector_store
+        self.parser = ConceptNodeParser(compressor.segmenter, self.config.chunk_size)
+        kvstore = CatalogKVStore(vector_store.catalog)
+        self.accounts = Accounts(kvstore, self.library)
+        self._held = 0
+        super().__init__(
+            nodes=[],
+            embed_model=embedder,
+            storage_context=StorageContext.from_defaults(
+                vector_store=vector_store, docstore=KVDocumentStore(kvstore, namespace="compllm")
+            ),
+            transformations=[self.parser],
+        )
+
+    @classmethod
+    def from_documents(  # type: ignore[override]
+        cls, documents: Iterable[Document], storage_dir: str | Path | None = None, **options: Any
+    ) -> Self:
+        """Ingest documents into a new or existing storage.
+
+        Args:
+            documents: LlamaIndex documents; a stream is consumed batch by batch.
+            storage_dir: A folder; None keeps everything in memory.
+            **options: See `create`, and `progress` of `ingest`.
+
+        Raises:
+            StorageMismatchError: The storage exists and was made with other settings.
+        """
+        progress = options.pop("progress", None)
+        index = cls.create(storage_dir, **options)
+        index.ingest(documents, progress=progress)
+        return index
+
+    @classmethod
+    def create(cls, storage_dir: str | Path | None = None, **options: Any) -> Self:
+        """Make an empty storage, or open an existing one for writing; see `storage.create_index`."""
+        from compllm_rag.llamaindex.storage import create_index
+
+        return create_index(cls, None if storage_dir is None else Path(storage_dir), **options)
+
+    @classmethod
+    def load(cls, storage_dir: str | Path, **options: Any) -> Self:
+        """Open a storage that exists; see `storage.load_index`."""
+        from compllm_rag.llamaindex.storage import load_index
+
+        return load_index(cls, Path(storage_dir), **options)
+
+    @property
+    def compressor(self) -> Compressor:
+        """The compressor all concepts in the storage come from."""
+        return self.library.compressor
+
+    @property
+    def embedder(self) -> BaseEmbedding:
+        """The embedder all vectors in the storage come from."""
+        return self._embed_model
+
+    def ingest(self, documents: Iterable[Document], *, progress: Progress | None = None) -> IngestReport:
+        """Bring documents into the storage: new ones added, changed ones replaced, others left alone.
+
+        Only chunks that changed are embedded again, only segments that changed are compressed again. Work is
+        committed about once a minute and at the end; an interrupted run is taken up by calling this again.
+
+        Args:
+            documents: A stream, consumed batch by batch.
+            progress: Called with a running report after each batch.
+
+        Raises:
+            EmptyCorpusError: There are no documents at all.
+        """
+        return ingest_documents(self, documents, progress=progress)
+
+    def as_query_engine(self, llm: Any = None, **kwargs: Any) -> RetrieverQueryEngine:
+        """A query engine that reads concepts.
+
+        Args:
+            llm: Not used: the target LLM belongs to the storage.
+            **kwargs: Of `ConceptSynthesizer` (`mode`, `streaming`, `missing`, `overflow`, `choose`,
+                `text_qa_template`, `generation`), `response_synthesizer`, `node_postprocessors`, and of the retriever
+                (`similarity_top_k`, `filters`).
+        """
+        own = ("mode", "streaming", "missing", "overflow", "choose", "text_qa_template", "generation")
+        options = {name: kwargs.pop(name) for name in own if name in kwargs}
+        synthesizer = kwargs.pop("response_synthesizer", None) or self.as_synthesizer(**options)
+        postprocessors = kwargs.pop("node_postprocessors", None)
+        kwargs.setdefault("similarity_top_k", 4)
+        return RetrieverQueryEngine(self.as_retriever(**kwargs), synthesizer, postprocessors)
+
+    def as_synthesizer(self, **options: Any) -> ConceptSynthesizer:
+        """The synthesizer of this index; options as of `ConceptSynthesizer`."""
+        return ConceptSynthesizer(self.library, self.generator, **options)
+
+    def _add_nodes_to_index(
+        self, index_struct: IndexDict, nodes: Sequence[BaseNode], show_progress: bool = False, **insert_kwargs: Any
+    ) -> None:
+        """Every node that comes in, whatever the way: concepts first, then vector and text."""
+        with self.bulk():
+            self.library.ensure(node.get_content(MetadataMode.NONE) for node in nodes)
+            replaced = self.faiss.get_nodes([node.node_id for node in nodes]) if nodes else []
+            self.accounts.change(replaced, -1)
+            super()._add_nodes_to_index(index_struct, nodes, show_progress, **insert_kwargs)
+            self.accounts.change(nodes, 1)
+
+    async def _async_add_nodes_to_index(
+        self, index_struct: IndexDict, nodes: Sequence[BaseNode], show_progress: bool = False, **insert_kwargs: Any
+    ) -> None:
+        await asyncio.to_thread(self._add_nodes_to_index, index_struct, nodes, show_progress, **insert_kwargs)
+
+    def insert(self, document: Document, **insert_kwargs: Any) -> None:
+        """Insert a document; one of the same id is replaced."""
+        with self.bulk():
+            self._forget(document.id_)
+            super().insert(document, **insert_kwargs)
+
+    async def ainsert(self, document: Document, **insert_kwargs: Any) -> None:
+        """`insert` in a thread."""
+        await asyncio.to_thread(self.insert, document, **insert_kwargs)
+
+    def delete_nodes(self, node_ids: list[str], delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
+        """Delete nodes: vector and text are gone; concepts that others share stay."""
+        with self.bulk():
+            self.accounts.change(self.faiss.get_nodes(node_ids) if node_ids else [], -1)
+            super().delete_nodes(node_ids, delete_from_docstore, **delete_kwargs)
+
+    async def adelete_nodes(
+        self, node_ids: list[str], delete_from_docstore: bool = False, **delete_kwargs: Any
+    ) -> None:
+        """`delete_nodes` in a thread."""
+        await asyncio.to_thread(self.delete_nodes, node_ids, delete_from_docstore, **delete_kwargs)
+
+    def delete_ref_doc(self, ref_doc_id: str, delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
+        """Delete a document, its nodes, and the memory of its hash (so that it can be refreshed back in)."""
+        with self.bulk():
+            self._forget(ref_doc_id)
+
+    async def adelete_ref_doc(
+        self, ref_doc_id: str, delete_from_docstore: bool = False, **delete_kwargs: Any
+    ) -> None:
+        """`delete_ref_doc` in a thread."""
+        await asyncio.to_thread(self.delete_ref_doc, ref_doc_id, delete_from_docstore, **delete_kwargs)
+
+    def refresh_ref_docs(self, documents: Sequence[Document], **update_kwargs: Any) -> list[bool]:
+        """Insert new documents and replace changed ones; tells for each whether it was."""
+        with self.bulk():
+            return super().refresh_ref_docs(documents, **update_kwargs)
+
+    async def arefresh_ref_docs(self, documents: Sequence[Document], **update_kwargs: Any) -> list[bool]:
+        """`refresh_ref_docs` in a thread."""
+        return await asyncio.to_thread(self.refresh_ref_docs, documents, **update_kwargs)
+
+    def _forget(self, doc_id: str) -> None:
+        gone = self.faiss.node_ids(doc_id)
+        if gone:
+            self.delete_nodes(gone)
+        self.docstore.delete_document(doc_id, raise_error=False)
+
+    @contextlib.contextmanager
+    def bulk(self) -> Iterator[None]:
+        """Commit once for everything inside; on an error nothing since the last commit is kept, concepts excepted.
+
+        Concepts are known by their content, so those made before an error or a Ctrl-C are right, and save the next
+        run their work.
+        """
+        self._held += 1
+        try:
+            yield
+        except BaseException:
+            self._held -= 1
+            if not self._held:
+                self.faiss.rollback()
+                with contextlib.suppress(CompLLMError):
+                    self.store.flush()
+            raise
+        self._held -= 1
+        if not self._held:
+            self.commit()
+
+    def commit(self) -> None:
+        """Make everything durable: concepts first, then vectors and text together, in one step."""
+        self.store.flush()
+        self.faiss.commit()
+
+    def stats(self) -> dict[str, Any]:
+        """What the storage holds, as plain values."""
+        documents, total = self.accounts.total()
+        stored = self.store.stats()
+        return {
+            "documents": documents,
+            "chunks": total.chunks,
+            "segments": total.segments,
+            "unique_segments": stored.records,
+            "source_tokens": total.source_tokens,
+            "concepts": total.concepts,
+            "achieved_rate": total.source_tokens / total.concepts if total.concepts else None,
+            "concept_bytes": stored.payload_bytes,
+            "bytes_per_source_token": stored.payload_bytes / total.source_tokens if total.source_tokens else None,
+            "fingerprint": self.compressor.fingerprint,
+            "llm": self.compressor.llm.source,
+            "embedder": self.embedder_source,
+            "rate": self.config.rate,
+            "chunk_size": self.config.chunk_size,
+            "namespace": self.config.namespace,
+        }
+
+    def close(self) -> None:
+        """Close files; what was not committed is dropped."""
+        self.faiss.close()
+        self.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

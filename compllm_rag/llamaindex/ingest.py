@@ -1,0 +1,129 @@
+"""Ingestion in batches: unchanged documents are skipped, changed ones touch only what changed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from llama_index.core.schema import BaseNode, Document, MetadataMode
+
+from compllm_rag.errors import EmptyCorpusError
+
+if TYPE_CHECKING:
+    from compllm_rag.llamaindex.index import ConceptIndex
+
+# Characters of the documents worked on together; bounds memory and fills the compressor's batches.
+_BATCH_CHARS = 400_000
+# Seconds between commits: each one writes the whole FAISS index, and what lies after it is lost in a crash.
+_COMMIT_EVERY_S = 60.0
+
+
+@dataclass(frozen=True)
+class IngestReport:
+    """What an ingest met and did.
+
+    Attributes:
+        documents: Documents met.
+        documents_changed: Those that were new or differed.
+        chunks: Chunks of all documents met.
+        segments: Their segments.
+        segments_compressed: Segments that went through the compressor.
+        segments_reused: Segments whose concepts were in the store already.
+        source_tokens: Tokens of all documents met.
+        concepts: Concepts of all documents met.
+        seconds: Wall time so far, model loading excluded.
+    """
+
+    documents: int = 0
+    documents_changed: int = 0
+    chunks: int = 0
+    segments: int = 0
+    segments_compressed: int = 0
+    segments_reused: int = 0
+    source_tokens: int = 0
+    concepts: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Source tokens per second, reused ones included."""
+        return self.source_tokens / self.seconds if self.seconds else 0.0
+
+
+Progress = Callable[[IngestReport], None]
+
+
+def ingest_documents(
+    index: ConceptIndex, documents: Iterable[Document], *, progress: Progress | None = None
+) -> IngestReport:
+    """Ingest documents; see `ConceptIndex.ingest`.
+
+    Raises:
+        EmptyCorpusError: There are no documents at all.
+    """
+    begun = last = time.perf_counter()
+    report = IngestReport()
+    with index.bulk():
+        for batch in _batches(documents):
+            report = _ingest_batch(index, batch, report)
+            now = time.perf_counter()
+            report = replace(report, seconds=now - begun)
+            if now - last > _COMMIT_EVERY_S:
+                index.commit()
+                last = time.perf_counter()
+            if progress:
+                progress(report)
+        if not report.documents:
+            raise EmptyCorpusError(
+                "there is nothing to ingest",
+                got="no document with text",
+                expected="at least one",
+                next_step="name files or folders that hold .txt, .md or .jsonl text",
+            )
+    return replace(report, seconds=time.perf_counter() - begun)
+
+
+def _ingest_batch(index: ConceptIndex, documents: list[Document], report: IngestReport) -> IngestReport:
+    hashes = {d.id_: index.docstore.get_document_hash(d.id_) for d in documents}
+    changed = [d for d in documents if hashes[d.id_] != d.hash]
+    nodes = index.parser.get_nodes_from_documents(changed)
+    made = index.library.ensure(node.get_content(MetadataMode.NONE) for node in nodes)
+    _replace(index, changed, nodes)
+    totals = [index.accounts.of_document(d.id_) for d in documents]
+    segments = sum(t.segments for t in totals)
+    return replace(
+        report,
+        documents=report.documents + len(documents),
+        documents_changed=report.documents_changed + len(changed),
+        chunks=report.chunks + sum(t.chunks for t in totals),
+        segments=report.segments + segments,
+        segments_compressed=report.segments_compressed + made.compressed,
+        segments_reused=report.segments_reused + segments - made.compressed,
+        source_tokens=report.source_tokens + sum(t.source_tokens for t in totals),
+        concepts=report.concepts + sum(t.concepts for t in totals),
+    )
+
+
+def _replace(index: ConceptIndex, changed: list[Document], nodes: list[BaseNode]) -> None:
+    """Nodes carry the identity of their text, so those of a changed document that stayed are left alone."""
+    keep = {node.node_id for node in nodes}
+    present = {node_id for d in changed for node_id in index.faiss.node_ids(d.id_)}
+    index.delete_nodes(sorted(present - keep))
+    index.insert_nodes([node for node in nodes if node.node_id not in present])
+    for document in changed:
+        index.docstore.set_document_hash(document.id_, document.hash)
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= _BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,141 @@
+"""A thin LlamaIndex LLM over a generation backend, for the stock components that insist on one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    ChatResponseGen,
+    CompletionResponse,
+    CompletionResponseAsyncGen,
+    CompletionResponseGen,
+    LLMMetadata,
+    MessageRole,
+)
+from llama_index.core.bridge.pydantic import PrivateAttr
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.llms.llm import LLM
+
+from compllm_rag.config import GenerationConfig
+from compllm_rag.generation.local import LocalGenerator
+from compllm_rag.llamaindex.streams import in_thread
+from compllm_rag.prompt import Message, PromptPlan, PromptTemplate
+
+
+class ConceptLLM(LLM):
+    """The target LLM (reader merged) as a LlamaIndex LLM: text in, text out.
+
+    Args:
+        generator: The local generator that also answers from concepts.
+    """
+
+    _generator: LocalGenerator = PrivateAttr()
+
+    def __init__(self, generator: LocalGenerator, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._generator = generator
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Name in LlamaIndex's serialised form."""
+        return "ConceptLLM"
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        """Window, output length and name."""
+        return LLMMetadata(
+            context_window=self._generator.window,
+            num_output=self._generator.config.max_new_tokens,
+            is_chat_model=True,
+            model_name=self._generator.llm.source,
+        )
+
+    def _plan(self, messages: Sequence[ChatMessage]) -> PromptPlan:
+        turns = [Message(m.role.value, (m.content or "",)) for m in messages]
+        return PromptPlan(tuple(PromptTemplate(self._generator.llm.tokenizer).spans(turns, [])))
+
+    def _config(self, kwargs: dict[str, Any]) -> GenerationConfig:
+        known = {k: v for k, v in kwargs.items() if k in GenerationConfig.model_fields}
+        return self._generator.config.model_copy(update=known)
+
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """Answer a conversation."""
+        [made] = self._generator.generate([self._plan(messages)], self._config(kwargs))
+        return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=made.text))
+
+    @llm_chat_callback()
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        """Answer a conversation, piece by piece."""
+
+        def pieces() -> ChatResponseGen:
+            text = ""
+            for piece in self._generator.stream(self._plan(messages), self._config(kwargs)):
+                text += piece
+                yield ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=text), delta=piece)
+
+        return pieces()
+
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """Answer a prompt, sent as one user turn."""
+        [made] = self._generator.generate([self._user(prompt)], self._config(kwargs))
+        return CompletionResponse(text=made.text)
+
+    @llm_completion_callback()
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
+        """Answer a prompt, piece by piece."""
+
+        def pieces() -> CompletionResponseGen:
+            text = ""
+            for piece in self._generator.stream(self._user(prompt), self._config(kwargs)):
+                text += piece
+                yield CompletionResponse(text=text, delta=piece)
+
+        return pieces()
+
+    def _user(self, prompt: str) -> PromptPlan:
+        return self._plan([ChatMessage(role=MessageRole.USER, content=prompt)])
+
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """`chat` in a thread."""
+        [made] = await asyncio.to_thread(self._generator.generate, [self._plan(messages)], self._config(kwargs))
+        return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=made.text))
+
+    @llm_chat_callback()
+    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
+        """`stream_chat` in a thread."""
+        stream = self._generator.stream(self._plan(messages), self._config(kwargs))
+
+        async def pieces() -> AsyncGenerator[ChatResponse, None]:
+            text = ""
+            async for piece in in_thread(stream):
+                text += piece
+                yield ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=text), delta=piece)
+
+        return pieces()
+
+    @llm_completion_callback()
+    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """`complete` in a thread."""
+        [made] = await asyncio.to_thread(self._generator.generate, [self._user(prompt)], self._config(kwargs))
+        return CompletionResponse(text=made.text)
+
+    @llm_completion_callback()
+    async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
+        """`stream_complete` in a thread."""
+        stream = self._generator.stream(self._user(prompt), self._config(kwargs))
+
+        async def pieces() -> AsyncGenerator[CompletionResponse, None]:
+            text = ""
+            async for piece in in_thread(stream):
+                text += piece
+                yield CompletionResponse(text=text, delta=piece)
+
+        return pieces()

@@ -1,0 +1,91 @@
+"""What a storage was made with, kept in its catalog and checked whenever it is opened."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ValidationError
+
+from compllm_rag.config import FORMAT_VERSION, Frozen, IngestConfig
+from compllm_rag.errors import (
+    EmbedderMismatchError,
+    FingerprintMismatchError,
+    StorageMismatchError,
+    UnsupportedFormatError,
+)
+
+META_KEY = "compllm/manifest"
+
+
+class Manifest(Frozen):
+    """Identity of a storage."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    fingerprint: str
+    llm: str
+    llm_identity: str
+    embedder: str
+    embedder_identity: str
+    dimension: int
+    ingest: IngestConfig
+
+    @classmethod
+    def parse(cls, text: str | None) -> Manifest:
+        """Read a manifest.
+
+        Raises:
+            UnsupportedFormatError: It is missing, damaged, or of a newer format.
+        """
+        try:
+            return cls.model_validate_json(text or "")
+        except ValidationError as error:
+            raise UnsupportedFormatError(
+                "storage has no manifest this release reads",
+                got=f"{error.error_count()} faults, first {error.errors()[0]['msg']}",
+                expected=f"format {FORMAT_VERSION}",
+                next_step="update compllm-rag, or ingest again into a new storage",
+            ) from error
+
+    def check_compressor(self, fingerprint: str, llm: str) -> None:
+        """Refuse a compressor (or its LLM, reader, tokenizer) other than the storage's.
+
+        Raises:
+            FingerprintMismatchError: With both fingerprints.
+        """
+        if fingerprint != self.fingerprint:
+            raise FingerprintMismatchError(
+                "storage was made by another compressor",
+                got=f"{llm} with fingerprint {fingerprint[:16]}",
+                expected=f"{self.llm} with fingerprint {self.fingerprint[:16]}",
+                next_step="leave the LLM out to use the storage's own, or ingest into a new storage",
+            )
+
+    def check_embedder(self, embedder: str, identity: str, dimension: int) -> None:
+        """Refuse an embedder other than the storage's.
+
+        Raises:
+            EmbedderMismatchError: With both names and dimensions.
+        """
+        if (identity, dimension) != (self.embedder_identity, self.dimension):
+            raise EmbedderMismatchError(
+                "storage was made by another embedder",
+                got=f"{embedder} ({dimension} dimensions)",
+                expected=f"{self.embedder} ({self.dimension} dimensions)",
+                next_step="leave the embedder out to use the storage's own, or ingest into a new storage",
+            )
+
+    def check_ingest(self, **asked: object) -> None:
+        """Refuse settings other than the storage's; None means the storage's own.
+
+        Raises:
+            StorageMismatchError: With both values.
+        """
+        for name, value in asked.items():
+            own = getattr(self.ingest, name)
+            if value is not None and value != own:
+                raise StorageMismatchError(
+                    f"storage was made with another {name.replace('_', ' ')}",
+                    got=value,
+                    expected=own,
+                    next_step="leave it out, or ingest into a new storage",
+                )

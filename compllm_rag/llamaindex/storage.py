@@ -1,0 +1,230 @@
+"""Opening and making the storage of a `ConceptIndex`.
+
+A storage folder holds `catalog.db` and `vectors-N.faiss` (text and vectors, one commit), `concepts/` (the concept
+store), and `compressor/` and `reader/` (the adapters the concepts need), so that it can be moved as a whole; only the
+target LLM and the embedder are named, not copied.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from llama_index.core.base.embeddings.base import BaseEmbedding
+
+from compllm_rag.compressor import Compressor
+from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM, GenerationConfig, IngestConfig
+from compllm_rag.errors import CompLLMError, StorageNotFoundError
+from compllm_rag.fingerprint import tagged_digest
+from compllm_rag.llamaindex.embedding import load_embedder
+from compllm_rag.llamaindex.manifest import META_KEY, Manifest
+from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
+from compllm_rag.loading import AUTO, load_compressor_for, shipped_adapter
+from compllm_rag.store import DiskStore, MemoryStore
+
+if TYPE_CHECKING:
+    from compllm_rag.llamaindex.index import ConceptIndex
+
+Index = TypeVar("Index", bound="ConceptIndex")
+_CATALOG, _CONCEPTS, _COMPRESSOR, _READER = "catalog.db", "concepts", "compressor", "reader"
+
+
+def create_index(
+    cls: type[Index],
+    folder: Path | None,
+    *,
+    llm: str | None = None,
+    embedder: str | BaseEmbedding | None = None,
+    reader: str | Path | None = AUTO,
+    compressor: str | Path | Compressor | None = AUTO,
+    rate: float | None = None,
+    chunk_size: int | None = None,
+    namespace: str | None = None,
+    generation: GenerationConfig | None = None,
+    progress: Callable[[str, float | None], None] | None = None,
+    **model_options: Any,
+) -> Index:
+    """Make an empty storage, or open an existing one for writing.
+
+    Args:
+        cls: `ConceptIndex`, or a class derived from it.
+        folder: The storage; None keeps everything in memory.
+        llm: Alias, folder or `org/name@revision` of the target LLM; None takes the default.
+        embedder: The same for the embedder, or a LlamaIndex embedder.
+        reader: Folder of a reader adapter, `auto` or None; see `load_compressor_for`.
+        compressor: The same for the compressor, or one that is loaded already (then `llm` and `reader` are its own).
+        rate: Source tokens per concept; None takes 2.
+        chunk_size: Target tokens per chunk, about; None takes 200.
+        namespace: Tenant.
+        generation: Limits of the answers.
+        progress: Called with messages while models are fetched.
+        **model_options: `dtype`, `device`, `cache_dir`, `offline` of `TargetLLM.from_pretrained`.
+
+    Raises:
+        StorageMismatchError: The storage exists and was made with other settings.
+        StoreLockedError: Another process writes to it.
+    """
+    if folder is not None and (folder / _CATALOG).exists():
+        return load_index(
+            cls,
+            folder,
+            llm=llm,
+            embedder=embedder,
+            compressor=compressor if isinstance(compressor, Compressor) else None,
+            generation=generation,
+            progress=progress,
+            expect={"rate": rate, "chunk_size": chunk_size, "namespace": namespace},
+            **model_options,
+        )
+    asked = {"rate": rate, "chunk_size": chunk_size, "namespace": namespace}
+    config = IngestConfig(**{name: value for name, value in asked.items() if value is not None})
+    made = (
+        compressor
+        if isinstance(compressor, Compressor)
+        else load_compressor_for(
+            llm or DEFAULT_LLM, reader=reader, compressor=compressor, progress=progress, **model_options
+        )
+    )
+    _check_rate(config, made)
+    embed, source, identity = _embedder(embedder or DEFAULT_EMBEDDER, progress, model_options)
+    dimension = len(embed.get_text_embedding("dimension"))
+    manifest = Manifest(
+        fingerprint=made.fingerprint,
+        llm=made.llm.source,
+        llm_identity=made.llm.identity,
+        embedder=source,
+        embedder_identity=identity,
+        dimension=dimension,
+        ingest=config,
+    )
+    if folder is None:
+        vectors, store = FaissTextVectorStore(dim=dimension), MemoryStore(made.hidden_size)
+        return _join(cls, made, store, vectors, embed, manifest, generation, None)
+    vectors = FaissTextVectorStore.create(folder, dimension)
+    _keep_adapters(folder, made, llm or DEFAULT_LLM, reader)
+    disk = DiskStore(folder / _CONCEPTS, hidden_size=made.hidden_size)
+    vectors.catalog.set_meta(META_KEY, manifest.model_dump_json())
+    vectors.commit()
+    return _join(cls, made, disk, vectors, embed, manifest, generation, folder)
+
+
+def load_index(
+    cls: type[Index],
+    folder: Path,
+    *,
+    llm: str | None = None,
+    embedder: str | BaseEmbedding | None = None,
+    compressor: Compressor | None = None,
+    generation: GenerationConfig | None = None,
+    read_only: bool = False,
+    progress: Callable[[str, float | None], None] | None = None,
+    expect: dict[str, Any] | None = None,
+    **model_options: Any,
+) -> Index:
+    """Open a storage that exists.
+
+    Args:
+        cls: `ConceptIndex`, or a class derived from it.
+        folder: The storage.
+        llm: Where the target LLM lies now; None takes the name the storage keeps. It must be the same model.
+        embedder: The same for the embedder, or a LlamaIndex embedder.
+        compressor: The storage's compressor, if it is loaded already.
+        generation: Limits of the answers.
+        read_only: Never write; several processes may read while one writes.
+        progress: Called with messages while models are fetched.
+        expect: Settings that must be the storage's own.
+        **model_options: `dtype`, `device`, `cache_dir`, `offline` of `TargetLLM.from_pretrained`.
+
+    Raises:
+        StorageNotFoundError: There is no storage here.
+        FingerprintMismatchError: The LLM or compressor is not the one the storage was made by.
+        EmbedderMismatchError: The same for the embedder.
+        UnsupportedFormatError, CorruptRecordError: The storage is damaged or too new.
+    """
+    if not (folder / _CATALOG).exists():
+        raise StorageNotFoundError(
+            "there is no storage here",
+            got=folder,
+            expected="a folder made by `compllm-rag ingest` or ConceptIndex.from_documents",
+            next_step=f"run `compllm-rag ingest PATH --storage {folder}` first",
+        )
+    vectors = FaissTextVectorStore.open(folder, read_only=read_only)
+    try:
+        manifest = Manifest.parse(vectors.catalog.get_meta(META_KEY))
+        manifest.check_ingest(**(expect or {}))
+        made = compressor or _own_compressor(folder, manifest, llm, progress, model_options)
+        manifest.check_compressor(made.fingerprint, made.llm.source)
+        embed, source, identity = _embedder(embedder or manifest.embedder, progress, model_options)
+        manifest.check_embedder(source, identity, len(embed.get_text_embedding("dimension")))
+        store = DiskStore(folder / _CONCEPTS, hidden_size=made.hidden_size, read_only=read_only)
+    except CompLLMError:
+        vectors.close()
+        raise
+    return _join(cls, made, store, vectors, embed, manifest, generation, folder)
+
+
+def _own_compressor(
+    folder: Path,
+    manifest: Manifest,
+    llm: str | None,
+    progress: Callable[[str, float | None], None] | None,
+    model_options: dict[str, Any],
+) -> Compressor:
+    kept = folder / _READER
+    return load_compressor_for(
+        llm or manifest.llm,
+        reader=kept if kept.is_dir() else None,
+        compressor=folder / _COMPRESSOR,
+        progress=progress,
+        **model_options,
+    )
+
+
+def _embedder(
+    embedder: str | BaseEmbedding,
+    progress: Callable[[str, float | None], None] | None,
+    model_options: dict[str, Any],
+) -> tuple[BaseEmbedding, str, str]:
+    if isinstance(embedder, BaseEmbedding):
+        # Somebody's own object: its class and name are all that identifies it.
+        name = f"{type(embedder).__name__}:{embedder.model_name}"
+        return embedder, name, tagged_digest("compllm-rag/embedder-object", name=name)
+    known = {k: v for k, v in model_options.items() if k in ("device", "cache_dir", "offline")}
+    return load_embedder(embedder, progress=progress, **known)
+
+
+def _check_rate(config: IngestConfig, compressor: Compressor) -> None:
+    from compllm_rag.rates import FixedRate
+
+    FixedRate(config.rate, compressor.config.segment_length)
+
+
+def _keep_adapters(folder: Path, compressor: Compressor, llm: str, reader: str | Path | None) -> None:
+    compressor.save_pretrained(folder / _COMPRESSOR)
+    own = shipped_adapter(llm, "reader") if reader == AUTO else reader
+    if own is not None and any(name.startswith("reader/") for name in compressor.llm.digests):
+        shutil.copytree(own, folder / _READER, dirs_exist_ok=True)
+
+
+def _join(
+    cls: type[Index],
+    compressor: Compressor,
+    store: DiskStore | MemoryStore,
+    vectors: FaissTextVectorStore,
+    embed: BaseEmbedding,
+    manifest: Manifest,
+    generation: GenerationConfig | None,
+    folder: Path | None,
+) -> Index:
+    return cls(
+        compressor,
+        store,
+        vectors,
+        embed,
+        config=manifest.ingest,
+        generation=generation,
+        storage_dir=folder,
+        embedder_source=manifest.embedder,
+    )

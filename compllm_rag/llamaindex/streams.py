@@ -1,0 +1,34 @@
+"""Blocking iterators as async ones."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterable, Iterator
+
+
+async def in_thread(pieces: Iterable[str]) -> AsyncGenerator[str, None]:
+    """Iterate in worker threads, one step at a time, so that the event loop stays free.
+
+    No thread outlives a step, so a consumer that walks away leaves nothing running: closing this generator closes the
+    blocking one.
+    """
+    iterator = iter(pieces)
+    done = object()
+    try:
+        while True:
+            piece = await asyncio.to_thread(next, iterator, done)
+            if piece is done:
+                return
+            yield str(piece)
+    finally:
+        _close(iterator)
+
+
+def _close(iterator: Iterator[str]) -> None:
+    close = getattr(iterator, "close", None)
+    if close is not None:
+        try:
+            close()
+        except ValueError:
+            # A step is still running in its thread (the task was cancelled): it ends with that step.
+            return

@@ -1,0 +1,255 @@
+"""The response synthesizer: answers from concepts where stock ones paste text."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from typing import Any
+
+from llama_index.core.base.llms.types import CompletionResponse
+from llama_index.core.base.response.schema import RESPONSE_TYPE, AsyncStreamingResponse, Response, StreamingResponse
+from llama_index.core.callbacks.base import CallbackManager
+from llama_index.core.callbacks.schema import CBEventType, EventPayload
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.events.llm import (
+    LLMCompletionEndEvent,
+    LLMCompletionInProgressEvent,
+    LLMCompletionStartEvent,
+)
+from llama_index.core.instrumentation.events.synthesis import (
+    GetResponseStartEvent,
+    SynthesizeEndEvent,
+    SynthesizeStartEvent,
+)
+from llama_index.core.llms import ChatMessage, MessageRole
+from llama_index.core.prompts import BasePromptTemplate, ChatPromptTemplate
+from llama_index.core.response_synthesizers.base import BaseSynthesizer, QueryTextType
+from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+from llama_index.core.types import RESPONSE_TEXT_TYPE
+
+from compllm_rag.config import GenerationConfig, MissingPolicy, Mode, OverflowPolicy
+from compllm_rag.generation.base import Generation, TokenStream
+from compllm_rag.generation.local import LocalGenerator
+from compllm_rag.library import ConceptLibrary
+from compllm_rag.llamaindex.llm import ConceptLLM
+from compllm_rag.llamaindex.planner import Chooser, PlannedPrompt, Planner, messages_of
+from compllm_rag.llamaindex.streams import in_thread
+
+dispatcher = get_dispatcher(__name__)
+
+# The prompt the embedded models are trained with (DESIGN section 6); each passage ends with a blank line of its own.
+DEFAULT_TEMPLATE = ChatPromptTemplate(
+    message_templates=[
+        ChatMessage(
+            role=MessageRole.SYSTEM,
+            content="Answer the question using only the passages. Reply with a short answer.",
+        ),
+        ChatMessage(role=MessageRole.USER, content="{context_str}Question: {query_str}"),
+    ]
+)
+
+
+class ConceptSynthesizer(BaseSynthesizer):
+    """Answers a query from retrieved nodes, read as concepts.
+
+    `response.metadata` holds, beside the nodes' own metadata, the entry `compllm` with what each node was read as,
+    prompt positions, store hits and the timings of DESIGN section 7 (of a stream, once it has ended).
+
+    Args:
+        library: Compressor and store.
+        generator: Runs the target LLM.
+        text_qa_template: Any LlamaIndex template with `{context_str}` and `{query_str}`.
+        mode: `concepts`, or `text` to read the passages as tokens in the identical layout.
+        missing: What to do when concepts are not stored: `recompress`, `text` or `error`.
+        overflow: What to do when passages do not fit the window: `drop` the last ones and report it, or `error`.
+        choose: Decides text or concepts for each node by itself.
+        streaming: Give out a stream.
+        generation: Limits of the answer; None takes the generator's.
+        callback_manager: LlamaIndex's.
+    """
+
+    def __init__(
+        self,
+        library: ConceptLibrary,
+        generator: LocalGenerator | None = None,
+        *,
+        text_qa_template: BasePromptTemplate | None = None,
+        mode: Mode = "concepts",
+        missing: MissingPolicy = "recompress",
+        overflow: OverflowPolicy = "drop",
+        choose: Chooser | None = None,
+        streaming: bool = False,
+        generation: GenerationConfig | None = None,
+        callback_manager: CallbackManager | None = None,
+    ) -> None:
+        self._generator = generator or LocalGenerator(library.compressor.llm)
+        super().__init__(llm=ConceptLLM(self._generator), callback_manager=callback_manager, streaming=streaming)
+        self._planner = Planner(library, mode=mode, missing=missing, overflow=overflow, choose=choose)
+        self._template = text_qa_template or DEFAULT_TEMPLATE
+        self._generation = generation or self._generator.config
+
+    def _get_prompts(self) -> dict[str, BasePromptTemplate]:
+        return {"text_qa_template": self._template}
+
+    def _update_prompts(self, prompts: dict[str, BasePromptTemplate]) -> None:
+        self._template = prompts.get("text_qa_template", self._template)
+
+    def synthesize(
+        self,
+        query: QueryTextType,
+        nodes: list[NodeWithScore],
+        additional_source_nodes: Sequence[NodeWithScore] | None = None,
+        **response_kwargs: Any,
+    ) -> RESPONSE_TYPE:
+        """Answer from nodes; the stock `synthesize` would hand on their texts only.
+
+        Raises:
+            PromptTooLongError, MissingConceptsError, CorruptRecordError: See `Planner.plan` and `ConceptLibrary`.
+        """
+        bundle = QueryBundle(query) if isinstance(query, str) else query
+        dispatcher.event(SynthesizeStartEvent(query=bundle))
+        if not nodes:
+            empty = StreamingResponse(self._empty_response_generator()) if self._streaming else Response(self._empty_response)
+            dispatcher.event(SynthesizeEndEvent(query=bundle, response=empty))
+            return empty
+        with self._callback_manager.event(
+            CBEventType.SYNTHESIZE, payload={EventPayload.QUERY_STR: bundle.query_str}
+        ) as event:
+            planned = self._plan(bundle.query_str, nodes)
+            response = self._respond(planned, additional_source_nodes or [])
+            event.on_end(payload={EventPayload.RESPONSE: response})
+        dispatcher.event(SynthesizeEndEvent(query=bundle, response=response))
+        return response
+
+    async def asynthesize(
+        self,
+        query: QueryTextType,
+        nodes: list[NodeWithScore],
+        additional_source_nodes: Sequence[NodeWithScore] | None = None,
+        **response_kwargs: Any,
+    ) -> RESPONSE_TYPE:
+        """`synthesize` with the work in threads; a stream is an async generator."""
+        if not self._streaming:
+            return await asyncio.to_thread(self.synthesize, query, nodes, additional_source_nodes, **response_kwargs)
+        bundle = QueryBundle(query) if isinstance(query, str) else query
+        dispatcher.event(SynthesizeStartEvent(query=bundle))
+        if not nodes:
+            empty = AsyncStreamingResponse(self._empty_response_agenerator())
+            dispatcher.event(SynthesizeEndEvent(query=bundle, response=empty))
+            return empty
+        with self._callback_manager.event(
+            CBEventType.SYNTHESIZE, payload={EventPayload.QUERY_STR: bundle.query_str}
+        ) as event:
+            planned = await asyncio.to_thread(self._plan, bundle.query_str, nodes)
+            account = planned.account()
+            response = self._output(self._astream(planned, account), planned, account, additional_source_nodes or [])
+            event.on_end(payload={EventPayload.RESPONSE: response})
+        dispatcher.event(SynthesizeEndEvent(query=bundle, response=response))
+        return response
+
+    def get_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> RESPONSE_TEXT_TYPE:
+        """Answer from bare texts, for callers that have no nodes."""
+        planned = self._plan(query_str, [NodeWithScore(node=TextNode(text=text)) for text in text_chunks])
+        account = planned.account()
+        return self._stream(planned, account) if self._streaming else self._generate(planned, account)
+
+    async def aget_response(
+        self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any
+    ) -> RESPONSE_TEXT_TYPE:
+        """`get_response` with the work in threads."""
+        nodes = [NodeWithScore(node=TextNode(text=text)) for text in text_chunks]
+        planned = await asyncio.to_thread(self._plan, query_str, nodes)
+        account = planned.account()
+        if self._streaming:
+            return self._astream(planned, account)
+        return await asyncio.to_thread(self._generate, planned, account)
+
+    def _plan(self, query: str, nodes: Sequence[NodeWithScore]) -> PlannedPrompt:
+        messages = messages_of(self._template, self._llm, query)
+        budget = self._generator.window - self._generation.max_new_tokens
+        planned = self._planner.plan(messages, nodes, budget)
+        dispatcher.event(
+            GetResponseStartEvent(query_str=query, text_chunks=[node.node.get_content() for node in planned.nodes])
+        )
+        return planned
+
+    def _respond(self, planned: PlannedPrompt, additional: Sequence[NodeWithScore]) -> RESPONSE_TYPE:
+        account = planned.account()
+        text: RESPONSE_TEXT_TYPE = (
+            self._stream(planned, account) if self._streaming else self._generate(planned, account)
+        )
+        return self._output(text, planned, account, additional)
+
+    def _output(
+        self,
+        text: RESPONSE_TEXT_TYPE,
+        planned: PlannedPrompt,
+        account: dict[str, Any],
+        additional: Sequence[NodeWithScore],
+    ) -> RESPONSE_TYPE:
+        response = self._prepare_response_output(text, [*planned.nodes, *additional])
+        # The dictionary itself, not a copy: a stream fills in its timings when it ends.
+        response.metadata = {**(response.metadata or {}), "compllm": account}
+        return response
+
+    def _generate(self, planned: PlannedPrompt, account: dict[str, Any]) -> str:
+        for _ in (stream := self._pieces(planned, account)):
+            pass
+        stream.close()
+        return str(account["answer"])
+
+    def _stream(self, planned: PlannedPrompt, account: dict[str, Any]) -> Generator[str, None, None]:
+        yield from self._pieces(planned, account)
+
+    async def _astream(self, planned: PlannedPrompt, account: dict[str, Any]) -> AsyncGenerator[str, None]:
+        pieces = in_thread(self._pieces(planned, account))
+        try:
+            async for piece in pieces:
+                yield piece
+        finally:
+            await pieces.aclose()
+
+    def _pieces(self, planned: PlannedPrompt, account: dict[str, Any]) -> Generator[str, None, None]:
+        """Generate, telling LlamaIndex's instrumentation, and complete the account however it ends."""
+        prompt = self._readable(planned)
+        cancel = threading.Event()
+        stream = self._generator.stream(planned.plan, self._generation, cancel)
+        with self._callback_manager.event(CBEventType.LLM, payload={EventPayload.PROMPT: prompt}) as event:
+            dispatcher.event(LLMCompletionStartEvent(prompt=prompt, additional_kwargs={}, model_dict=self._llm.to_dict()))
+            try:
+                yield from self._announced(prompt, iter(stream))
+            finally:
+                cancel.set()
+                made = CompletionResponse(text=stream.result.text)
+                _complete(account, planned, stream)
+                dispatcher.event(LLMCompletionEndEvent(prompt=prompt, response=made))
+                event.on_end(payload={EventPayload.PROMPT: prompt, EventPayload.COMPLETION: made})
+
+    def _announced(self, prompt: str, pieces: Iterator[str]) -> Iterator[str]:
+        text = ""
+        for piece in pieces:
+            text += piece
+            partial = CompletionResponse(text=text, delta=piece)
+            dispatcher.event(LLMCompletionInProgressEvent(prompt=prompt, response=partial))
+            yield piece
+
+    def _readable(self, planned: PlannedPrompt) -> str:
+        """What instrumentation shows: text as text, concepts as a note of their number."""
+        decode = self._planner.template.tokenizer.decode
+        ids = (getattr(span, "ids", None) for span in planned.plan.spans)
+        return "".join(
+            decode(list(i)) if i is not None else f"<{len(span)} concepts>"
+            for i, span in zip(ids, planned.plan.spans, strict=True)
+        )
+
+
+def _complete(account: dict[str, Any], planned: PlannedPrompt, stream: TokenStream) -> None:
+    made: Generation = stream.result
+    account["answer"] = made.text
+    account["finish_reason"] = made.finish_reason
+    account["new_tokens"] = len(made.token_ids)
+    account["layout_s"] = planned.layout_s + made.layout_s
+    account["prefill_s"] = made.prefill_s
+    account["decode_s"] = made.decode_s
+    account["ttft_s"] = planned.fetch_s + planned.compress_s + account["layout_s"] + made.prefill_s

@@ -1,0 +1,185 @@
+"""Compressors on disk and on the hub: `config.json` and `compressor.safetensors`, nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from compllm_rag.adapters import load_lora_state
+from compllm_rag.compressor import Compressor
+from compllm_rag.config import FORMAT_VERSION, CompressorConfig
+from compllm_rag.errors import (
+    FingerprintMismatchError,
+    ModelFetchError,
+    UnknownModelError,
+    UnsupportedFormatError,
+)
+from compllm_rag.llm import TargetLLM
+
+_CONFIG, _WEIGHTS = "config.json", "compressor.safetensors"
+
+
+def save_compressor(compressor: Compressor, folder: Path) -> Path:
+    """Write a compressor; a reader of the folder sees the old one or the new one, never half of each.
+
+    Args:
+        compressor: What to save.
+        folder: Made if missing.
+
+    Returns:
+        The folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "format_version": FORMAT_VERSION,
+        "kind": "compllm-rag compressor",
+        "config": compressor.config.model_dump(mode="json"),
+        "llm": {"source": compressor.llm.source, "identity": compressor.llm.identity},
+        "fingerprint": compressor.fingerprint,
+    }
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        weights, config = Path(scratch) / _WEIGHTS, Path(scratch) / _CONFIG
+        save_file({name: tensor.cpu() for name, tensor in compressor.state().items()}, weights)
+        config.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        # The configuration names the fingerprint of the weights, so a mixture of old and new is refused on loading.
+        os.replace(weights, folder / _WEIGHTS)
+        os.replace(config, folder / _CONFIG)
+    return folder
+
+
+def load_compressor(
+    folder: str | Path, llm: TargetLLM | None = None, *, revision: str | None = None, **llm_options: Any
+) -> Compressor:
+    """Load a compressor.
+
+    Args:
+        folder: A local folder, or a hub id (then with `revision`, a commit).
+        llm: Its target LLM; None loads the one named in its configuration.
+        revision: Commit of a hub id.
+        **llm_options: For `TargetLLM.from_pretrained` when `llm` is None.
+
+    Raises:
+        UnknownModelError: Neither a folder nor a hub id with revision.
+        ModelFetchError: The hub cannot be reached.
+        UnsupportedFormatError: Files are missing, damaged, or of a newer format.
+        FingerprintMismatchError: The compressor was made for another LLM, tokenizer or reader.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        path = _from_hub(str(folder), revision)
+    record = _read_config(path / _CONFIG)
+    if llm is None:
+        llm = TargetLLM.from_pretrained(record["llm"]["source"], **llm_options)
+    if record["llm"]["identity"] != llm.identity:
+        raise FingerprintMismatchError(
+            "compressor was made for another LLM",
+            got=f"{llm.source} ({llm.identity[:16]})",
+            expected=f"{record['llm']['source']} ({record['llm']['identity'][:16]})",
+            next_step="load that LLM (and its reader), or train a compressor for this one",
+        )
+    config = CompressorConfig.model_validate(record["config"])
+    state = _read_weights(path / _WEIGHTS)
+    compressor = Compressor(llm, config, information=state["information"].float())
+    _set_weights(compressor, state)
+    if compressor.fingerprint != record["fingerprint"]:
+        raise FingerprintMismatchError(
+            "compressor's weights are not those its configuration names",
+            got=compressor.fingerprint[:16],
+            expected=record["fingerprint"][:16],
+            next_step="fetch or save the compressor again",
+        )
+    return compressor
+
+
+def push_compressor(compressor: Compressor, repo_id: str, *, private: bool = False) -> str:
+    """Upload a compressor to the hub; needs the user's own token.
+
+    Returns:
+        The commit's id, which `load_compressor` takes as `revision`.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        save_compressor(compressor, Path(scratch))
+        commit = api.upload_folder(repo_id=repo_id, folder_path=scratch, commit_message="Add concept compressor")
+    return str(commit.oid)
+
+
+def _from_hub(repo_id: str, revision: str | None) -> Path:
+    if revision is None or repo_id.count("/") != 1:
+        raise UnknownModelError(
+            "no compressor here",
+            got=repo_id,
+            expected="a folder, or a hub id `org/name` with revision=<commit>",
+            next_step="check the path",
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from requests.exceptions import RequestException
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[_CONFIG, _WEIGHTS]))
+    except (LocalEntryNotFoundError, HfHubHTTPError, RequestException) as error:
+        raise ModelFetchError(
+            "compressor could not be fetched from the hub",
+            got=f"{repo_id}@{revision} ({type(error).__name__})",
+            next_step="check the network and the name, or pass a local folder",
+        ) from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        version, fields = record["format_version"], {"config", "llm", "fingerprint"} <= set(record)
+        CompressorConfig.model_validate(record["config"])
+    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+        version, fields = getattr(error, "errno", None) and "no file" or f"unreadable ({type(error).__name__})", False
+    if version != FORMAT_VERSION or not fields:
+        raise UnsupportedFormatError(
+            "this is not a compressor this release reads",
+            got=f"{path}, format {version}",
+            expected=f"format {FORMAT_VERSION}",
+            next_step="update compllm-rag, or save the compressor again",
+        )
+    return dict(record)
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError) as error:
+        raise UnsupportedFormatError(
+            "compressor's weights cannot be read",
+            got=f"{path} ({type(error).__name__})",
+            expected="a whole safetensors file",
+            next_step="fetch or save the compressor again",
+        ) from error
+
+
+def _set_weights(compressor: Compressor, state: dict[str, torch.Tensor]) -> None:
+    head = compressor.head
+    shapes = {"head.weight": head.weight.shape, "head.bias": head.bias.shape}
+    for name, shape in shapes.items():
+        if name not in state or state[name].shape != shape:
+            raise UnsupportedFormatError(
+                "compressor's head does not fit",
+                got=f"{name} {list(state[name].shape) if name in state else 'missing'}",
+                expected=list(shape),
+                next_step="use a compressor made for this LLM",
+            )
+    with torch.no_grad():
+        head.weight.copy_(state["head.weight"])
+        head.bias.copy_(state["head.bias"])
+    lora = {name.removeprefix("lora."): tensor for name, tensor in state.items() if name.startswith("lora.")}
+    load_lora_state(compressor.decoder, lora)

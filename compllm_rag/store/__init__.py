@@ -1,0 +1,10 @@
+"""Where concepts live between ingestion and query: one protocol, a durable store and one in memory."""
+
+from __future__ import annotations
+
+from compllm_rag.store.base import ConceptStore, StoreStats
+from compllm_rag.store.disk import DiskStore
+from compllm_rag.store.memory import MemoryStore
+from compllm_rag.store.packs import Location
+
+__all__ = ["ConceptStore", "DiskStore", "Location", "MemoryStore", "StoreStats"]

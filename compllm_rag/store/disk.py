@@ -1,0 +1,338 @@
+"""The durable store: payloads in segment packs, their places in an index, one writer and any number of readers.
+
+```
+<path>/store.json      what the store holds and how (format version, hidden_size, encoding), written last on creation
+<path>/packs/*.pack    payloads, append-only
+<path>/index/          key -> place, a diskcache database
+<path>/writer.lock     who writes
+```
+
+A record exists once its index row does, and rows are written only after the payloads they point at are on the disk.
+So a crash loses at most what was put since the last flush, and never leaves a row that points at nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from compllm_rag.errors import ConfigurationError, InvalidConceptsError, StoreFullError, StoreReadOnlyError
+from compllm_rag.store.base import ConceptStore, StoreStats, check_hidden_size, check_keys, encode_record
+from compllm_rag.store.faults import explained
+from compllm_rag.store.index import LocationIndex, Totals
+from compllm_rag.store.lock import WriterLock
+from compllm_rag.store.manifest import MANIFEST_NAME, StoreManifest, prepare_folder
+from compllm_rag.store.packs import (
+    Location,
+    PackWriter,
+    pack_header,
+    record_checksum,
+    sync_folder,
+)
+from compllm_rag.store.reading import PackReader
+
+PACK_BYTES = 256 * 2**20
+_RECORDS_PER_WRITE = 256
+_FLUSH_BYTES = 64 * 2**20
+_FLUSH_RECORDS = 20_000
+
+
+class DiskStore(ConceptStore):
+    """Concepts in a folder.
+
+    Args:
+        path: The folder; made when missing, unless `read_only`.
+        hidden_size: Width of every concept; an existing store must have been made with the same.
+        read_only: Take no lock and write nothing. A reader sees what the writer flushes after it opened.
+        max_bytes: Most bytes all packs together may take; None for no limit. Nothing is ever evicted.
+        pack_bytes: A pack of at least this size gets no more payloads.
+
+    Raises:
+        ConfigurationError: An argument makes no sense.
+        StorageNotFoundError: `read_only`, and there is no store.
+        StorageMismatchError: The store has another hidden_size, or the folder holds something else.
+        UnsupportedFormatError: The store was written by another format version.
+        CorruptRecordError: The manifest or the index is damaged.
+        StoreLockedError: Another writer has the store open.
+        StoreReadOnlyError: The folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        hidden_size: int,
+        read_only: bool = False,
+        max_bytes: int | None = None,
+        pack_bytes: int = PACK_BYTES,
+    ) -> None:
+        self.hidden_size = check_hidden_size(hidden_size)
+        for name, value in (("max_bytes", max_bytes), ("pack_bytes", pack_bytes)):
+            if value is not None and value < 1:
+                raise ConfigurationError(f"{name} makes no sense", got=value, expected="at least 1")
+        self.path, self.read_only, self._max_bytes = Path(path).absolute(), read_only, max_bytes
+        self._guard = threading.RLock()
+        self._pending: dict[str, Location] = {}
+        self._pending_bytes = self._hits = self._misses = 0
+        self._closed = False
+        self._lock: WriterLock | None = None
+        self._writer: PackWriter | None = None
+        if not read_only:
+            prepare_folder(self.path)
+            self._lock = WriterLock(self.path / "writer.lock")
+        try:
+            self._open(pack_bytes)
+        except BaseException:
+            if self._lock is not None:
+                self._lock.release()
+            raise
+
+    def _open(self, pack_bytes: int) -> None:
+        new = not self.read_only and not (self.path / MANIFEST_NAME).exists()
+        if new:
+            manifest = StoreManifest(hidden_size=self.hidden_size)
+            with explained(self.path, writing=True):
+                for name in ("packs", "index"):
+                    (self.path / name).mkdir(mode=0o700, exist_ok=True)
+        else:
+            manifest = StoreManifest.load(self.path, hidden_size=self.hidden_size)
+        self._encoding = manifest.codec
+        header = pack_header(self.hidden_size, manifest.encoding)
+        self._packs = PackReader(self.path / "packs", header)
+        self._index = LocationIndex(self.path / "index", writable=not self.read_only, create=new)
+        try:
+            if not self.read_only:
+                self._writer = PackWriter(self.path / "packs", header, pack_bytes)
+            if new:
+                with explained(self.path, writing=True):
+                    sync_folder(self.path / "index")
+                    manifest.save(self.path)
+        except BaseException:
+            self._index.close()
+            raise
+
+    def contains(self, keys: Sequence[str]) -> list[bool]:
+        """Tell which records are stored; see `ConceptStore.contains`."""
+        with self._guard:
+            return [location is not None for location in self._locate(keys, count=False)]
+
+    def put(self, records: Iterable[tuple[str, torch.Tensor]]) -> int:
+        """Store concepts (n_concepts, hidden_size) by key; see `ConceptStore.put`.
+
+        They can be read by this instance at once, and are durable and visible to others after `flush`.
+        """
+        self._require_writer()
+        stream, written = iter(records), 0
+        while True:
+            batch: dict[str, tuple[int, bytes]] = {}
+            try:
+                # Not under the lock: what makes the records may be slow, or itself read from this store.
+                for key, concepts in islice(stream, _RECORDS_PER_WRITE):
+                    payload = encode_record(key, concepts, self.hidden_size, self._encoding)
+                    batch.setdefault(key, (concepts.shape[0], payload))
+            finally:
+                written += self._append(batch)
+            if not batch:
+                return written
+
+    def _append(self, batch: dict[str, tuple[int, bytes]]) -> int:
+        with self._guard:
+            writer = self._require_writer()
+            known = self._find(list(batch))
+            fresh = {key: record for key, record in batch.items() if key not in known}
+            if not fresh:
+                return 0
+            if writer.full:
+                self.flush()
+            taken = self._within_limit(writer, fresh)
+            if taken:
+                run = b"".join(fresh[key][1] for key in taken)
+                pack, offset = writer.append(run)
+                for key in taken:
+                    n_concepts, payload = fresh[key]
+                    self._pending[key] = Location(pack, offset, n_concepts, record_checksum(key, payload))
+                    offset += len(payload)
+                self._pending_bytes += len(run)
+            if len(taken) < len(fresh):
+                raise StoreFullError(
+                    "the concept store has reached its size limit; nothing was evicted",
+                    got=f"packs of {writer.total_bytes} bytes",
+                    expected=f"at most {self._max_bytes} bytes (max_bytes)",
+                    next_step="raise max_bytes, or remove documents",
+                )
+            if self._pending_bytes >= _FLUSH_BYTES or len(self._pending) >= _FLUSH_RECORDS:
+                self.flush()
+            return len(taken)
+
+    def _within_limit(self, writer: PackWriter, fresh: dict[str, tuple[int, bytes]]) -> list[str]:
+        """The first records of `fresh` for which there is room."""
+        if self._max_bytes is None:
+            return list(fresh)
+        taken, size = [], 0
+        for key, (_, payload) in fresh.items():
+            size += len(payload)
+            if writer.total_bytes + writer.cost(size) > self._max_bytes:
+                break
+            taken.append(key)
+        return taken
+
+    def get(self, keys: Sequence[str]) -> list[torch.Tensor | None]:
+        """Read records, each (n_concepts, hidden_size) fp16; see `ConceptStore.get`."""
+        with self._guard:
+            locations = self._locate(keys)
+            hits = {index: location for index, location in enumerate(locations) if location is not None}
+            joined = self._read([keys[index] for index in hits], list(hits.values()))
+        result: list[torch.Tensor | None] = [None] * len(keys)
+        start = 0
+        for index, location in hits.items():
+            # A copy, else one small record kept would keep all of them in memory.
+            result[index] = joined[start : start + location.n_concepts].clone()
+            start += location.n_concepts
+        return result
+
+    def get_joined(self, keys: Sequence[str]) -> torch.Tensor | None:
+        """Read records as one tensor (sum of n_concepts, hidden_size) fp16; see `ConceptStore.get_joined`."""
+        with self._guard:
+            locations = self._locate(keys)
+            found = [location for location in locations if location is not None]
+            return self._read(keys, found) if len(found) == len(locations) else None
+
+    def flush(self) -> None:
+        """Make everything put so far durable, and visible to readers; see `ConceptStore.flush`."""
+        with self._guard:
+            self._require_open()
+            if self._writer is None or not self._pending:
+                return
+            try:
+                self._writer.sync()
+            except OSError:
+                # What a failed fsync leaves on the disk nobody knows; it must not be tried again.
+                self._pending.clear()
+                self._pending_bytes = 0
+                self._writer.close()
+                raise
+            self._index.add(self._pending, self._totals())
+            self._pending.clear()
+            self._pending_bytes = 0
+
+    def stats(self) -> StoreStats:
+        """Count what is stored and what was asked for."""
+        with self._guard:
+            self._require_open()
+            totals = self._totals()
+            return StoreStats(totals.records, totals.concepts, totals.payload_bytes, self._hits, self._misses)
+
+    def iter_records(self) -> Iterator[tuple[str, Location]]:
+        """Go through all flushed records in the order they were put, without reading their payloads.
+
+        Yields:
+            Record key and where its payload lies.
+
+        Raises:
+            CorruptRecordError: An index row is damaged, or was not written by this package.
+        """
+        pages = self._index.items()
+        while True:
+            with self._guard:
+                self._require_open()
+                row = next(pages, None)
+            if row is None:
+                return
+            yield row
+
+    def check(self, key: str) -> bool:
+        """Prove that a record can be read, without counting a hit or a miss.
+
+        Returns:
+            False when there is no such record.
+
+        Raises:
+            ConfigurationError: The key is not 64 hexadecimal characters.
+            CorruptRecordError: The record fails its checksum or its bounds.
+            InvalidConceptsError: The record holds NaN or infinite values.
+        """
+        check_keys([key])
+        with self._guard:
+            location = self._find([key]).get(key)
+            if location is None:
+                return False
+            self._read([key], [location])
+            return True
+
+    def close(self) -> None:
+        """Flush and release everything held. Closing twice is harmless."""
+        with self._guard:
+            if self._closed:
+                return
+            try:
+                self.flush()
+            finally:
+                self._closed = True
+                self._packs.close()
+                if self._writer is not None:
+                    self._writer.close()
+                try:
+                    self._index.close()
+                finally:
+                    if self._lock is not None:
+                        self._lock.release()
+
+    def _find(self, keys: Sequence[str]) -> dict[str, Location]:
+        self._require_open()
+        found = {key: self._pending[key] for key in keys if key in self._pending}
+        found.update(self._index.find([key for key in dict.fromkeys(keys) if key not in found]))
+        return found
+
+    def _locate(self, keys: Sequence[str], *, count: bool = True) -> list[Location | None]:
+        check_keys(keys)
+        found = self._find(keys)
+        locations = [found.get(key) for key in keys]
+        if count:
+            misses = locations.count(None)
+            self._misses += misses
+            self._hits += len(locations) - misses
+        return locations
+
+    def _read(self, keys: Sequence[str], locations: Sequence[Location]) -> torch.Tensor:
+        """Concepts (sum of n_concepts, hidden_size) of located records, checked."""
+        sizes = [self._encoding.nbytes(location.n_concepts, self.hidden_size) for location in locations]
+        data = self._packs.read(keys, locations, sizes)
+        try:
+            return self._encoding.decode(data, sum(location.n_concepts for location in locations), self.hidden_size)
+        except InvalidConceptsError as error:
+            raise self._name_invalid(keys, locations) from error
+
+    def _name_invalid(self, keys: Sequence[str], locations: Sequence[Location]) -> InvalidConceptsError:
+        for key, location in zip(keys, locations, strict=True):
+            data = self._packs.read([key], [location], [self._encoding.nbytes(location.n_concepts, self.hidden_size)])
+            try:
+                self._encoding.decode(data, location.n_concepts, self.hidden_size)
+            except InvalidConceptsError as error:
+                return InvalidConceptsError(f"record {key} holds values no concept can have", got=error.got)
+        return InvalidConceptsError("records hold values no concept can have")
+
+    def _totals(self) -> Totals:
+        totals = self._index.totals()
+        concepts = sum(location.n_concepts for location in self._pending.values())
+        return Totals(
+            totals.records + len(self._pending),
+            totals.concepts + concepts,
+            totals.payload_bytes + self._pending_bytes,
+        )
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ConfigurationError("the concept store is closed", got=self.path, next_step="open it again")
+
+    def _require_writer(self) -> PackWriter:
+        self._require_open()
+        if self._writer is None:
+            raise StoreReadOnlyError(
+                "the concept store was opened for reading", got=self.path, next_step="open it without read_only"
+            )
+        return self._writer

@@ -1,0 +1,242 @@
+"""The index of a disk store: record key to location, kept by diskcache.
+
+diskcache's defaults lose data and run code: it evicts silently at 1 GiB, syncs lazily, and loads pickles on reading.
+So rows are written through it with eviction off and full syncing, str keys and bytes values only, and a `Disk` that
+refuses pickles and value files both ways. Rows are read with SQL on a read-only connection of our own: hundreds of
+keys in one statement, no write by a reader (diskcache writes its settings whenever it opens), and the same refusals.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import diskcache  # type: ignore[import-untyped, unused-ignore]
+
+from compllm_rag.errors import ConfigurationError, CorruptRecordError, UnsupportedFormatError
+from compllm_rag.store.faults import damaged_index, explained
+from compllm_rag.store.packs import Location, corrupt_record
+
+_ROW = struct.Struct("<IQIQ")  # pack, offset, n_concepts, checksum
+_TOTALS = struct.Struct("<QQQ")  # records, concepts, payload bytes
+_TOTALS_KEY = "totals"  # no record key: those are 64 characters
+_RAW = 0  # diskcache's mode for a value that lies in the row itself
+_KEYS_PER_QUERY = 500  # old SQLite takes 999 parameters
+_SETTINGS = {
+    "eviction_policy": "none",
+    "cull_limit": 0,
+    "statistics": 0,
+    "tag_index": 0,
+    "sqlite_auto_vacuum": 0,
+    "sqlite_cache_size": 2**13,
+    "sqlite_journal_mode": "wal",
+    "sqlite_mmap_size": 0,  # a shortened, mapped database would end the process
+    "sqlite_synchronous": 2,
+    "disk_min_file_size": 2**15,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums over the records of an index."""
+
+    records: int = 0
+    concepts: int = 0
+    payload_bytes: int = 0
+
+
+class PlainDisk(diskcache.Disk):  # type: ignore[misc, unused-ignore]
+    """Takes str keys and small bytes values, and never loads or writes a pickle or a value file."""
+
+    def put(self, key: object) -> tuple[str, bool]:
+        """Pass a str key on."""
+        if type(key) is not str:
+            raise UnsupportedFormatError("index keys are texts", got=f"a {type(key).__name__}", expected="str")
+        return key, True
+
+    def get(self, key: object, raw: object) -> str:
+        """Give a str key back."""
+        if not raw or type(key) is not str:
+            raise _planted(repr(key)[:80], f"a key of type {type(key).__name__}, raw {raw}")
+        return key
+
+    def store(self, value: object, read: bool, key: object = None) -> tuple[int, int, None, bytes]:
+        """Pass a bytes value on."""
+        if type(value) is not bytes or read or len(value) >= self.min_file_size:
+            raise UnsupportedFormatError("index values are short bytes", got=f"a {type(value).__name__}")
+        return 0, _RAW, None, value
+
+    def fetch(self, mode: int, filename: str | None, value: object, read: bool) -> bytes:
+        """Give a bytes value back."""
+        if mode != _RAW or type(value) is not bytes or filename is not None:
+            raise _planted("of the index", f"a value of mode {mode}, type {type(value).__name__}, file {filename}")
+        return value
+
+
+def _planted(key: str, got: str) -> CorruptRecordError:
+    return CorruptRecordError(
+        f"a row this package does not write is in the index: {key}",
+        got=got,
+        expected="plain bytes",
+        next_step="find out who writes to this folder; nothing of the row was loaded",
+    )
+
+
+class LocationIndex:
+    """Locations by record key. Not safe between threads by itself.
+
+    Args:
+        folder: Where the database lies; see `create`.
+        writable: Whether `add` will be called. The caller holds the writer lock then.
+        create: Whether the database may be missing; else that is damage, and not an empty index.
+
+    Raises:
+        CorruptRecordError: The database is damaged or gone.
+    """
+
+    def __init__(self, folder: Path, *, writable: bool, create: bool = False) -> None:
+        self._folder, self._database = folder, folder / "cache.db"
+        self._reader: sqlite3.Connection | None = None
+        self._lasting = True
+        self._cache: diskcache.Cache | None = None
+        if not create:
+            if not self._database.exists():
+                raise damaged_index(self._database, "no such file")
+            self.totals()  # damage shows now, not at the first query, and before diskcache makes what it misses
+        if writable:
+            with explained(self._database, writing=True):
+                self._cache = self._open_cache()
+
+    def _open_cache(self) -> diskcache.Cache:
+        if os.path.expandvars(os.path.expanduser(self._folder)) != str(self._folder):
+            raise ConfigurationError(
+                "diskcache would replace a variable in the path of the store",
+                got=self._folder,
+                expected="a path without the names of environment variables",
+            )
+        # Made before SQLite does, with the mode that its journals will inherit.
+        os.close(os.open(self._database, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        return diskcache.Cache(str(self._folder), disk=PlainDisk, **_SETTINGS)
+
+    def find(self, keys: Sequence[str]) -> dict[str, Location]:
+        """Look up locations; missing keys are left out.
+
+        Raises:
+            CorruptRecordError: A row is damaged, or holds a pickle; it is not loaded.
+        """
+        found = {}
+        with explained(self._database, writing=False):
+            for start in range(0, len(keys), _KEYS_PER_QUERY):
+                batch = keys[start : start + _KEYS_PER_QUERY]
+                marks = ",".join("?" * len(batch))
+                query = f"SELECT key, mode, filename, value FROM Cache WHERE raw = 1 AND key IN ({marks})"
+                for key, mode, filename, value in self._select(query, batch):
+                    found[key] = _parse(key, mode, filename, value)
+        return found
+
+    def items(self) -> Iterator[tuple[str, Location]]:
+        """Go through all rows in the order they were written, a page at a time.
+
+        Raises:
+            CorruptRecordError: A row is damaged, or holds a pickle; it is not loaded.
+        """
+        last = 0
+        query = "SELECT rowid, key, raw, mode, filename, value FROM Cache WHERE rowid > ? ORDER BY rowid LIMIT 1000"
+        while True:
+            with explained(self._database, writing=False):
+                rows = self._select(query, (last,))
+            if not rows:
+                return
+            for last, key, raw, mode, filename, value in rows:  # noqa: B007 - the last row starts the next page
+                if raw != 1 or type(key) is not str:
+                    raise _planted(repr(key)[:80], f"a key of type {type(key).__name__}, raw {raw}")
+                if key != _TOTALS_KEY:
+                    yield key, _parse(key, mode, filename, value)
+
+    def totals(self) -> Totals:
+        """Sums over all rows."""
+        query = "SELECT mode, filename, value FROM Cache WHERE raw = 1 AND key = ?"
+        with explained(self._database, writing=False):
+            rows = self._select(query, (_TOTALS_KEY,))
+        if not rows:
+            return Totals()
+        ((mode, filename, value),) = rows
+        if mode != _RAW or filename is not None or type(value) is not bytes or len(value) != _TOTALS.size:
+            raise _planted(_TOTALS_KEY, f"a value of mode {mode}, type {type(value).__name__}")
+        return Totals(*_TOTALS.unpack(value))
+
+    def add(self, rows: Mapping[str, Location], totals: Totals) -> None:
+        """Write rows and the new totals in one transaction, durable on return.
+
+        Raises:
+            StoreFullError: No space; no row was written.
+        """
+        if self._cache is None:
+            return
+        with explained(self._database, writing=True):
+            try:
+                with self._cache.transact():
+                    for key, at in rows.items():
+                        self._cache.set(key, _ROW.pack(at.pack, at.offset, at.n_concepts, at.checksum))
+                    self._cache.set(_TOTALS_KEY, _TOTALS.pack(totals.records, totals.concepts, totals.payload_bytes))
+            except BaseException:
+                self._cache.close()  # a COMMIT that failed leaves its transaction open; a new connection has none
+                raise
+
+    def close(self) -> None:
+        """Close the database."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+        if self._cache is not None:
+            self._cache.close()
+            self._cache = None
+
+    def _select(self, query: str, values: Sequence[object]) -> list[tuple[Any, ...]]:
+        if self._reader is None:
+            self._reader, self._lasting = self._connect()
+        rows = self._reader.execute(query, values).fetchall()
+        if not self._lasting:
+            self._reader.close()
+            self._reader = None
+        return rows
+
+    def _connect(self) -> tuple[sqlite3.Connection, bool]:
+        """A read-only connection, and whether it will see what is written after it."""
+        address = f"file:{quote(str(self._database))}?mode=ro"
+        reader = sqlite3.connect(address, uri=True, timeout=60, check_same_thread=False, isolation_level=None)
+        try:
+            for pragma in ("query_only = 1", "trusted_schema = 0", "cell_size_check = 1", "mmap_size = 0"):
+                reader.execute(f"PRAGMA {pragma}")
+            reader.execute("SELECT COUNT(*) FROM Settings")
+        except sqlite3.OperationalError as error:
+            reader.close()
+            journal = self._database.with_name(self._database.name + "-wal")
+            no_journal = error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+            if not no_journal or journal.exists():
+                raise
+            # On a read-only medium SQLite cannot make its journal. There is none, so all data is in the database; a
+            # writer may still come along elsewhere, so such a connection serves one statement only.
+            address += "&immutable=1"
+            return sqlite3.connect(address, uri=True, check_same_thread=False, isolation_level=None), False
+        except BaseException:
+            reader.close()
+            raise
+        return reader, True
+
+
+def _parse(key: str, mode: object, filename: object, value: object) -> Location:
+    if mode != _RAW or filename is not None or type(value) is not bytes:
+        raise _planted(key, f"a value of mode {mode}, type {type(value).__name__}, file {filename}")
+    if len(value) != _ROW.size:
+        raise corrupt_record(key, f"an index row of {len(value)} bytes instead of {_ROW.size}")
+    location = Location(*_ROW.unpack(value))
+    if location.n_concepts < 1:
+        raise corrupt_record(key, "an index row that says it has no concepts")
+    return location

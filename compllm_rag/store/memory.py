@@ -1,0 +1,84 @@
+"""A store that lives and dies with its process: for tests, notebooks and small corpora."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+from compllm_rag.store.base import ConceptStore, StoreStats, check_hidden_size, check_keys, encode_record
+from compllm_rag.store.codec import encoding_named
+
+
+class MemoryStore(ConceptStore):
+    """Concepts in a dictionary, encoded as the durable store encodes them.
+
+    Args:
+        hidden_size: Width of every concept.
+
+    Raises:
+        ConfigurationError: `hidden_size` is not a positive integer.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        self.hidden_size = check_hidden_size(hidden_size)
+        self._encoding = encoding_named("fp16")
+        self._records: dict[str, bytes] = {}
+        self._payload_bytes = self._hits = self._misses = 0
+        self._guard = threading.RLock()
+
+    def contains(self, keys: Sequence[str]) -> list[bool]:
+        """Tell which records are stored; see `ConceptStore.contains`."""
+        check_keys(keys)
+        with self._guard:
+            return [key in self._records for key in keys]
+
+    def put(self, records: Iterable[tuple[str, torch.Tensor]]) -> int:
+        """Store concepts (n_concepts, hidden_size) by key; see `ConceptStore.put`."""
+        written = 0
+        for key, concepts in records:
+            payload = encode_record(key, concepts, self.hidden_size, self._encoding)
+            with self._guard:
+                if key not in self._records:
+                    self._records[key] = payload
+                    self._payload_bytes += len(payload)
+                    written += 1
+        return written
+
+    def get(self, keys: Sequence[str]) -> list[torch.Tensor | None]:
+        """Read records, each (n_concepts, hidden_size) fp16; see `ConceptStore.get`."""
+        return [None if payload is None else self._decode([payload]) for payload in self._find(keys)]
+
+    def get_joined(self, keys: Sequence[str]) -> torch.Tensor | None:
+        """Read records as one tensor (sum of n_concepts, hidden_size) fp16; see `ConceptStore.get_joined`."""
+        found = self._find(keys)
+        payloads = [payload for payload in found if payload is not None]
+        return self._decode(payloads) if len(payloads) == len(found) else None
+
+    def flush(self) -> None:
+        """Do nothing: memory is as durable as it gets."""
+
+    def stats(self) -> StoreStats:
+        """Count what is stored and what was asked for."""
+        with self._guard:
+            concepts = self._payload_bytes // self._encoding.nbytes(1, self.hidden_size)
+            return StoreStats(len(self._records), concepts, self._payload_bytes, self._hits, self._misses)
+
+    def close(self) -> None:
+        """Keep everything: the records go when the store goes."""
+
+    def _find(self, keys: Sequence[str]) -> list[bytes | None]:
+        check_keys(keys)
+        with self._guard:
+            found = [self._records.get(key) for key in keys]
+            misses = found.count(None)
+            self._misses += misses
+            self._hits += len(found) - misses
+            return found
+
+    def _decode(self, payloads: Sequence[bytes]) -> torch.Tensor:
+        data = np.empty(sum(map(len, payloads)), dtype=np.uint8)
+        data.data[:] = b"".join(payloads)
+        return self._encoding.decode(data, data.size // self._encoding.nbytes(1, self.hidden_size), self.hidden_size)

@@ -1,0 +1,42 @@
+"""Shared fixtures: toy models and texts; nothing here touches the network."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import toy  # noqa: E402
+
+from compllm_rag.compressor import Compressor  # noqa: E402
+from compllm_rag.llm import TargetLLM  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has a cache directory of its own."""
+    monkeypatch.setenv("COMPLLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def llm() -> TargetLLM:
+    """A random Llama."""
+    return toy.llm()
+
+
+@pytest.fixture(scope="session")
+def compressor(llm: TargetLLM) -> Compressor:
+    """The untrained compressor of the random Llama."""
+    return Compressor(llm)
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random Llama as a model folder."""
+    return toy.save(tmp_path_factory.mktemp("toy-llm"))
