@@ -51,7 +51,9 @@ __all__ = [*sorted(_HOME), "__version__"]
 def __getattr__(name: str) -> object:
     """Load a public name from its module (PEP 562)."""
     if name not in _HOME:
-        raise AttributeError(f"module 'compllm_rag' has no attribute {name!r}; public names: {', '.join(sorted(_HOME))}")
+        raise AttributeError(
+            f"module 'compllm_rag' has no attribute {name!r}; public names: {', '.join(sorted(_HOME))}"
+        )
     value = getattr(importlib.import_module(f"compllm_rag.{_HOME[name]}"), name)
     globals()[name] = value
     return value

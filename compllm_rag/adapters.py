@@ -59,7 +59,10 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
         state = load_file(folder / _WEIGHTS)
     except FileNotFoundError as error:
         raise UnsupportedFormatError(
-            "adapter folder is not complete", got=folder, expected=f"{_CONFIG} and {_WEIGHTS}", next_step="check the path"
+            "adapter folder is not complete",
+            got=folder,
+            expected=f"{_CONFIG} and {_WEIGHTS}",
+            next_step="check the path",
         ) from error
     plain = config.get("peft_type") == "LORA" and not config.get("use_dora") and not config.get("use_rslora")
     if not plain or any(".lora_A." not in key and ".lora_B." not in key for key in state):
@@ -72,7 +75,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
     return config, state
 
 
-def inject_lora(decoder: Any, *, rank: int, alpha: float, modules: tuple[str, ...], name: str = "default") -> None:
+def inject_lora(decoder: Any, *, rank: int, alpha: int, modules: tuple[str, ...], name: str = "default") -> None:
     """Add live LoRA layers to a module tree in place (PEFT); their effect starts at zero."""
     from peft import LoraConfig, inject_adapter_in_model
 

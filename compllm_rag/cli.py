@@ -19,8 +19,8 @@ from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
 from compllm_rag.errors import CompLLMError, ConfigurationError
 
 if TYPE_CHECKING:
-    from compllm_rag.llamaindex.ingest import IngestReport
     from compllm_rag.llamaindex.index import ConceptIndex
+    from compllm_rag.llamaindex.ingest import IngestReport
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
     help="Retrieval-augmented generation that never pays twice for the same passage.\n\n"
     "Ingest documents once: each is cut into chunks, embedded, and compressed into concept embeddings. Every later "
-    "query feeds the retrieved concepts to the LLM in place of tokens, at half or a quarter of the prompt positions.\n\n"
+    "query feeds the retrieved concepts to the LLM in place of tokens, at half or a quarter of the positions.\n\n"
     "Start with: compllm-rag demo",
 )
 models_app = typer.Typer(no_args_is_help=True, help="The models that answer to an alias: list them, fetch them.")
@@ -66,7 +66,7 @@ def ingest(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files (.txt, .md, .jsonl) or folders.")],
     storage: Storage,
     llm: Annotated[
-        str | None, typer.Option(help=f"Target LLM: alias, folder or org/name@revision. Default: {DEFAULT_LLM}.")
+        str | None, typer.Option(help=f"Target LLM: alias, folder or org/name@revision [{DEFAULT_LLM}].")
     ] = None,
     embedder: Annotated[str | None, typer.Option(help=f"Retrieval embedder. Default: {DEFAULT_EMBEDDER}.")] = None,
     rate: Annotated[float | None, typer.Option(help="Compression rate: source tokens per concept. Default: 2.")] = None,
@@ -235,7 +235,9 @@ def models_list(as_json: AsJson = False) -> None:
 @models_app.command("fetch")
 @_reported
 def models_fetch(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Aliases or org/name@revision.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Aliases or org/name@revision.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Fetch models into the user's cache and verify them; without names the two defaults."""

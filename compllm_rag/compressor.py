@@ -225,7 +225,9 @@ class Compressor:
         concepts: torch.Tensor = start.float() + self.config.scale * self.head(normed)
         return concepts
 
-    def _anchor_positions(self, ids: torch.Tensor, is_token: torch.Tensor, counts: torch.Tensor, k: int) -> torch.Tensor:
+    def _anchor_positions(
+        self, ids: torch.Tensor, is_token: torch.Tensor, counts: torch.Tensor, k: int
+    ) -> torch.Tensor:
         """Indices (batch, max K) of each row's anchors in order of place; padding repeats the last slot."""
         n = ids.shape[1]
         table = self.information[ids].masked_fill(~is_token, -math.inf)

@@ -38,9 +38,11 @@ class CompressorConfig(Frozen):
         default="continue", description="rotary positions of the anchors: after the segment, or their own"
     )
     sink: bool = Field(default=False, description="put the beginning-of-sequence token in front of each segment")
-    scale: float = Field(default=1.0, gt=0.0, description="factor of the head's output, the RMS of embeddings if trained")
+    scale: float = Field(
+        default=1.0, gt=0.0, description="factor of the head's output, the RMS of embeddings if trained"
+    )
     lora_rank: int = Field(default=0, ge=0, description="0: no LoRA")
-    lora_alpha: float = Field(default=0.0, ge=0.0)
+    lora_alpha: int = Field(default=0, ge=0)
     lora_modules: tuple[str, ...] = ()
 
 

@@ -151,9 +151,7 @@ def _summary(asked: Sequence[dict[str, Any]]) -> dict[str, Any]:
     rows = {mode: [row["answers_by_mode"][mode] for row in asked] for mode in _MODES}
     fields = ("prompt_positions", "ttft_s", "prefill_s", "fetch_s", "layout_s", "total_s", "f1")
     means = {mode: {name: fmean(r[name] for r in rows[mode]) for name in fields} for mode in _MODES}
-    shares = [
-        r["ttft_s"] / t["ttft_s"] for t, r in zip(rows["text"], rows["concepts"], strict=True) if t["ttft_s"] > 0
-    ]
+    shares = [r["ttft_s"] / t["ttft_s"] for t, r in zip(rows["text"], rows["concepts"], strict=True) if t["ttft_s"] > 0]
     return {
         "means": means,
         "concepts_over_text": {
@@ -210,7 +208,10 @@ def _show_summary(console: Console, summary: dict[str, Any], n: int, again: Any)
         f"{summary['concepts_over_text']['prompt_positions']:.2f}",
     )
     table.add_row(
-        "TTFT", f"{text['ttft_s']:.2f} s", f"{concepts['ttft_s']:.2f} s", f"{summary['concepts_over_text']['ttft_s']:.2f}"
+        "TTFT",
+        f"{text['ttft_s']:.2f} s",
+        f"{concepts['ttft_s']:.2f} s",
+        f"{summary['concepts_over_text']['ttft_s']:.2f}",
     )
     table.add_row("F1", f"{text['f1']:.1f}", f"{concepts['f1']:.1f}", "")
     console.print(table)

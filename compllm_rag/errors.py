@@ -17,9 +17,7 @@ class CompLLMError(Exception):
         next_step: What the reader should do now; left out when None.
     """
 
-    def __init__(
-        self, what: str, *, got: object = None, expected: object = None, next_step: str | None = None
-    ) -> None:
+    def __init__(self, what: str, *, got: object = None, expected: object = None, next_step: str | None = None) -> None:
         self.what, self.got, self.expected, self.next_step = what, got, expected, next_step
         super().__init__(self._message())
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,6 @@ class TargetLLM:
         tokenizer: Its fast tokenizer.
         source: How the model is named again: alias, folder or `org/name@revision`.
         digests: SHA-256 of the source files (and of the reader adapter); None computes one from the tensors.
-        alias: The registry's name of the model, when it has one; selects the shipped information table.
 
     Raises:
         UnsupportedModelError: The model cannot read embeddings, or needs more than embeddings.
@@ -42,7 +42,8 @@ class TargetLLM:
         digests: dict[str, str] | None = None,
     ) -> None:
         _check(model)
-        self.model: Any = model.requires_grad_(False).eval()
+        self.model: Any = model
+        self.model.requires_grad_(False).eval()
         self.tokenizer: Any = tokenizer
         self.source = source
         self.digests = digests if digests is not None else _tensor_digests(model, tokenizer)
@@ -125,7 +126,6 @@ class TargetLLM:
         dtype: torch.dtype = self.embedding.weight.dtype
         return dtype
 
-    @torch.inference_mode()
     def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Input embeddings of token ids as the first layer sees them (post-scale).
 
@@ -133,7 +133,8 @@ class TargetLLM:
             Tensor (n_tokens, hidden_size) in the compute dtype.
         """
         ids = torch.tensor(list(token_ids), dtype=torch.long, device=self.device)
-        embedded: torch.Tensor = self.embedding(ids[None])[0]
+        with torch.inference_mode():
+            embedded: torch.Tensor = self.embedding(ids[None])[0]
         return embedded
 
     def stop_ids(self) -> set[int]:
@@ -147,15 +148,13 @@ class TargetLLM:
 
 def _load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
 
-    bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=False, local_files_only=True, use_safetensors=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.float32, trust_remote_code=False, local_files_only=True, use_safetensors=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (ValueError, KeyError, OSError) as error:
         raise UnsupportedModelError(
             "transformers cannot load this model as a decoder LLM",
@@ -163,10 +162,22 @@ def _load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             expected="a causal language model with safetensors weights and a fast tokenizer",
             next_step="name another model, or update transformers",
         ) from error
-    finally:
-        if bar:
-            transformers_logging.enable_progress_bar()
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars of transformers: a model that lies on the disk is not news."""
+    from transformers.utils import logging
+
+    log: Any = logging
+    shown = log.is_progress_bar_enabled()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            log.enable_progress_bar()
 
 
 def _check(model: PreTrainedModel) -> None:

@@ -143,7 +143,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         version, fields = record["format_version"], {"config", "llm", "fingerprint"} <= set(record)
         CompressorConfig.model_validate(record["config"])
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
-        version, fields = getattr(error, "errno", None) and "no file" or f"unreadable ({type(error).__name__})", False
+        version, fields = ("no file" if isinstance(error, OSError) else f"unreadable ({type(error).__name__})"), False
     if version != FORMAT_VERSION or not fields:
         raise UnsupportedFormatError(
             "this is not a compressor this release reads",

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -181,16 +182,13 @@ def _split_evenly(sentence: Segment, size: int) -> list[Segment]:
     n = sentence.end - sentence.start
     parts = math.ceil(n / size)
     cuts = [sentence.start + round(n * i / parts) for i in range(parts + 1)]
-    return [
-        Segment(a, b, sentence.level if i == parts - 1 else _INNER)
-        for i, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False))
-    ]
+    return [Segment(a, b, sentence.level if i == parts - 1 else _INNER) for i, (a, b) in enumerate(pairwise(cuts))]
 
 
 def chunk_bounds(tokenized: TokenizedText, chunk_size: int) -> list[tuple[int, int]]:
     """Group segments into chunks with content-defined boundaries.
 
-    A boundary is a segment end that is the best within half a `chunk_size` of tokens on both sides: paragraph ends before
+    A boundary is a segment end that is the best within half a `chunk_size` on both sides: paragraph ends before
     sentence ends before others, and among equals the smallest hash of the segments that meet there. What remains
     longer than 1.2 `chunk_size` is cut again at its best end. Nothing outside that window matters, so an edit moves
     the boundaries around it and no others (the local-minimum method of content-defined chunking).
@@ -212,7 +210,7 @@ def chunk_bounds(tokenized: TokenizedText, chunk_size: int) -> list[tuple[int, i
     reach = max(1, int(_REACH * chunk_size))
     cuts = [-1, *_local_minima(ends, ranks, reach), len(segments) - 1]
     bounds: list[tuple[int, int]] = []
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in pairwise(cuts):
         if b > a:
             bounds.extend(_cut_long(ends, ranks, a + 1, b + 1, chunk_size))
     return bounds

@@ -64,8 +64,6 @@ class GenerationBackend(Protocol):
         """Answer one prompt, piece by piece; setting `cancel` ends it at the next token."""
         ...
 
-    def generate(
-        self, plans: Sequence[PromptPlan], config: GenerationConfig | None = None
-    ) -> list[Generation]:
+    def generate(self, plans: Sequence[PromptPlan], config: GenerationConfig | None = None) -> list[Generation]:
         """Answer several prompts as one batch."""
         ...

@@ -173,7 +173,7 @@ class LocalStream:
         self._layout_s = laid_out - begun
         stop, first = self._generator.llm.stop_ids(), 0.0
         reason: FinishReason = "length"
-        for [token] in self._generator._tokens(inputs, self._config.max_new_tokens):  # noqa: SLF001 - same module
+        for [token] in self._generator._tokens(inputs, self._config.max_new_tokens):
             now = time.perf_counter()
             if not first:
                 first, self._prefill_s = now, now - laid_out

@@ -70,4 +70,3 @@ class Accounts:
         for row in rows.values():
             total = total.plus(Account(**row))
         return len(rows), total
-

@@ -196,13 +196,11 @@ class Catalog:
         Raises:
             CorruptRecordError: Their file is damaged, or does not belong to the rows.
         """
-        if not self._changed:
+        if self._vectors is None or not self._changed:
             state = self._state()
             if self._vectors is None or self._loaded != state.number:
                 self._vectors, self._loaded = self._load(state), state.number
-            self._changed = changing
-        if self._vectors is None:  # pragma: no cover - changed vectors are there
-            raise damaged("changed vectors are gone")
+        self._changed = self._changed or changing
         return self._vectors
 
     def get_meta(self, key: str) -> str | None:
@@ -301,12 +299,14 @@ class Catalog:
         if not self._uncommitted:
             if self.path is not None:
                 self._lock = _locked(self.path)
+            self._uncommitted = True
             try:
                 connection.execute("BEGIN IMMEDIATE")
+                if has_tables(connection):  # they are being made otherwise
+                    self.vectors()  # now: once rows change, they cannot be compared with a file any more
             except BaseException:
-                self._release()
+                self._abandon(connection)
                 raise
-            self._uncommitted = True
         return connection
 
     def _state(self) -> Generation:

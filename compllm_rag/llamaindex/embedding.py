@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from compllm_rag.config import DEFAULT_EMBEDDER
 from compllm_rag.errors import UnsupportedModelError
 from compllm_rag.fingerprint import mapping_digest
+from compllm_rag.llm import quiet_transformers
 from compllm_rag.models import resolve_model
 
 if TYPE_CHECKING:
@@ -41,13 +42,12 @@ def load_embedder(
     """
     files = resolve_model(spec, cache_dir=cache_dir, offline=offline, progress=progress)
     from llama_index.embeddings.huggingface import HuggingFaceEmbedding
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
     try:
-        embedder = HuggingFaceEmbedding(
-            model_name=str(files.path), device=device, embed_batch_size=32, trust_remote_code=False
-        )
+        with quiet_transformers():
+            embedder = HuggingFaceEmbedding(
+                model_name=str(files.path), device=device, embed_batch_size=32, trust_remote_code=False
+            )
     except (ValueError, KeyError, OSError) as error:
         raise UnsupportedModelError(
             "this is not a sentence-transformers model",
@@ -55,6 +55,4 @@ def load_embedder(
             expected="a folder that sentence-transformers loads",
             next_step="name another embedder",
         ) from error
-    finally:
-        transformers_logging.enable_progress_bar()
     return embedder, files.source, mapping_digest("compllm-rag/embedder", files.digests)

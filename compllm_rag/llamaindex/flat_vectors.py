@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-import faiss  # type: ignore[import-untyped, unused-ignore]
+import faiss as _faiss  # type: ignore[import-untyped, unused-ignore]
 import numpy as np
 import numpy.typing as npt
 
 from compllm_rag.errors import ConfigurationError, EmbedderMismatchError
 from compllm_rag.llamaindex.catalog_faults import damaged
 
+faiss: Any = _faiss  # what types it has describe the C++ calls, not the Python methods laid over them
 _HEADER_BYTES = 4096  # far more than what FAISS writes around vectors and ids
 _parsing = threading.Lock()  # FAISS keeps its parsing limit in a global
 
@@ -48,7 +50,8 @@ def unit_vector(embedding: Sequence[float], dim: int, of: str) -> npt.NDArray[np
             next_step="look at the embedder and at this text",
         )
     vector = vector / largest  # squares of large or tiny numbers leave the range of a float
-    return (vector / np.linalg.norm(vector)).astype(np.float32)
+    unit: npt.NDArray[np.float32] = (vector / np.linalg.norm(vector)).astype(np.float32)
+    return unit
 
 
 class FlatVectors:
@@ -60,12 +63,12 @@ class FlatVectors:
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
-        self._index = faiss.IndexIDMap2(faiss.IndexFlatIP(dim))
+        self._index = _empty(dim)
         # A removal moves all later vectors, so removals gather until somebody looks. Ids never come again.
         self._removed: set[int] = set()
 
     @property
-    def index(self) -> faiss.IndexIDMap2:
+    def index(self) -> Any:
         """The FAISS index itself."""
         self._settle()
         return self._index
@@ -75,7 +78,8 @@ class FlatVectors:
 
     def ids(self) -> npt.NDArray[np.int64]:
         """All ids, shape (n,), in ascending order."""
-        return np.sort(faiss.vector_to_array(self.index.id_map))
+        ids: npt.NDArray[np.int64] = np.sort(faiss.vector_to_array(self.index.id_map))
+        return ids
 
     def add(self, ids: Sequence[int], vectors: npt.NDArray[np.float32]) -> None:
         """Add unit vectors (n, dim) under new ids."""
@@ -88,8 +92,8 @@ class FlatVectors:
 
     def clear(self) -> None:
         """Remove all vectors."""
+        self._index = _empty(self.dim)
         self._removed.clear()
-        self._index.reset()
 
     def search(
         self, vector: npt.NDArray[np.float32], k: int, among: npt.NDArray[np.int64] | None = None
@@ -115,10 +119,9 @@ class FlatVectors:
         scores, ids = index.search(vector[None, :], k, params=parameters)
         return [(int(id_), float(score)) for id_, score in zip(ids[0], scores[0], strict=True) if id_ >= 0]
 
-    def to_bytes(self) -> npt.NDArray[np.uint8]:
+    def to_bytes(self) -> memoryview:
         """What FAISS would write into a file."""
-        data: npt.NDArray[np.uint8] = faiss.serialize_index(self.index)
-        return data
+        return memoryview(faiss.serialize_index(self.index))
 
     @classmethod
     def most_bytes(cls, dim: int, n: int) -> int:
@@ -160,7 +163,11 @@ class FlatVectors:
             self._removed.clear()
 
 
-def _parse(data: bytes, source: str) -> faiss.Index:
+def _empty(dim: int) -> Any:
+    return faiss.IndexIDMap2(faiss.IndexFlatIP(dim))
+
+
+def _parse(data: bytes, source: str) -> Any:
     with _parsing:
         former = faiss.get_deserialization_vector_byte_limit()
         # No vector inside can be longer than the whole; without a limit a forged length is allocated first.

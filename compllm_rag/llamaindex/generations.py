@@ -67,7 +67,7 @@ class GenerationFiles:
             try:
                 handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
                 with open(handle, "wb") as stream:
-                    stream.write(memoryview(data))
+                    stream.write(data)
                     stream.flush()
                     os.fsync(stream.fileno())
                 os.replace(draft, path)
@@ -114,12 +114,12 @@ class GenerationFiles:
         if self._folder is None:
             return self._memory[generation.file]
         limit = FlatVectors.most_bytes(generation.dim, generation.ntotal)
-        with explained(Path(source), writing=False):
-            with open(os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as stream:
-                size = os.fstat(stream.fileno()).st_size
-                if size > limit:
-                    raise damaged("a vector file is too large", got=f"{size} bytes in {source}", expected=f"<= {limit}")
-                return stream.read()
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        with explained(Path(source), writing=False), open(os.open(source, flags), "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size > limit:
+                raise damaged("a vector file is too large", got=f"{size} bytes in {source}", expected=f"<= {limit}")
+            return stream.read()
 
 
 def sync_folder(folder: Path) -> None:

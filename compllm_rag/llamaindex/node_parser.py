@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
@@ -34,7 +35,8 @@ class ConceptNodeParser(NodeParser):
     def __init__(self, segmenter: Segmenter, chunk_size: int = 200, **kwargs: Any) -> None:
         # Links between neighbours would change with every edit nearby, and with them nodes that did not.
         kwargs.setdefault("include_prev_next_rel", False)
-        super().__init__(chunk_size=chunk_size, segment_length=segmenter.segment_length, **kwargs)
+        kwargs |= {"chunk_size": chunk_size, "segment_length": segmenter.segment_length}
+        super().__init__(**kwargs)
         self._segmenter = segmenter
 
     @classmethod
@@ -60,7 +62,7 @@ def chunk_texts(tokenized: TokenizedText, chunk_size: int) -> Iterator[tuple[str
         # The end of the last token, not the start of the next: some tokenizers leave blanks out of the offsets.
         cuts.append(max(cuts[-1], tokenized.offsets[tokenized.segments[last - 1].end - 1][1]))
     cuts.append(len(tokenized.text))
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in pairwise(cuts):
         if end > start:
             yield tokenized.text[start:end], start, end
 
@@ -68,7 +70,9 @@ def chunk_texts(tokenized: TokenizedText, chunk_size: int) -> Iterator[tuple[str
 def _chunk_node(source: BaseNode, text: str, start: int, end: int, occurrence: int) -> TextNode:
     metadata = json.dumps(source.metadata, sort_keys=True, default=str)
     return TextNode(
-        id_=tagged_digest("compllm-rag/node", doc=source.node_id, text=text, occurrence=occurrence, metadata=metadata)[:32],
+        id_=tagged_digest("compllm-rag/node", doc=source.node_id, text=text, occurrence=occurrence, metadata=metadata)[
+            :32
+        ],
         text=text,
         start_char_idx=start,
         end_char_idx=end,

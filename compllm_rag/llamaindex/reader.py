@@ -62,9 +62,9 @@ def check_paths(paths: Iterable[str | Path]) -> None:
 
 
 def _files(paths: Iterable[str | Path]) -> Iterator[tuple[Path, str]]:
-    paths = list(map(Path, paths))
-    check_paths(paths)
-    for given in paths:
+    asked = list(map(Path, paths))
+    check_paths(asked)
+    for given in asked:
         if given.is_dir():
             for root, folders, names in os.walk(given):
                 folders.sort()

@@ -78,7 +78,7 @@ def create_index(
             expect={"rate": rate, "chunk_size": chunk_size, "namespace": namespace},
             **model_options,
         )
-    asked = {"rate": rate, "chunk_size": chunk_size, "namespace": namespace}
+    asked: dict[str, Any] = {"rate": rate, "chunk_size": chunk_size, "namespace": namespace}
     config = IngestConfig(**{name: value for name, value in asked.items() if value is not None})
     made = (
         compressor

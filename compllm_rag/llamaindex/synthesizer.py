@@ -11,7 +11,6 @@ from llama_index.core.base.llms.types import CompletionResponse
 from llama_index.core.base.response.schema import RESPONSE_TYPE, AsyncStreamingResponse, Response, StreamingResponse
 from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.callbacks.schema import CBEventType, EventPayload
-from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.events.llm import (
     LLMCompletionEndEvent,
     LLMCompletionInProgressEvent,
@@ -27,6 +26,7 @@ from llama_index.core.prompts import BasePromptTemplate, ChatPromptTemplate
 from llama_index.core.response_synthesizers.base import BaseSynthesizer, QueryTextType
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from llama_index.core.types import RESPONSE_TEXT_TYPE
+from llama_index_instrumentation import get_dispatcher
 
 from compllm_rag.config import GenerationConfig, MissingPolicy, Mode, OverflowPolicy
 from compllm_rag.generation.base import Generation, TokenStream
@@ -110,7 +110,11 @@ class ConceptSynthesizer(BaseSynthesizer):
         bundle = QueryBundle(query) if isinstance(query, str) else query
         dispatcher.event(SynthesizeStartEvent(query=bundle))
         if not nodes:
-            empty = StreamingResponse(self._empty_response_generator()) if self._streaming else Response(self._empty_response)
+            empty = (
+                StreamingResponse(self._empty_response_generator())
+                if self._streaming
+                else Response(self._empty_response)
+            )
             dispatcher.event(SynthesizeEndEvent(query=bundle, response=empty))
             return empty
         with self._callback_manager.event(
@@ -216,7 +220,9 @@ class ConceptSynthesizer(BaseSynthesizer):
         cancel = threading.Event()
         stream = self._generator.stream(planned.plan, self._generation, cancel)
         with self._callback_manager.event(CBEventType.LLM, payload={EventPayload.PROMPT: prompt}) as event:
-            dispatcher.event(LLMCompletionStartEvent(prompt=prompt, additional_kwargs={}, model_dict=self._llm.to_dict()))
+            dispatcher.event(
+                LLMCompletionStartEvent(prompt=prompt, additional_kwargs={}, model_dict=self._llm.to_dict())
+            )
             try:
                 yield from self._announced(prompt, iter(stream))
             finally:

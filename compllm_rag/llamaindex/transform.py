@@ -31,11 +31,12 @@ class ConceptTransform(TransformComponent):
 
     def __init__(self, library: ConceptLibrary) -> None:
         policy = library.policy
-        super().__init__(
-            fingerprint=library.compressor.fingerprint,
-            rate=f"{type(policy).__name__}({getattr(policy, 'rate', '')})",
-            namespace=library.namespace,
-        )
+        fields: dict[str, Any] = {
+            "fingerprint": library.compressor.fingerprint,
+            "rate": f"{type(policy).__name__}({getattr(policy, 'rate', '')})",
+            "namespace": library.namespace,
+        }
+        super().__init__(**fields)
         self._library = library
 
     @classmethod

@@ -114,7 +114,7 @@ class LocationIndex:
                 self._cache = self._open_cache()
 
     def _open_cache(self) -> diskcache.Cache:
-        if os.path.expandvars(os.path.expanduser(self._folder)) != str(self._folder):
+        if os.path.expandvars(self._folder) != str(self._folder):
             raise ConfigurationError(
                 "diskcache would replace a variable in the path of the store",
                 got=self._folder,
@@ -135,7 +135,7 @@ class LocationIndex:
             for start in range(0, len(keys), _KEYS_PER_QUERY):
                 batch = keys[start : start + _KEYS_PER_QUERY]
                 marks = ",".join("?" * len(batch))
-                query = f"SELECT key, mode, filename, value FROM Cache WHERE raw = 1 AND key IN ({marks})"
+                query = f"SELECT key, mode, filename, value FROM Cache WHERE raw = 1 AND key IN ({marks})"  # noqa: S608 - question marks
                 for key, mode, filename, value in self._select(query, batch):
                     found[key] = _parse(key, mode, filename, value)
         return found
@@ -186,7 +186,7 @@ class LocationIndex:
                         self._cache.set(key, _ROW.pack(at.pack, at.offset, at.n_concepts, at.checksum))
                     self._cache.set(_TOTALS_KEY, _TOTALS.pack(totals.records, totals.concepts, totals.payload_bytes))
             except BaseException:
-                self._cache.close()  # a COMMIT that failed leaves its transaction open; a new connection has none
+                self._cache.close()  # a COMMIT that failed may leave its transaction open; a new connection has none
                 raise
 
     def close(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,13 +10,13 @@ from pathlib import Path
 import torch
 
 HIDDEN = 16
-_HERE = Path(__file__).resolve().parent
-_IMPORTS = "import sys; from compllm_rag.store import DiskStore; from store_samples import *\n"
+_ROOT = Path(__file__).resolve().parents[2]
+_IMPORTS = "import sys; from compllm_rag.store import DiskStore; from tests.store.store_samples import *\n"
 
 
 def python(script: str, *arguments: object) -> list[str]:
     """The command that runs a script, which has the store and this module at hand, in a process of its own."""
-    path = f"import sys; sys.path[:0] = {[str(_HERE), os.fspath(_HERE.parents[1])]!r}\n"
+    path = f"import sys; sys.path[:0] = [{str(_ROOT)!r}]\n"
     return [sys.executable, "-c", path + _IMPORTS + script, *map(str, arguments)]
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from store_samples import HIDDEN, concepts, key, python, records, same
 
 from compllm_rag.errors import (
     ConfigurationError,
@@ -23,6 +22,7 @@ from compllm_rag.errors import (
     UnsupportedFormatError,
 )
 from compllm_rag.store import DiskStore
+from tests.store.store_samples import HIDDEN, concepts, key, python, records, same
 
 
 def test_closed_store_reads_back_in_a_new_instance(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 import diskcache
 import pytest
 import torch
-from store_samples import HIDDEN, key, python, records, same
 
 from compllm_rag.errors import (
     CorruptRecordError,
@@ -29,6 +28,7 @@ from compllm_rag.errors import (
 from compllm_rag.store import DiskStore
 from compllm_rag.store.index import PlainDisk
 from compllm_rag.store.packs import pack_header
+from tests.store.store_samples import HIDDEN, key, python, records, same
 
 
 @pytest.fixture
@@ -142,6 +142,21 @@ def test_truncated_pack_names_the_key_even_under_an_open_reader(folder: Path) ->
     pack.unlink()
     with _reader(folder) as store, pytest.raises(CorruptRecordError, match=key(0)):
         store.get([key(0)])
+
+
+def test_pack_cut_by_pages_under_an_open_reader_ends_no_process(tmp_path: Path) -> None:
+    with DiskStore(tmp_path / "store", hidden_size=HIDDEN) as store:
+        store.put(records(range(1000)))
+    script = (
+        "import os; from compllm_rag.errors import CorruptRecordError\n"
+        "store = DiskStore(sys.argv[1], hidden_size=HIDDEN, read_only=True)\n"
+        "print(same(store.get([key(999)])[0], 999))\n"
+        "os.truncate(sys.argv[1] + '/packs/000001.pack', 5000)\n"
+        "try: store.get([key(999)])\n"
+        "except CorruptRecordError as error: print(key(999) in str(error))\n"
+    )
+    done = subprocess.run(python(script, tmp_path / "store"), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "True\nTrue\n"), done.stderr
 
 
 def test_rows_of_two_keys_swapped_give_no_data(folder: Path) -> None:
@@ -315,17 +330,20 @@ def _limited(folder: Path, limit: int, body: str) -> str:
 
 
 def test_full_disk_under_a_pack(folder: Path) -> None:
-    limit = _place(folder, 0)[0].stat().st_size + 100
+    pack = _place(folder, 0)[0]
+    size = pack.stat().st_size
     output = _limited(
         folder,
-        limit,
+        size + 100,
+        "import os\n"
         "try: store.put(records(range(100, 130)))\n"
         "except StoreFullError: print('full')\n"
+        f"print(os.path.getsize({str(pack)!r}))\n"
         "print(all(same(store.get([key(n)])[0], n) for n in range(20)), store.contains([key(100)]))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
         "print(store.put(records(range(100, 130)))); store.close()",
     )
-    assert output == "full\nTrue [False]\n30"
+    assert output == f"full\n{size}\nTrue [False]\n30"
     with _reader(folder) as store:
         assert store.stats().records == 50
         assert all(store.check(name) for name, _ in store.iter_records())

@@ -11,10 +11,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from store_samples import HIDDEN, concepts, key, records, same
 
 from compllm_rag.errors import ConfigurationError, InvalidConceptsError
 from compllm_rag.store import ConceptStore, DiskStore, MemoryStore
+from tests.store.store_samples import HIDDEN, concepts, key, records, same
 
 
 @pytest.fixture(params=["memory", "disk"])

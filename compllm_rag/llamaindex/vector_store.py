@@ -1,0 +1,332 @@
+"""`FaissTextVectorStore`: exact cosine search with the nodes' text beside it, real deletes and commits.
+
+For `VectorStoreIndex`, `IngestionPipeline` and everything else in LlamaIndex that takes a vector store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import fsspec  # type: ignore[import-untyped, unused-ignore]
+import numpy as np
+import numpy.typing as npt
+from llama_index.core.bridge.pydantic import PrivateAttr
+from llama_index.core.schema import BaseNode
+from llama_index.core.vector_stores.types import (
+    BasePydanticVectorStore,
+    MetadataFilters,
+    VectorStoreQuery,
+    VectorStoreQueryMode,
+    VectorStoreQueryResult,
+)
+
+from compllm_rag.errors import ConfigurationError
+from compllm_rag.llamaindex import node_rows
+from compllm_rag.llamaindex.catalog import Catalog
+from compllm_rag.llamaindex.filters import matches
+from compllm_rag.llamaindex.flat_vectors import FlatVectors, unit_vector
+from compllm_rag.llamaindex.node_rows import StoredNode, encode_node
+
+_WIDEN = 4  # how much further each search looks while filters leave too few
+
+
+class FaissTextVectorStore(BasePydanticVectorStore):
+    """Vectors in FAISS, nodes in SQLite, one commit for both.
+
+    Scores are cosine similarities: higher is better. Changes are visible in this instance at once, and durable and
+    visible to other processes after `commit` (or `persist`). `close` gives uncommitted work up; a `with` block commits
+    at its end, or rolls back when it ends by an exception. Safe between threads; one writer at a time.
+
+    Ids may be of any length and hold any character, NUL included; lone surrogates, which UTF-8 cannot express, are
+    refused in ids and text alike.
+
+    Args:
+        dim: Dimensions of every vector.
+        catalog: Where all of it lies; None keeps it in memory. See `create` and `open` for folders.
+    """
+
+    stores_text: bool = True
+    is_embedding_query: bool = True
+    dim: int
+    _catalog: Catalog = PrivateAttr()
+
+    def __init__(self, dim: int = 384, *, catalog: Catalog | None = None) -> None:
+        made = Catalog.in_memory(dim) if catalog is None else catalog
+        super().__init__(stores_text=True, dim=made.dim)  # type: ignore[call-arg, unused-ignore]
+        self._catalog = made
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], dim: int) -> Self:
+        """Make an empty store in a folder.
+
+        Raises:
+            ConfigurationError: One lies there already.
+            StoreReadOnlyError: The folder cannot be written.
+        """
+        return cls(catalog=Catalog.create(path, dim))
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], read_only: bool = False) -> Self:
+        """Open the store in a folder; errors as of `Catalog.open`."""
+        return cls(catalog=Catalog.open(path, read_only=read_only))
+
+    @classmethod
+    def class_name(cls) -> str:
+        """The name of this class."""
+        return "FaissTextVectorStore"
+
+    @property
+    def client(self) -> Any:
+        """The FAISS index that belongs to the rows now. Do not change it."""
+        with self._catalog.reading():
+            return self._catalog.vectors().index
+
+    @property
+    def catalog(self) -> Catalog:
+        """Rows, settings and transactions."""
+        return self._catalog
+
+    @property
+    def n_nodes(self) -> int:
+        """How many nodes there are."""
+        return self._count("count(*)")
+
+    @property
+    def n_documents(self) -> int:
+        """How many documents they come from."""
+        return self._count("count(DISTINCT ref_doc_id)")
+
+    def add(self, nodes: Sequence[BaseNode], **add_kwargs: Any) -> list[str]:
+        """Add nodes with their embeddings, all or none. A node whose id is there already is replaced.
+
+        Returns:
+            Their ids.
+
+        Raises:
+            EmbedderMismatchError: An embedding has another number of dimensions.
+            ConfigurationError: An embedding is missing, NaN, infinite or zero; metadata or an id cannot be kept.
+            StoreLockedError, StoreReadOnlyError, StoreFullError: See `Catalog.writing`.
+        """
+        latest = list({node.node_id: node for node in nodes}.values())
+        if latest:
+            rows = [encode_node(node) for node in latest]
+            units = np.stack([self._unit(node) for node in latest])
+            with self._catalog.writing() as connection:
+                replaced = node_rows.ids_where(connection, "node_id", [row.node_id for row in rows])
+                node_rows.delete_rows(connection, replaced)
+                ids = node_rows.write_rows(connection, rows)
+                vectors = self._catalog.vectors(changing=True)
+                vectors.remove(replaced)
+                vectors.add(ids, units)
+        return [node.node_id for node in nodes]
+
+    def delete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
+        """Delete all nodes of a document: vectors, text and metadata. One that is not there is no error."""
+        with self._catalog.writing() as connection:
+            self._drop(connection, node_rows.ids_where(connection, "ref_doc_id", [ref_doc_id]))
+
+    def delete_nodes(
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
+    ) -> None:
+        """Delete nodes that are named and pass the filters.
+
+        Raises:
+            ConfigurationError: Neither is given; `clear` is for that.
+        """
+        if node_ids is None and filters is None:
+            raise ConfigurationError(
+                "nothing says which nodes to delete", expected="node_ids or filters", next_step="use clear() for all"
+            )
+        with self._catalog.writing() as connection:
+            self._drop(connection, [row.id for row in self._select(connection, node_ids, filters)])
+
+    def clear(self) -> None:
+        """Delete all nodes. Settings and other collections of the catalog stay; ids are not used again."""
+        with self._catalog.writing() as connection:
+            connection.execute("DELETE FROM nodes")
+            self._catalog.vectors(changing=True).clear()
+
+    def get_nodes(self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None) -> list[BaseNode]:
+        """Nodes that are named and pass the filters, in order of arrival; all of them when neither is given.
+
+        Raises:
+            CorruptRecordError: A row fails its checksum.
+        """
+        with self._catalog.reading() as connection:
+            return [row.node() for row in self._select(connection, node_ids, filters)]
+
+    def iter_nodes(self, page: int = 256) -> Iterator[BaseNode]:
+        """All nodes in order of arrival, in bounded memory; the store may change between pages."""
+        last = 0
+        while True:
+            with self._catalog.reading() as connection:
+                rows = node_rows.read_after(connection, last, page)
+            if not rows:
+                return
+            yield from (row.node() for row in rows)
+            last = rows[-1].id
+
+    def node_ids(self, ref_doc_id: str) -> list[str]:
+        """Ids of the nodes of a document, in order of arrival."""
+        with self._catalog.reading() as connection:
+            ids = sorted(node_rows.ids_where(connection, "ref_doc_id", [ref_doc_id]))
+            rows = node_rows.read_ids(connection, ids)
+            return [rows[id_].node().node_id for id_ in ids]
+
+    def query(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
+        """Find the nodes most similar to an embedding.
+
+        `query.doc_ids=[]` allows nothing; `query.node_ids=[]` is what LlamaIndex's retriever passes for "no limit".
+
+        Returns:
+            Nodes (without embeddings), cosine similarities and ids, best first; ties in order of arrival.
+
+        Raises:
+            EmbedderMismatchError: The embedding has another number of dimensions.
+            ConfigurationError: It is missing, NaN, infinite or zero; a mode other than DEFAULT; a senseless filter.
+            CorruptRecordError: A row fails its checksum, or the vectors were damaged.
+        """
+        if query.mode != VectorStoreQueryMode.DEFAULT:
+            raise ConfigurationError(
+                "this store searches by similarity only",
+                got=query.mode.value,
+                expected=VectorStoreQueryMode.DEFAULT.value,
+            )
+        if query.similarity_top_k < 1:
+            raise ConfigurationError(
+                "similarity_top_k makes no sense", got=query.similarity_top_k, expected="at least 1"
+            )
+        if query.query_embedding is None:
+            raise ConfigurationError("the query has no embedding", next_step="give query_embedding")
+        vector = unit_vector(query.query_embedding, self.dim, "the query")
+        with self._catalog.reading() as connection:
+            vectors = self._catalog.vectors()
+            allowed = self._allowed(connection, query)
+            found = self._nearest(connection, vectors, vector, query.similarity_top_k, allowed, query.filters)
+            nodes = [row.node() for row, _ in found]
+        return VectorStoreQueryResult(
+            nodes=nodes, similarities=[score for _, score in found], ids=[node.node_id for node in nodes]
+        )
+
+    def commit(self) -> None:
+        """Make uncommitted work durable and visible to others; see `Catalog.commit`."""
+        self._catalog.commit()
+
+    def rollback(self) -> None:
+        """Give uncommitted work up."""
+        self._catalog.rollback()
+
+    def close(self) -> None:
+        """Let go of all files. Uncommitted work is given up, never committed silently."""
+        self._catalog.close()
+
+    def persist(self, persist_path: str = "", fs: fsspec.AbstractFileSystem | None = None) -> None:
+        """Commit. The path is not used: a store lies in the folder it was made in.
+
+        Raises:
+            ConfigurationError: The store lies in memory, so that nothing would persist.
+        """
+        if self._catalog.path is None:
+            raise ConfigurationError(
+                "this store lies in memory and cannot persist",
+                next_step="make it with FaissTextVectorStore.create(path, dim)",
+            )
+        self.commit()
+
+    async def async_add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
+        """`add` in a thread."""
+        return await asyncio.to_thread(self.add, nodes, **kwargs)
+
+    async def adelete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
+        """`delete` in a thread."""
+        await asyncio.to_thread(self.delete, ref_doc_id, **delete_kwargs)
+
+    async def adelete_nodes(
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
+    ) -> None:
+        """`delete_nodes` in a thread."""
+        await asyncio.to_thread(self.delete_nodes, node_ids, filters, **delete_kwargs)
+
+    async def aclear(self) -> None:
+        """`clear` in a thread."""
+        await asyncio.to_thread(self.clear)
+
+    async def aget_nodes(
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None
+    ) -> list[BaseNode]:
+        """`get_nodes` in a thread."""
+        return await asyncio.to_thread(self.get_nodes, node_ids, filters)
+
+    async def aquery(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
+        """`query` in a thread."""
+        return await asyncio.to_thread(self.query, query, **kwargs)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._catalog.__exit__(kind, error, trace)
+
+    def _count(self, what: str) -> int:
+        with self._catalog.reading() as connection:
+            (number,) = connection.execute(f"SELECT {what} FROM nodes").fetchone()
+            return int(number)
+
+    def _unit(self, node: BaseNode) -> npt.NDArray[np.float32]:
+        if node.embedding is None:
+            raise ConfigurationError(
+                f"node {node.node_id!r:.80} has no embedding", next_step="embed it before adding it"
+            )
+        return unit_vector(node.embedding, self.dim, f"node {node.node_id!r:.80}")
+
+    def _drop(self, connection: sqlite3.Connection, ids: Sequence[int]) -> None:
+        if ids:
+            node_rows.delete_rows(connection, ids)
+            self._catalog.vectors(changing=True).remove(ids)
+
+    def _select(
+        self, connection: sqlite3.Connection, node_ids: list[str] | None, filters: MetadataFilters | None
+    ) -> Iterator[StoredNode]:
+        if node_ids is None:
+            rows: Iterator[StoredNode] = node_rows.read_all(connection)
+        else:
+            found = node_rows.read_ids(connection, node_rows.ids_where(connection, "node_id", node_ids))
+            rows = (found[id_] for id_ in sorted(found))
+        return (row for row in rows if filters is None or matches(filters, row.metadata, row.ref_doc_id))
+
+    def _allowed(self, connection: sqlite3.Connection, query: VectorStoreQuery) -> npt.NDArray[np.int64] | None:
+        limits = []
+        if query.node_ids:
+            limits.append(set(node_rows.ids_where(connection, "node_id", query.node_ids)))
+        if query.doc_ids is not None:
+            limits.append(set(node_rows.ids_where(connection, "ref_doc_id", query.doc_ids)))
+        return np.array(sorted(set.intersection(*limits)), dtype=np.int64) if limits else None
+
+    def _nearest(
+        self,
+        connection: sqlite3.Connection,
+        vectors: FlatVectors,
+        vector: npt.NDArray[np.float32],
+        top_k: int,
+        allowed: npt.NDArray[np.int64] | None,
+        filters: MetadataFilters | None,
+    ) -> list[tuple[StoredNode, float]]:
+        candidates = len(vectors) if allowed is None else len(allowed)
+        width, seen = top_k if filters is None else top_k * _WIDEN, set[int]()
+        passed: list[tuple[StoredNode, float]] = []
+        while True:
+            hits = [(id_, score) for id_, score in vectors.search(vector, width, allowed) if id_ not in seen]
+            seen.update(id_ for id_, _ in hits)
+            for row, score in node_rows.with_rows(connection, hits):
+                if filters is None or matches(filters, row.metadata, row.ref_doc_id):
+                    passed.append((row, score))
+            if len(passed) >= top_k or width >= candidates:
+                return sorted(passed, key=lambda hit: (-hit[1], hit[0].id))[:top_k]
+            width *= _WIDEN
