@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def in_turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def in_turns(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Time several calls in turns, after one round that is not counted: a noisy machine then bothers all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(repeats + 1):

@@ -29,9 +29,8 @@ _QUESTION = "What is the passage mostly about?"
 
 def ask(library: ConceptLibrary, nodes: list[NodeWithScore], mode: Mode) -> dict[str, Any]:
     """One answer of one token; its account."""
-    synthesizer = ConceptSynthesizer(
-        library, mode=mode, generation=GenerationConfig(max_new_tokens=1), overflow="error"
-    )
+    one = GenerationConfig(max_new_tokens=1)
+    synthesizer = ConceptSynthesizer(library, mode=mode, generation=one, overflow="error")
     response = synthesizer.synthesize(_QUESTION, nodes)
     account: dict[str, Any] = (response.metadata or {})["compllm"]
     if account["store"]["misses"]:
@@ -52,10 +51,9 @@ def measure(
     lengths: list[int],
     rates: list[float],
     repeats: int,
-    compressor: Compressor | None = None,
 ) -> dict[str, Any]:
     """All of it."""
-    compressor = compressor or trained_like(llm)
+    compressor = trained_like(llm)
     generator = LocalGenerator(compressor.llm)
     result: dict[str, Any] = {"llm": llm, "rates": rates, "contexts": {}}
     with (

@@ -5,9 +5,12 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
+from functools import partial
+from typing import Any
 
 from benchmarks.common import in_turns, parser, write
 
+_QUIET: dict[str, Any] = {"check": True, "capture_output": True}
 _COMMANDS = {
     "empty process": "pass",
     "import compllm_rag": "import compllm_rag",
@@ -18,10 +21,7 @@ _COMMANDS = {
 def main() -> None:
     """Command line."""
     args = parser(__doc__).parse_args()
-    calls = {
-        name: lambda code=code: subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)  # type: ignore[misc]
-        for name, code in _COMMANDS.items()
-    }
+    calls = {name: partial(subprocess.run, [sys.executable, "-c", code], **_QUIET) for name, code in _COMMANDS.items()}
     seconds = in_turns(calls, args.repeats)
     medians = {name: statistics.median(series) for name, series in seconds.items()}
     write({"seconds": seconds, "median_s": medians}, args.json)

@@ -189,9 +189,12 @@ def _show_question(console: Console, number: int, row: dict[str, Any]) -> None:
         table.add_column(name, justify="right" if right else "left", width=width, ratio=None if width else 1)
     for mode in _MODES:
         found = row["answers_by_mode"][mode]
-        cited = ", ".join(f"[{i}] {s['title']}" for i, s in enumerate(found["sources"], 1))
+        cited: dict[str, list[str]] = {}
+        for i, source in enumerate(found["sources"], 1):
+            cited.setdefault(source["title"], []).append(f"[{i}]")
+        titles = ", ".join(f"{''.join(numbers)} {title}" for title, numbers in cited.items())
         answer = " ".join(found["answer"].split()) or "(none)"
-        table.add_row(mode, answer, cited, str(found["prompt_positions"]), f"{found['ttft_s']:.2f} s")
+        table.add_row(mode, answer, titles, str(found["prompt_positions"]), f"{found['ttft_s']:.2f} s")
     table.add_row("gold", " | ".join(dict.fromkeys(row["answers"])), "", "", "", style="dim")
     console.print(table)
 

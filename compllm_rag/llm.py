@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ import torch
 from compllm_rag.errors import UnsupportedDtypeError, UnsupportedModelError
 from compllm_rag.fingerprint import mapping_digest, tagged_digest, tensor_digest
 from compllm_rag.models import resolve_model
+from compllm_rag.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,8 +42,10 @@ class TargetLLM:
         digests: dict[str, str] | None = None,
     ) -> None:
         _check(model)
-        self.model: Any = model
-        self.model.requires_grad_(False).eval()
+        frozen: Any = model
+        frozen.requires_grad_(False)
+        frozen.eval()
+        self.model = frozen
         self.tokenizer: Any = tokenizer
         self.source = source
         self.digests = digests if digests is not None else _tensor_digests(model, tokenizer)
@@ -146,7 +148,7 @@ class TargetLLM:
         return {int(token) for token in found if token is not None}
 
 
-def _load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(path: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -163,21 +165,6 @@ def _load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             next_step="name another model, or update transformers",
         ) from error
     return model, tokenizer
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars of transformers: a model that lies on the disk is not news."""
-    from transformers.utils import logging
-
-    log: Any = logging
-    shown = log.is_progress_bar_enabled()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            log.enable_progress_bar()
 
 
 def _check(model: PreTrainedModel) -> None:

@@ -18,11 +18,11 @@ from compllm_rag.compressor import Compressor
 from compllm_rag.config import FORMAT_VERSION, CompressorConfig
 from compllm_rag.errors import (
     FingerprintMismatchError,
-    ModelFetchError,
     UnknownModelError,
     UnsupportedFormatError,
 )
 from compllm_rag.llm import TargetLLM
+from compllm_rag.models.hub import snapshot
 
 _CONFIG, _WEIGHTS = "config.json", "compressor.safetensors"
 
@@ -123,18 +123,7 @@ def _from_hub(repo_id: str, revision: str | None) -> Path:
             expected="a folder, or a hub id `org/name` with revision=<commit>",
             next_step="check the path",
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    from requests.exceptions import RequestException
-
-    try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[_CONFIG, _WEIGHTS]))
-    except (LocalEntryNotFoundError, HfHubHTTPError, RequestException) as error:
-        raise ModelFetchError(
-            "compressor could not be fetched from the hub",
-            got=f"{repo_id}@{revision} ({type(error).__name__})",
-            next_step="check the network and the name, or pass a local folder",
-        ) from error
+    return snapshot(repo_id, revision, [_CONFIG, _WEIGHTS])
 
 
 def _read_config(path: Path) -> dict[str, Any]:

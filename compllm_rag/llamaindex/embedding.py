@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from compllm_rag.config import DEFAULT_EMBEDDER
 from compllm_rag.errors import UnsupportedModelError
 from compllm_rag.fingerprint import mapping_digest
-from compllm_rag.llm import quiet_transformers
 from compllm_rag.models import resolve_model
+from compllm_rag.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding

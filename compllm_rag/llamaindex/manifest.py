@@ -20,7 +20,7 @@ META_KEY = "compllm/manifest"
 class Manifest(Frozen):
     """Identity of a storage."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = 1
     fingerprint: str
     llm: str
     llm_identity: str

