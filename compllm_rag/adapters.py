@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from compllm_rag.errors import ConfigurationError, UnsupportedFormatError
 from compllm_rag.fingerprint import file_digest
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_NOT_PLAIN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_qalora", "lora_bias")
 
 
 def merge_adapter(model: Any, folder: Path) -> dict[str, str]:
@@ -26,7 +28,7 @@ def merge_adapter(model: Any, folder: Path) -> dict[str, str]:
         SHA-256 of the adapter's files by name, for the fingerprint.
 
     Raises:
-        UnsupportedFormatError: Files are missing, or the adapter is not plain LoRA.
+        UnsupportedFormatError: Files are missing or damaged, or the adapter is not plain LoRA.
         ConfigurationError: The adapter fits another model.
     """
     config, state = read_adapter(folder)
@@ -52,34 +54,66 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
     """Read a plain LoRA adapter folder.
 
     Raises:
-        UnsupportedFormatError: Files are missing, or the adapter is of another kind.
+        UnsupportedFormatError: Files are missing or damaged, or the adapter is of another kind.
     """
     try:
-        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        config = dict(json.loads((folder / _CONFIG).read_text(encoding="utf-8")))
         state = load_file(folder / _WEIGHTS)
-    except FileNotFoundError as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UnsupportedFormatError(
             "adapter folder is not complete",
-            got=folder,
+            got=f"{folder} ({type(error).__name__})",
             expected=f"{_CONFIG} and {_WEIGHTS}",
-            next_step="check the path",
+            next_step="check the path, or save the adapter again",
         ) from error
-    plain = config.get("peft_type") == "LORA" and not config.get("use_dora") and not config.get("use_rslora")
-    if not plain or any(".lora_A." not in key and ".lora_B." not in key for key in state):
+    trouble = _not_plain(config, set(state))
+    if trouble:
         raise UnsupportedFormatError(
             "adapter is not plain LoRA",
-            got=config.get("peft_type"),
-            expected="LORA with lora_A and lora_B weights only",
+            got=trouble,
+            expected="LORA of one rank and one alpha, with lora_A and lora_B weights only",
             next_step="train the reader as plain LoRA",
         )
     return config, state
 
 
+def _not_plain(config: dict[str, Any], names: set[str]) -> str:
+    """What an adapter has that a sum of weights would silently leave out or scale wrongly."""
+    if config.get("peft_type") != "LORA":
+        return f"peft_type {config.get('peft_type')}"
+    for field in _NOT_PLAIN:
+        if config.get(field):
+            return field
+    if not isinstance(config.get("r"), int) or config["r"] < 1 or not isinstance(config.get("lora_alpha"), int | float):
+        return f"r {config.get('r')}, lora_alpha {config.get('lora_alpha')}"
+    pairs = {name.removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight")}
+    wanted = {f"{name}.lora_{side}.weight" for name in pairs for side in "AB"}
+    return "" if pairs and wanted == names else f"weights {', '.join(sorted(wanted ^ names)[:2]) or 'missing'}"
+
+
 def inject_lora(decoder: Any, *, rank: int, alpha: int, modules: tuple[str, ...], name: str = "default") -> None:
-    """Add live LoRA layers to a module tree in place (PEFT); their effect starts at zero."""
+    """Add live LoRA layers to a module tree in place (PEFT); their effect starts at zero.
+
+    The LoRA tensors are float32 whatever the tree computes in: rounded to it, they would no longer be the ones that
+    the fingerprint names.
+
+    Raises:
+        ConfigurationError: No module of the tree has one of these names.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(modules)), decoder, name)
+    try:
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(modules)), decoder, name)
+    except ValueError as error:
+        raise ConfigurationError(
+            "LoRA fits no module of this LLM",
+            got=f"lora_modules {', '.join(modules) or 'empty'}",
+            expected="names of linear layers, such as q_proj and v_proj",
+            next_step="set `lora_modules`",
+        ) from error
+    for key, parameter in decoder.named_parameters():
+        if ".lora_A." in key or ".lora_B." in key:
+            parameter.data = parameter.data.float()
 
 
 def lora_state(decoder: Any, name: str = "default") -> dict[str, torch.Tensor]:

@@ -106,7 +106,7 @@ def ingest(
     typer.echo(
         f"{report.documents} documents ({report.documents_changed} new or changed), {report.chunks} chunks, "
         f"{report.segments} segments: {report.segments_compressed} compressed, {report.segments_reused} reused; "
-        f"{report.source_tokens} tokens in {report.seconds:.1f} s ({report.tokens_per_s:.0f} tokens/s)"
+        f"{report.source_tokens} tokens in {report.seconds:.1f} s"
     )
 
 
@@ -176,13 +176,14 @@ def query(
 
 @app.command()
 @_reported
-def stats(storage: Storage, offline: Offline = False, as_json: AsJson = False) -> None:
+def stats(storage: Storage, as_json: AsJson = False) -> None:
     """Tell what a storage holds.
 
     Example: compllm-rag stats --storage storage
     """
-    with _progress(as_json) as show, _index(storage, create=False, show=show, read_only=True, offline=offline) as index:
-        found = index.stats()
+    from compllm_rag.llamaindex.storage import storage_stats
+
+    found = storage_stats(storage)
     if as_json:
         _print_json(found)
         return

@@ -99,13 +99,21 @@ class Compressor:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of everything a concept depends on (DESIGN section 5); not of dtype or device."""
-        if self._fingerprint is None:
-            self._fingerprint = tagged_digest(
-                "compllm-rag/compressor",
-                target=self.llm.identity,
-                weights=tensor_digest({k: v.cpu().numpy() for k, v in self.state().items()}),
-                config=self.config.model_dump_json(exclude={"format_version"}),
-            )
+        return self._fingerprint or self.refresh_fingerprint()
+
+    def refresh_fingerprint(self) -> str:
+        """Compute the fingerprint again; whoever changes the weights calls this."""
+        # Tokens the compressor adds by itself are named by files of the tokenizer that no digest covers.
+        added = {"sink_id": self._sink_id()} if self.config.sink else {}
+        if self.config.queries == "eos":
+            added["query_id"] = int(self.llm.tokenizer.eos_token_id)
+        self._fingerprint = tagged_digest(
+            "compllm-rag/compressor",
+            target=self.llm.identity,
+            weights=tensor_digest({k: v.cpu().numpy() for k, v in self.state().items()}),
+            config=self.config.model_dump_json(exclude={"format_version"}),
+            **added,
+        )
         return self._fingerprint
 
     @property
@@ -189,36 +197,34 @@ class Compressor:
     def concepts_with_grad(self, segments: Sequence[Sequence[int]], ks: Sequence[int]) -> torch.Tensor:
         """One batched forward, differentiable in LoRA and head.
 
-        Rows are tokens, then anchors; shorter rows are padded behind their tokens and behind their anchors, and
-        positions count as if there were no padding.
+        Rows are tokens, then anchors; shorter rows are padded in front of their tokens and behind their anchors, so
+        that what belongs together stays together (a sliding window counts places, not positions), and positions count
+        as if there were no padding.
 
         Returns:
             Tensor (batch, max K, hidden_size) in float32; rows beyond a segment's K are meaningless.
         """
-        n, k, device = max(map(len, segments)), max(ks), self.llm.device
-        ids = torch.tensor([[*s, *[0] * (n - len(s))] for s in segments], device=device)
-        lengths = torch.tensor([len(s) for s in segments], device=device)[:, None]
+        lead = [self._sink_id()] if self.config.sink else []
+        n, k, device = len(lead) + max(map(len, segments)), max(ks), self.llm.device
+        ids = torch.tensor([[*[0] * (n - len(lead) - len(s)), *lead, *s] for s in segments], device=device)
+        begins = torch.tensor([n - len(lead) - len(s) for s in segments], device=device)[:, None]
         counts = torch.tensor(list(ks), device=device)[:, None]
-        slots = torch.arange(n, device=device)
-        is_token, is_query = slots < lengths, torch.arange(k, device=device) < counts
-        where = self._anchor_positions(ids, is_token, counts, k)
+        slots, ordinals = torch.arange(n, device=device), torch.arange(k, device=device)
+        where = self._anchor_positions(ids, slots >= begins + len(lead), counts, k)
         tokens = self.llm.embedding(ids)
         if self.config.queries == "anchor":
             start = queries = torch.gather(tokens, 1, where[..., None].expand(-1, -1, tokens.shape[-1]))
         else:
             eos = self.llm.embedding(torch.full_like(where, int(self.llm.tokenizer.eos_token_id)))
             start, queries = torch.zeros_like(eos), eos
-        after = where if self.config.anchor_positions == "source" else lengths + torch.arange(k, device=device)
-        parts, positions, mask = [tokens, queries], [slots.expand(len(segments), n), after], [is_token, is_query]
-        if self.config.sink:
-            first = torch.full((len(segments), 1), self._sink_id(), device=device)
-            parts, mask = [self.llm.embedding(first), *parts], [torch.ones_like(first, dtype=torch.bool), *mask]
-            positions = [torch.zeros_like(first), *(p + 1 for p in positions)]
-        full = torch.cat(mask, 1)
+        after = where - begins if self.config.anchor_positions == "source" else n - begins + ordinals
+        mask = torch.cat([slots >= begins, ordinals < counts], 1)
+        # Without a mask transformers takes positions that do not count on by one for sequences packed into one row.
+        needed = self.config.anchor_positions == "source" or not bool(mask.all())
         hidden = self.decoder(
-            inputs_embeds=torch.cat(parts, 1),
-            attention_mask=None if bool(full.all()) else full.long(),
-            position_ids=torch.cat(positions, 1),
+            inputs_embeds=torch.cat([tokens, queries], 1),
+            attention_mask=mask.long() if needed else None,
+            position_ids=torch.cat([(slots - begins).clamp_min(0), after], 1),
             use_cache=False,
         ).last_hidden_state[:, -k:]
         normed = nn.functional.rms_norm(hidden.float(), (hidden.shape[-1],), eps=1e-6)

@@ -194,6 +194,8 @@ class ConceptLibrary:
         )
         if not self.store.read_only:
             self.store.put(made.items())
+            # A server that answers for weeks must not keep the writer's lock in between.
+            self.store.flush()
         parts = [
             made[key] if concepts is None else concepts.float()
             for key, concepts in zip(passage.keys, found, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from compllm_rag.models.quiet import quiet_transformers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_PROVENANCE = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures", "use_cache"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -192,11 +194,18 @@ def decoder_of(model: Any) -> Any:
     return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
 
 
+def _config_json(model: PreTrainedModel) -> str:
+    """The settings that differ from the architecture's own, without those that change no result."""
+    settings: dict[str, Any] = model.config.to_diff_dict()
+    kept = {key: value for key, value in settings.items() if key not in _PROVENANCE}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
 def _tensor_digests(model: PreTrainedModel, tokenizer: Any) -> dict[str, str]:
     arrays = {name: tensor.detach().float().cpu().numpy() for name, tensor in model.state_dict().items()}
     vocabulary = {token: str(index) for token, index in tokenizer.get_vocab().items()}
     return {
         "tensors": tensor_digest(arrays),
-        "config": tagged_digest("compllm-rag/config", type=model.config.model_type),
+        "config": tagged_digest("compllm-rag/config", config=_config_json(model)),
         "tokenizer": mapping_digest("compllm-rag/vocabulary", vocabulary),
     }

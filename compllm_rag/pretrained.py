@@ -43,7 +43,7 @@ def save_compressor(compressor: Compressor, folder: Path) -> Path:
         "kind": "compllm-rag compressor",
         "config": compressor.config.model_dump(mode="json"),
         "llm": {"source": compressor.llm.source, "identity": compressor.llm.identity},
-        "fingerprint": compressor.fingerprint,
+        "fingerprint": compressor.refresh_fingerprint(),
     }
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         weights, config = Path(scratch) / _WEIGHTS, Path(scratch) / _CONFIG
@@ -87,6 +87,7 @@ def load_compressor(
         )
     config = CompressorConfig.model_validate(record["config"])
     state = _read_weights(path / _WEIGHTS)
+    _check_tensors(state, llm)
     compressor = Compressor(llm, config, information=state["information"].float())
     _set_weights(compressor, state)
     if compressor.fingerprint != record["fingerprint"]:
@@ -128,12 +129,15 @@ def _from_hub(repo_id: str, revision: str | None) -> Path:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        version, fields = record["format_version"], {"config", "llm", "fingerprint"} <= set(record)
-        CompressorConfig.model_validate(record["config"])
+        record = dict(json.loads(path.read_text(encoding="utf-8")))
+        version = record["format_version"]
+        if version == FORMAT_VERSION:
+            CompressorConfig.model_validate(record["config"])
+            named = (record["llm"]["source"], record["llm"]["identity"], record["fingerprint"])
+            version = version if all(isinstance(name, str) for name in named) else "incomplete"
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
-        version, fields = ("no file" if isinstance(error, OSError) else f"unreadable ({type(error).__name__})"), False
-    if version != FORMAT_VERSION or not fields:
+        version = "no file" if isinstance(error, OSError) else f"unreadable ({type(error).__name__})"
+    if version != FORMAT_VERSION:
         raise UnsupportedFormatError(
             "this is not a compressor this release reads",
             got=f"{path}, format {version}",
@@ -156,17 +160,24 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
+def _check_tensors(state: dict[str, torch.Tensor], llm: TargetLLM) -> None:
+    width = llm.hidden_size
+    shapes = {"head.weight": (width, width), "head.bias": (width,), "information": (llm.embedding.weight.shape[0],)}
+    wrong = [name for name, shape in shapes.items() if name not in state or state[name].shape != shape]
+    wrong += [name for name in state if name not in shapes and not name.startswith("lora.")]
+    wrong += [name for name, tensor in state.items() if tensor.dtype != torch.float16]
+    if wrong:
+        found = state.get(wrong[0])
+        raise UnsupportedFormatError(
+            "compressor's weights do not fit",
+            got=f"{wrong[0]}, {'missing' if found is None else f'{found.dtype} {list(found.shape)}'}",
+            expected=f"float16 LoRA tensors and {', '.join(f'{name} {list(shape)}' for name, shape in shapes.items())}",
+            next_step="use a compressor made for this LLM",
+        )
+
+
 def _set_weights(compressor: Compressor, state: dict[str, torch.Tensor]) -> None:
     head = compressor.head
-    shapes = {"head.weight": head.weight.shape, "head.bias": head.bias.shape}
-    for name, shape in shapes.items():
-        if name not in state or state[name].shape != shape:
-            raise UnsupportedFormatError(
-                "compressor's head does not fit",
-                got=f"{name} {list(state[name].shape) if name in state else 'missing'}",
-                expected=list(shape),
-                next_step="use a compressor made for this LLM",
-            )
     with torch.no_grad():
         head.weight.copy_(state["head.weight"])
         head.bias.copy_(state["head.bias"])

@@ -104,7 +104,7 @@ class PromptTemplate:
         """Spans of a conversation with the passages in their slot, ending where the answer starts.
 
         Raises:
-            ConfigurationError: There are passages and not exactly one slot.
+            ConfigurationError: There are passages and not exactly one slot, or the chat template refuses the messages.
         """
         pieces = [piece for message in messages for piece in message.content]
         slots = sum(isinstance(piece, Slot) for piece in pieces)
@@ -166,10 +166,19 @@ class PromptTemplate:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except TemplateError:
             # Some templates know no system turn (Gemma's early ones): the first user turn takes its text.
-            merged = _without_system(messages)
-            if merged == messages:
-                raise
-            return str(self.tokenizer.apply_chat_template(merged, tokenize=False, add_generation_prompt=True))
+            try:
+                return str(
+                    self.tokenizer.apply_chat_template(
+                        _without_system(messages), tokenize=False, add_generation_prompt=True
+                    )
+                )
+            except TemplateError as error:
+                raise ConfigurationError(
+                    "chat template refuses these messages",
+                    got=f"{', '.join(m['role'] for m in messages)} ({error})",
+                    expected="turns this model's chat template knows",
+                    next_step="change the roles of text_qa_template",
+                ) from error
 
 
 def _without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:

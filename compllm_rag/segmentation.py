@@ -114,11 +114,12 @@ class Segmenter:
     def _cut(self, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> list[Segment]:
         ends = np.maximum.accumulate(np.asarray([end for _, end in offsets], dtype=np.int64))
         sentences = _sentences(text, ends, len(ids), self.segment_length)
+        gives = [self._gives(text, ends, sentence) for sentence in sentences]
         out: list[Segment] = []
         i = 0
         while i < len(sentences):
             sentence = sentences[i]
-            if i + 1 < len(sentences) and self._joins(ids, sentence, sentences[i + 1]):
+            if not gives[i] and i + 1 < len(sentences) and gives[i + 1] and self._fit(sentence, sentences[i + 1]):
                 out.append(Segment(sentence.start, sentences[i + 1].end, sentences[i + 1].level))
                 i += 2
                 continue
@@ -126,22 +127,21 @@ class Segmenter:
             i += 1
         return out
 
-    def _joins(self, ids: list[int], left: Segment, right: Segment) -> bool:
-        """Whether two neighbouring sentences share a segment; decided by the two alone.
+    def _fit(self, left: Segment, right: Segment) -> bool:
+        """Whether two neighbouring sentences may share a segment: of one paragraph, and at most S tokens together."""
+        return left.level != _PARAGRAPH and right.end - left.start <= self.segment_length
 
-        Filling segments greedily from the left would let one edit shift every later segment of the paragraph.
-        Instead each sentence takes by its own content the part of a giver (joins what precedes it) or of a taker, so
-        no sentence is wanted from both sides and no decision reaches further than the pair.
+    def _gives(self, text: str, ends: np.ndarray, sentence: Segment) -> bool:
+        """Whether a sentence is a giver, which joins the taker in front of it; decided by the sentence alone.
+
+        Filling segments greedily from the left would let one edit shift every later segment of the paragraph. Here no
+        sentence is wanted from both sides, and no decision reaches further than a pair. White space does not count:
+        a sentence has another blank in front of it, or behind it, once it is no longer the first or last of its text.
         """
-        if left.level == _PARAGRAPH or right.end - left.start > self.segment_length:
-            return False
-        return not self._gives(ids, left) and self._gives(ids, right)
-
-    def _gives(self, ids: list[int], sentence: Segment) -> bool:
         if sentence.end - sentence.start > self.segment_length // 2:
             return False
-        content = np.asarray(ids[sentence.start : sentence.end], dtype="<u4").tobytes()
-        return bool(xxhash.xxh3_64_intdigest(content) & 1)
+        content = text[int(ends[sentence.start - 1]) if sentence.start else 0 : int(ends[sentence.end - 1])].strip()
+        return bool(xxhash.xxh3_64_intdigest(content.encode("utf-8", "surrogatepass")) & 1)
 
 
 def _sentences(text: str, ends: np.ndarray, n_tokens: int, size: int) -> list[Segment]:
@@ -255,6 +255,7 @@ def _cut_long(
             continue
         margin = min(_REACH * chunk_size, total / 3)
         inner = [i for i in range(a, b - 1) if ends[i] - start >= margin and ends[b - 1] - ends[i] >= margin]
-        cut = min(inner or range(a, b - 1), key=lambda i: ranks[i])
+        # Among equals (the same sentence over and over) the one nearest the middle, so that few rounds are enough.
+        cut = min(inner or range(a, b - 1), key=lambda i: (ranks[i], abs(2 * ends[i] - start - ends[b - 1])))
         todo.extend([(cut + 1, b), (a, cut + 1)])
     return done

@@ -3,10 +3,10 @@
     python pipelines/build_information.py --data-dir DATA
 
 `DATA` holds `train/*.jsonl.gz` and `text/*.jsonl.gz` as gzipped JSON lines with `context` or `text`. Only texts whose
-licence allows it are read, and none that anything is evaluated on: contexts of SQuAD's (CC BY-SA 4.0) and FairytaleQA's
-(Apache-2.0) training parts, Wikipedia paragraphs (CC BY-SA), biomedical abstracts (CC BY), the Python documentation
-(PSF) and novels (public domain). So that no kind of text drowns the others, each source counts for at most as many characters
-as `--most`.
+licence allows it are read, and none that anything is evaluated on: contexts of the training parts of SQuAD
+(CC BY-SA 4.0) and FairytaleQA (Apache-2.0), Wikipedia paragraphs (CC BY-SA), biomedical abstracts (CC BY), the Python
+documentation (PSF) and novels (public domain). So that no kind of text drowns the others, each source counts for at
+most as many characters as `--most`.
 
 Writes `information-smollm2-135m-instruct.safetensors` (nats per token, fp16) and `unigrams.tsv.gz` (the most frequent
 units with their counts, for all other tokenizers) into the package's data folder.

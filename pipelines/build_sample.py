@@ -59,9 +59,9 @@ _CHARS = 9000  # of each article
 _ATTRIBUTION = """# Where the sample corpus comes from
 
 The texts in `articles/` are the first paragraphs of English Wikipedia articles as they stand in SQuAD v1.1 (Rajpurkar,
-Zhang, Lopyrev, Liang: SQuAD: 100,000+ Questions for Machine Comprehension of Text, 2016; development part); the questions
-and answers in `questions.jsonl` are SQuAD's. Both are licensed under CC BY-SA 4.0
-(https://creativecommons.org/licenses/by-sa/4.0/). Headings were added and paragraphs joined; nothing else was changed.
+Zhang, Lopyrev, Liang: SQuAD: 100,000+ Questions for Machine Comprehension of Text, 2016; development part); the
+questions and answers in `questions.jsonl` are SQuAD's. Both are licensed under CC BY-SA 4.0
+(https://creativecommons.org/licenses/by-sa/4.0/). Headings were added and paragraphs joined; nothing else changed.
 
 The articles, each by its Wikipedia authors:
 

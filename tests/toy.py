@@ -54,7 +54,10 @@ def tokenizer(template: str | None = CHATML, text: str = TEXT) -> PreTrainedToke
     core.train_from_iterator(
         [text],
         trainers.BpeTrainer(
-            vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+            vocab_size=400,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
         ),
     )
     made = PreTrainedTokenizerFast(

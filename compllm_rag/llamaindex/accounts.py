@@ -10,6 +10,8 @@ from llama_index.core.schema import BaseNode, MetadataMode
 
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.kvstore import CatalogKVStore
+from compllm_rag.llamaindex.manifest import Manifest
+from compllm_rag.store.base import StoreStats
 
 _COLLECTION = "compllm/accounts"
 
@@ -35,24 +37,16 @@ def _values(account: Account) -> list[int]:
 class Accounts:
     """Keeps one account per document in the catalog, in the same transaction as the nodes themselves."""
 
-    def __init__(self, kvstore: CatalogKVStore, library: ConceptLibrary) -> None:
-        self._kv, self._library = kvstore, library
+    def __init__(self, kvstore: CatalogKVStore) -> None:
+        self._kv = kvstore
 
-    def of_nodes(self, nodes: Iterable[BaseNode]) -> Account:
-        """Counts of a set of nodes."""
-        total = Account()
-        for node in nodes:
-            passage = self._library.passage(node.get_content(metadata_mode=MetadataMode.NONE))
-            total = total.plus(Account(1, len(passage.keys), len(passage.ids), sum(passage.n_concepts)))
-        return total
-
-    def change(self, nodes: Sequence[BaseNode], sign: int) -> None:
-        """Add (1) or take away (-1) nodes."""
+    def change(self, library: ConceptLibrary, nodes: Sequence[BaseNode], sign: int) -> None:
+        """Add (1) or take away (-1) nodes, counted by how the library cuts them up."""
         groups: dict[str, list[BaseNode]] = {}
         for node in nodes:
             groups.setdefault(node.ref_doc_id or "", []).append(node)
         for doc_id, group in groups.items():
-            account = self.of_document(doc_id).plus(self.of_nodes(group), sign)
+            account = self.of_document(doc_id).plus(_of_nodes(library, group), sign)
             if account.chunks > 0:
                 self._kv.put(doc_id, asdict(account), collection=_COLLECTION)
             else:
@@ -70,3 +64,32 @@ class Accounts:
         for row in rows.values():
             total = total.plus(Account(**row))
         return len(rows), total
+
+
+def _of_nodes(library: ConceptLibrary, nodes: Iterable[BaseNode]) -> Account:
+    total = Account()
+    for node in nodes:
+        passage = library.passage(node.get_content(metadata_mode=MetadataMode.NONE))
+        total = total.plus(Account(1, len(passage.keys), len(passage.ids), sum(passage.n_concepts)))
+    return total
+
+
+def stats_fields(documents: int, total: Account, stored: StoreStats, manifest: Manifest) -> dict[str, Any]:
+    """Counts, rates and identities as plain values."""
+    return {
+        "documents": documents,
+        "chunks": total.chunks,
+        "segments": total.segments,
+        "unique_segments": stored.records,
+        "source_tokens": total.source_tokens,
+        "concepts": total.concepts,
+        "achieved_rate": total.source_tokens / total.concepts if total.concepts else None,
+        "concept_bytes": stored.payload_bytes,
+        "bytes_per_source_token": stored.payload_bytes / total.source_tokens if total.source_tokens else None,
+        "fingerprint": manifest.fingerprint,
+        "llm": manifest.llm,
+        "embedder": manifest.embedder,
+        "rate": manifest.ingest.rate,
+        "chunk_size": manifest.ingest.chunk_size,
+        "namespace": manifest.ingest.namespace,
+    }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from compllm_rag.config import DEFAULT_EMBEDDER
 from compllm_rag.errors import UnsupportedModelError
-from compllm_rag.fingerprint import mapping_digest
+from compllm_rag.fingerprint import mapping_digest, tagged_digest
 from compllm_rag.models import resolve_model
 from compllm_rag.models.quiet import quiet_transformers
 
@@ -56,3 +56,9 @@ def load_embedder(
             next_step="name another embedder",
         ) from error
     return embedder, files.source, mapping_digest("compllm-rag/embedder", files.digests)
+
+
+def embedder_identity(embedder: BaseEmbedding) -> tuple[str, str]:
+    """Name and identity of somebody's own embedder: its class and model name are all there is to go by."""
+    name = f"{type(embedder).__name__}:{embedder.model_name}"
+    return name, tagged_digest("compllm-rag/embedder-object", name=name)

@@ -20,9 +20,11 @@ from compllm_rag.config import GenerationConfig, IngestConfig
 from compllm_rag.errors import CompLLMError
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import ConceptLibrary
-from compllm_rag.llamaindex.accounts import Accounts
+from compllm_rag.llamaindex.accounts import Accounts, stats_fields
+from compllm_rag.llamaindex.embedding import embedder_identity
 from compllm_rag.llamaindex.ingest import IngestReport, Progress, ingest_documents
 from compllm_rag.llamaindex.kvstore import CatalogKVStore
+from compllm_rag.llamaindex.manifest import Manifest
 from compllm_rag.llamaindex.node_parser import ConceptNodeParser
 from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
@@ -42,7 +44,7 @@ class ConceptIndex(VectorStoreIndex):
         config: Rate, chunk size and namespace.
         generation: Limits of the answers.
         storage_dir: Where it all lies; None when it lies in memory.
-        embedder_source: How the embedder is named in `stats`; None takes the embedder's own name.
+        manifest: Of the storage; None describes the parts given.
     """
 
     def __init__(
@@ -55,16 +57,16 @@ class ConceptIndex(VectorStoreIndex):
         config: IngestConfig | None = None,
         generation: GenerationConfig | None = None,
         storage_dir: Path | None = None,
-        embedder_source: str | None = None,
+        manifest: Manifest | None = None,
     ) -> None:
         self.config, self.storage_dir, self.store = config or IngestConfig(), storage_dir, store
-        self.embedder_source = embedder_source or embedder.model_name
+        self.manifest = manifest or Manifest.of(compressor, *embedder_identity(embedder), vector_store.dim, self.config)
         self.library = ConceptLibrary(compressor, store, rate=self.config.rate, namespace=self.config.namespace)
         self.generator = LocalGenerator(compressor.llm, generation)
         self.faiss = vector_store
         self.parser = ConceptNodeParser(compressor.segmenter, self.config.chunk_size)
         kvstore = CatalogKVStore(vector_store.catalog)
-        self.accounts = Accounts(kvstore, self.library)
+        self.accounts = Accounts(kvstore)
         self._held = 0
         super().__init__(
             nodes=[],
@@ -160,9 +162,9 @@ class ConceptIndex(VectorStoreIndex):
         with self.bulk():
             self.library.ensure(node.get_content(MetadataMode.NONE) for node in nodes)
             replaced = self.faiss.get_nodes([node.node_id for node in nodes]) if nodes else []
-            self.accounts.change(replaced, -1)
+            self.accounts.change(self.library, replaced, -1)
             super()._add_nodes_to_index(index_struct, nodes, show_progress, **insert_kwargs)
-            self.accounts.change(nodes, 1)
+            self.accounts.change(self.library, nodes, 1)
 
     async def _async_add_nodes_to_index(
         self, index_struct: IndexDict, nodes: Sequence[BaseNode], show_progress: bool = False, **insert_kwargs: Any
@@ -182,7 +184,7 @@ class ConceptIndex(VectorStoreIndex):
     def delete_nodes(self, node_ids: list[str], delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
         """Delete nodes: vector and text are gone; concepts that others share stay."""
         with self.bulk():
-            self.accounts.change(self.faiss.get_nodes(node_ids) if node_ids else [], -1)
+            self.accounts.change(self.library, self.faiss.get_nodes(node_ids) if node_ids else [], -1)
             super().delete_nodes(node_ids, delete_from_docstore, **delete_kwargs)
 
     async def adelete_nodes(
@@ -244,24 +246,7 @@ class ConceptIndex(VectorStoreIndex):
     def stats(self) -> dict[str, Any]:
         """What the storage holds, as plain values."""
         documents, total = self.accounts.total()
-        stored = self.store.stats()
-        return {
-            "documents": documents,
-            "chunks": total.chunks,
-            "segments": total.segments,
-            "unique_segments": stored.records,
-            "source_tokens": total.source_tokens,
-            "concepts": total.concepts,
-            "achieved_rate": total.source_tokens / total.concepts if total.concepts else None,
-            "concept_bytes": stored.payload_bytes,
-            "bytes_per_source_token": stored.payload_bytes / total.source_tokens if total.source_tokens else None,
-            "fingerprint": self.compressor.fingerprint,
-            "llm": self.compressor.llm.source,
-            "embedder": self.embedder_source,
-            "rate": self.config.rate,
-            "chunk_size": self.config.chunk_size,
-            "namespace": self.config.namespace,
-        }
+        return stats_fields(documents, total, self.store.stats(), self.manifest)
 
     def close(self) -> None:
         """Close files; what was not committed is dropped."""

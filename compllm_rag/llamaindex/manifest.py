@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import ValidationError
 
@@ -13,6 +13,9 @@ from compllm_rag.errors import (
     StorageMismatchError,
     UnsupportedFormatError,
 )
+
+if TYPE_CHECKING:
+    from compllm_rag.compressor import Compressor
 
 META_KEY = "compllm/manifest"
 
@@ -27,7 +30,24 @@ class Manifest(Frozen):
     embedder: str
     embedder_identity: str
     dimension: int
+    hidden_size: int
     ingest: IngestConfig
+
+    @classmethod
+    def of(
+        cls, compressor: Compressor, embedder: str, embedder_identity: str, dimension: int, ingest: IngestConfig
+    ) -> Manifest:
+        """The manifest of a storage made from these parts."""
+        return cls(
+            fingerprint=compressor.fingerprint,
+            llm=compressor.llm.source,
+            llm_identity=compressor.llm.identity,
+            embedder=embedder,
+            embedder_identity=embedder_identity,
+            dimension=dimension,
+            hidden_size=compressor.hidden_size,
+            ingest=ingest,
+        )
 
     @classmethod
     def parse(cls, text: str | None) -> Manifest:

@@ -16,9 +16,10 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 
 from compllm_rag.compressor import Compressor
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM, GenerationConfig, IngestConfig
-from compllm_rag.errors import CompLLMError, StorageNotFoundError
-from compllm_rag.fingerprint import tagged_digest
-from compllm_rag.llamaindex.embedding import load_embedder
+from compllm_rag.errors import CompLLMError, StorageMismatchError, StorageNotFoundError
+from compllm_rag.llamaindex.accounts import Accounts, stats_fields
+from compllm_rag.llamaindex.embedding import embedder_identity, load_embedder
+from compllm_rag.llamaindex.kvstore import CatalogKVStore
 from compllm_rag.llamaindex.manifest import META_KEY, Manifest
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 from compllm_rag.loading import AUTO, load_compressor_for, shipped_adapter
@@ -66,7 +67,7 @@ def create_index(
         StorageMismatchError: The storage exists and was made with other settings.
         StoreLockedError: Another process writes to it.
     """
-    if folder is not None and (folder / _CATALOG).exists():
+    if folder is not None and _is_made(folder):
         return load_index(
             cls,
             folder,
@@ -90,19 +91,11 @@ def create_index(
     _check_rate(config, made)
     embed, source, identity = _embedder(embedder or DEFAULT_EMBEDDER, progress, model_options)
     dimension = len(embed.get_text_embedding("dimension"))
-    manifest = Manifest(
-        fingerprint=made.fingerprint,
-        llm=made.llm.source,
-        llm_identity=made.llm.identity,
-        embedder=source,
-        embedder_identity=identity,
-        dimension=dimension,
-        ingest=config,
-    )
+    manifest = Manifest.of(made, source, identity, dimension, config)
     if folder is None:
         vectors, store = FaissTextVectorStore(dim=dimension), MemoryStore(made.hidden_size)
         return _join(cls, made, store, vectors, embed, manifest, generation, None)
-    vectors = FaissTextVectorStore.create(folder, dimension)
+    vectors = _new_vectors(folder, dimension)
     _keep_adapters(folder, made, llm or DEFAULT_LLM, reader)
     disk = DiskStore(folder / _CONCEPTS, hidden_size=made.hidden_size)
     vectors.catalog.set_meta(META_KEY, manifest.model_dump_json())
@@ -143,14 +136,7 @@ def load_index(
         EmbedderMismatchError: The same for the embedder.
         UnsupportedFormatError, CorruptRecordError: The storage is damaged or too new.
     """
-    if not (folder / _CATALOG).exists():
-        raise StorageNotFoundError(
-            "there is no storage here",
-            got=folder,
-            expected="a folder made by `compllm-rag ingest` or ConceptIndex.from_documents",
-            next_step=f"run `compllm-rag ingest PATH --storage {folder}` first",
-        )
-    vectors = FaissTextVectorStore.open(folder, read_only=read_only)
+    vectors = _open_vectors(folder, read_only=read_only)
     try:
         manifest = Manifest.parse(vectors.catalog.get_meta(META_KEY))
         manifest.check_ingest(**(expect or {}))
@@ -163,6 +149,58 @@ def load_index(
         vectors.close()
         raise
     return _join(cls, made, store, vectors, embed, manifest, generation, folder)
+
+
+def storage_stats(folder: Path) -> dict[str, Any]:
+    """What a storage holds, told without loading any model; the fields of `stats --json` (README).
+
+    Raises:
+        StorageNotFoundError: There is no storage here.
+        UnsupportedFormatError, CorruptRecordError: The storage is damaged or too new.
+    """
+    with _open_vectors(folder, read_only=True) as vectors:
+        manifest = Manifest.parse(vectors.catalog.get_meta(META_KEY))
+        documents, total = Accounts(CatalogKVStore(vectors.catalog)).total()
+    with DiskStore(folder / _CONCEPTS, hidden_size=manifest.hidden_size, read_only=True) as store:
+        return stats_fields(documents, total, store.stats(), manifest)
+
+
+def _open_vectors(folder: Path, *, read_only: bool) -> FaissTextVectorStore:
+    if not (folder / _CATALOG).is_file():
+        raise StorageNotFoundError(
+            "there is no storage here",
+            got=folder,
+            expected="a folder made by `compllm-rag ingest` or ConceptIndex.from_documents",
+            next_step=f"run `compllm-rag ingest PATH --storage {folder}` first",
+        )
+    return FaissTextVectorStore.open(folder, read_only=read_only)
+
+
+def _is_made(folder: Path) -> bool:
+    """Whether a storage lies here whose making came to its end; the manifest is the last thing written."""
+    try:
+        with FaissTextVectorStore.open(folder, read_only=True) as vectors:
+            return vectors.catalog.get_meta(META_KEY) is not None
+    except StorageNotFoundError:
+        return False
+
+
+def _new_vectors(folder: Path, dimension: int) -> FaissTextVectorStore:
+    """An empty catalog; one that an interrupted making left behind without manifest is taken up."""
+    try:
+        left = FaissTextVectorStore.open(folder)
+    except StorageNotFoundError:
+        return FaissTextVectorStore.create(folder, dimension)
+    nodes, dim = left.n_nodes, left.dim
+    if dim == dimension and not nodes:
+        return left
+    left.close()
+    raise StorageMismatchError(
+        "folder holds vectors that are no storage of compllm-rag",
+        got=f"{nodes} nodes of {dim} dimensions without a manifest in {folder}",
+        expected="an empty or new folder",
+        next_step="choose another folder",
+    )
 
 
 def _own_compressor(
@@ -188,9 +226,7 @@ def _embedder(
     model_options: dict[str, Any],
 ) -> tuple[BaseEmbedding, str, str]:
     if isinstance(embedder, BaseEmbedding):
-        # Somebody's own object: its class and name are all that identifies it.
-        name = f"{type(embedder).__name__}:{embedder.model_name}"
-        return embedder, name, tagged_digest("compllm-rag/embedder-object", name=name)
+        return embedder, *embedder_identity(embedder)
     known = {k: v for k, v in model_options.items() if k in ("device", "cache_dir", "offline")}
     return load_embedder(embedder, progress=progress, **known)
 
@@ -226,5 +262,5 @@ def _join(
         config=manifest.ingest,
         generation=generation,
         storage_dir=folder,
-        embedder_source=manifest.embedder,
+        manifest=manifest,
     )

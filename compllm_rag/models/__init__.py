@@ -74,25 +74,33 @@ def resolve_model(
 
         path, digests = resolve_pinned(spec, registry[spec], cache_dir or default_cache_dir(), offline, report)
         return ModelFiles(path, digests, spec)
-    folder = Path(spec).expanduser()
-    if folder.is_dir():
+    folder = _as_folder(spec)
+    if folder is not None:
         from compllm_rag.models.folders import check_folder, folder_digests
 
         check_folder(folder)
         return ModelFiles(folder, folder_digests(folder, cache_dir or default_cache_dir()), str(folder.absolute()))
     name, _, revision = spec.partition("@")
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not folder.exists():
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         from compllm_rag.models.hub import resolve_hub
 
         path, digests, source = resolve_hub(name, revision, cache_dir or default_cache_dir(), offline, report)
         return ModelFiles(path, digests, source)
-    close = difflib.get_close_matches(spec, registry, n=1)
+    close = difflib.get_close_matches(spec, registry, n=1, cutoff=0.4)
     raise UnknownModelError(
         "unknown model",
         got=repr(spec),
         expected=f"an alias ({', '.join(registry)}), a local folder, or org/name@revision",
         next_step=f"did you mean {close[0]}?" if close else "run `compllm-rag models list`",
     )
+
+
+def _as_folder(spec: str) -> Path | None:
+    try:
+        folder = Path(spec).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError):  # too long for a path, or the home of an unknown user
+        return None
 
 
 def list_models(cache_dir: Path | None = None) -> list[ModelInfo]:

@@ -51,7 +51,10 @@ def installing(target: Path) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield scratch
-        with contextlib.suppress(OSError):
+        try:
             scratch.replace(target)
+        except OSError:
+            if not target.is_dir():
+                raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

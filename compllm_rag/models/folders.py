@@ -16,7 +16,8 @@ from compllm_rag.fingerprint import file_digest
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # What decides what a model does. Notes and licences do not, nor do chat templates: a template shapes the prompt, and
 # no concept depends on it.
-_COUNTED = ("config.json", "tokenizer.json", "vocab.txt", "modules.json", "sentence_bert_config.json")
+_COUNTED = ("config.json", "modules.json", "sentence_bert_config.json", "tokenizer.json", "tokenizer.model")
+_COUNTED += ("vocab.txt", "vocab.json", "merges.txt", "sentencepiece.bpe.model")
 _LARGE = 1 << 20
 
 

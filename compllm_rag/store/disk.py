@@ -4,7 +4,7 @@
 <path>/store.json      what the store holds and how (format version, hidden_size, encoding), written last on creation
 <path>/packs/*.pack    payloads, append-only
 <path>/index/          key -> place, a diskcache database
-<path>/writer.lock     who writes
+<path>/writer.lock     who has something to flush
 ```
 
 A record exists once its index row does, and rows are written only after the payloads they point at are on the disk.
@@ -21,7 +21,13 @@ from pathlib import Path
 
 import torch
 
-from compllm_rag.errors import ConfigurationError, InvalidConceptsError, StoreFullError, StoreReadOnlyError
+from compllm_rag.errors import (
+    ConfigurationError,
+    InvalidConceptsError,
+    StoreFullError,
+    StoreLockedError,
+    StoreReadOnlyError,
+)
 from compllm_rag.store.base import ConceptStore, StoreStats, check_hidden_size, check_keys, encode_record
 from compllm_rag.store.faults import explained
 from compllm_rag.store.index import LocationIndex, Totals
@@ -37,6 +43,7 @@ from compllm_rag.store.packs import (
 from compllm_rag.store.reading import PackReader
 
 PACK_BYTES = 256 * 2**20
+_LOCK_NAME = "writer.lock"
 _RECORDS_PER_WRITE = 256
 _FLUSH_BYTES = 64 * 2**20
 _FLUSH_RECORDS = 20_000
@@ -58,7 +65,7 @@ class DiskStore(ConceptStore):
         StorageMismatchError: The store has another hidden_size, or the folder holds something else.
         UnsupportedFormatError: The store was written by another format version.
         CorruptRecordError: The manifest or the index is damaged.
-        StoreLockedError: Another writer has the store open.
+        StoreLockedError: Another process is making the store at this moment.
         StoreReadOnlyError: The folder cannot be written.
     """
 
@@ -82,17 +89,22 @@ class DiskStore(ConceptStore):
         self._closed = False
         self._lock: WriterLock | None = None
         self._writer: PackWriter | None = None
+        self._pack_bytes, self._beyond = pack_bytes, 0
         if not read_only:
             prepare_folder(self.path)
-            self._lock = WriterLock(self.path / "writer.lock")
+            # Held while the store is made, and to find out now whether the folder can be written; else only while
+            # there is something to flush, so that one process may hold a storage open twice, and a server forever.
+            try:
+                self._lock = WriterLock(self.path / _LOCK_NAME)
+            except StoreLockedError:
+                if not (self.path / MANIFEST_NAME).exists():
+                    raise
         try:
-            self._open(pack_bytes)
-        except BaseException:
-            if self._lock is not None:
-                self._lock.release()
-            raise
+            self._open()
+        finally:
+            self._let_go()
 
-    def _open(self, pack_bytes: int) -> None:
+    def _open(self) -> None:
         new = not self.read_only and not (self.path / MANIFEST_NAME).exists()
         if new:
             manifest = StoreManifest(hidden_size=self.hidden_size)
@@ -102,12 +114,10 @@ class DiskStore(ConceptStore):
         else:
             manifest = StoreManifest.load(self.path, hidden_size=self.hidden_size)
         self._encoding = manifest.codec
-        header = pack_header(self.hidden_size, manifest.encoding)
-        self._packs = PackReader(self.path / "packs", header)
+        self._header = pack_header(self.hidden_size, manifest.encoding)
+        self._packs = PackReader(self.path / "packs", self._header)
         self._index = LocationIndex(self.path / "index", writable=not self.read_only, create=new)
         try:
-            if not self.read_only:
-                self._writer = PackWriter(self.path / "packs", header, pack_bytes)
             if new:
                 with explained(self.path, writing=True):
                     sync_folder(self.path / "index")
@@ -126,7 +136,7 @@ class DiskStore(ConceptStore):
 
         They can be read by this instance at once, and are durable and visible to others after `flush`.
         """
-        self._require_writer()
+        self._require_writable()
         stream, written = iter(records), 0
         while True:
             batch: dict[str, tuple[int, bytes]] = {}
@@ -141,14 +151,19 @@ class DiskStore(ConceptStore):
                 return written
 
     def _append(self, batch: dict[str, tuple[int, bytes]]) -> int:
+        if not batch:
+            return 0
         with self._guard:
             writer = self._require_writer()
+            if writer.full and self._pending:
+                self.flush()
+                writer = self._require_writer()
             known = self._find(list(batch))
             fresh = {key: record for key, record in batch.items() if key not in known}
             if not fresh:
+                if not self._pending:
+                    self._let_go()
                 return 0
-            if writer.full:
-                self.flush()
             taken = self._within_limit(writer, fresh)
             if taken:
                 run = b"".join(fresh[key][1] for key in taken)
@@ -206,19 +221,32 @@ class DiskStore(ConceptStore):
         """Make everything put so far durable, and visible to readers; see `ConceptStore.flush`."""
         with self._guard:
             self._require_open()
-            if self._writer is None or not self._pending:
+            if self._writer is None:
                 return
-            try:
-                self._writer.sync()
-            except OSError:
-                # What a failed fsync leaves on the disk nobody knows; it must not be tried again.
-                self._pending.clear()
-                self._pending_bytes = 0
-                self._writer.close()
-                raise
-            self._index.add(self._pending, self._totals())
-            self._pending.clear()
-            self._pending_bytes = 0
+            if self._pending:
+                try:
+                    self._writer.sync()
+                except OSError:
+                    # What a failed fsync leaves on the disk nobody knows; it must not be tried again, nor built upon.
+                    self._beyond = self._writer.number
+                    self._forget_pending()
+                    raise
+                self._index.add(self._pending, self._totals())
+            self._forget_pending()
+
+    def _forget_pending(self) -> None:
+        self._pending.clear()
+        self._pending_bytes = 0
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Close the pack and let the next writer in."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def stats(self) -> StoreStats:
         """Count what is stored and what was asked for."""
@@ -274,13 +302,10 @@ class DiskStore(ConceptStore):
             finally:
                 self._closed = True
                 self._packs.close()
-                if self._writer is not None:
-                    self._writer.close()
                 try:
                     self._index.close()
                 finally:
-                    if self._lock is not None:
-                        self._lock.release()
+                    self._let_go()
 
     def _find(self, keys: Sequence[str]) -> dict[str, Location]:
         self._require_open()
@@ -329,10 +354,21 @@ class DiskStore(ConceptStore):
         if self._closed:
             raise ConfigurationError("the concept store is closed", got=self.path, next_step="open it again")
 
-    def _require_writer(self) -> PackWriter:
+    def _require_writable(self) -> None:
         self._require_open()
-        if self._writer is None:
+        if self.read_only:
             raise StoreReadOnlyError(
                 "the concept store was opened for reading", got=self.path, next_step="open it without read_only"
             )
+
+    def _require_writer(self) -> PackWriter:
+        """The writer, with the lock held; found where the last writer, whoever it was, left off."""
+        self._require_writable()
+        if self._writer is None:
+            self._lock = WriterLock(self.path / _LOCK_NAME)
+            try:
+                self._writer = PackWriter(self.path / "packs", self._header, self._pack_bytes, self._beyond)
+            except BaseException:
+                self._let_go()
+                raise
         return self._writer

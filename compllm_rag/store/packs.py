@@ -66,9 +66,10 @@ class PackWriter:
         folder: Where the packs lie.
         header: What `pack_header` gives for this store.
         pack_bytes: A pack of at least this size gets no more payloads.
+        beyond: Packs up to this number get no more payloads either.
     """
 
-    def __init__(self, folder: Path, header: bytes, pack_bytes: int) -> None:
+    def __init__(self, folder: Path, header: bytes, pack_bytes: int, beyond: int = 0) -> None:
         self._folder, self._header, self._pack_bytes = folder, header, pack_bytes
         self._file: int | None = None
         self._end = 0
@@ -76,7 +77,7 @@ class PackWriter:
             sizes = {int(path.stem): path.stat().st_size for path in folder.glob("*.pack") if path.stem.isdigit()}
             self._number = max(sizes, default=0)
             self.total_bytes = sum(sizes.values())
-            if self._number:
+            if self._number > beyond:
                 self._reopen()
 
     def _reopen(self) -> None:
@@ -85,6 +86,11 @@ class PackWriter:
             self._file, self._end = file, os.fstat(file).st_size
         else:
             os.close(file)  # half a header, left by a kill: leave that pack alone and start the next
+
+    @property
+    def number(self) -> int:
+        """Number of the pack that is written to."""
+        return self._number
 
     @property
     def full(self) -> bool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import toy
 import torch
 
+import toy
 from compllm_rag.config import GenerationConfig
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.llm import TargetLLM

@@ -102,23 +102,37 @@ def test_nobody_else_may_look_in(tmp_path: Path) -> None:
 
 
 def test_second_writer_is_told_who_writes(tmp_path: Path) -> None:
-    script = "store = DiskStore(sys.argv[1], hidden_size=HIDDEN); print('open', flush=True); sys.stdin.read()"
+    script = "store = DiskStore(sys.argv[1], hidden_size=HIDDEN); store.put(records([1]))"
+    script += "; print('open', flush=True); sys.stdin.read()"
     child = subprocess.Popen(python(script, tmp_path / "store"), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert child.stdout.readline() == b"open\n"
-        with pytest.raises(StoreLockedError, match=f"process {child.pid} "):
-            DiskStore(tmp_path / "store", hidden_size=HIDDEN)
+        with DiskStore(tmp_path / "store", hidden_size=HIDDEN) as store:
+            with pytest.raises(StoreLockedError, match=f"process {child.pid} "):
+                store.put(records([2]))
         DiskStore(tmp_path / "store", hidden_size=HIDDEN, read_only=True).close()
     finally:
         child.kill()
         child.communicate()
-    DiskStore(tmp_path / "store", hidden_size=HIDDEN).close()  # the lock of a dead process is no lock
+    with DiskStore(tmp_path / "store", hidden_size=HIDDEN) as store:
+        assert store.put(records([2])) == 1  # the lock of a dead process is no lock
 
 
-def test_second_writer_in_this_process_is_refused_until_close(tmp_path: Path) -> None:
-    first = DiskStore(tmp_path / "store", hidden_size=HIDDEN)
+def test_two_writers_in_one_process_take_turns(tmp_path: Path) -> None:
+    first, second = (DiskStore(tmp_path / "store", hidden_size=HIDDEN) for _ in range(2))
+    first.put(records([1, 2]))
     with pytest.raises(StoreLockedError):
-        DiskStore(tmp_path / "store", hidden_size=HIDDEN)
+        second.put(records([2, 3]))
+    first.flush()
+    assert second.put(records([2, 3])) == 1
+    second.flush()
+    assert first.put(records([3, 4])) == 1
+    first.flush()
+    for store in (first, second):
+        assert store.stats().records == 4
+        for found, number in zip(store.get([key(n) for n in (1, 2, 3, 4)]), (1, 2, 3, 4), strict=True):
+            assert torch.equal(found.float(), concepts(number))
+    second.close()
     first.close()
     first.close()
     DiskStore(tmp_path / "store", hidden_size=HIDDEN).close()

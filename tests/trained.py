@@ -1,0 +1,35 @@
+"""Compressors with random LoRA and head: what a trained one is to the code, without the training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from compllm_rag.compressor import Compressor
+from compllm_rag.config import CompressorConfig
+from compllm_rag.llm import TargetLLM
+
+LORA: dict[str, Any] = {"lora_rank": 4, "lora_alpha": 8, "lora_modules": ("q_proj", "v_proj", "down_proj")}
+
+
+def information(llm: TargetLLM, seed: int = 0) -> torch.Tensor:
+    """A table (vocab_size,) without equals."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(llm.embedding.weight.shape[0], generator=generator).float() / 16
+
+
+def trained(llm: TargetLLM, *, seed: int = 0, strength: float = 0.2, **config: Any) -> Compressor:
+    """A compressor whose LoRA and head are random numbers that fp16 holds exactly."""
+    made = Compressor(llm, CompressorConfig(**{**LORA, **config}), information=information(llm))
+    randomise(made, seed=seed, strength=strength)
+    return made
+
+
+def randomise(compressor: Compressor, *, seed: int, strength: float = 0.2) -> None:
+    """Set LoRA and head to random numbers that fp16 holds exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    learned = [p for name, p in compressor.decoder.named_parameters() if ".lora_" in name]
+    with torch.no_grad():
+        for parameter in (*learned, *compressor.head.parameters()):
+            parameter.copy_((torch.randn(parameter.shape, generator=generator) * strength).half())
