@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import in_turns, median_of_quotients, parser, progress, texts, trained_like, write
-from compllm_rag.compressor import Compressor
+from compllm_rag.compressor import BATCH_POSITIONS, Compressor, batches
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.node_parser import chunk_texts
 from compllm_rag.store import DiskStore, MemoryStore
@@ -35,17 +35,14 @@ def passages(compressor: Compressor, sources: list[str], n_tokens: int) -> list[
     return out
 
 
-def bare_forward(compressor: Compressor, items: list[tuple[tuple[int, ...], int]], batch_positions: int = 4096) -> None:
-    """The arithmetic alone: rectangular batches of tokens and anchors through the compressor's layers."""
-    shapes: dict[int, list[int]] = {}
-    for segment, k in items:
-        shapes.setdefault(len(segment) + k, []).append(segment[0])
+def bare_forward(compressor: Compressor, items: list[tuple[tuple[int, ...], int]]) -> None:
+    """The arithmetic alone: the same batches of tokens and anchors through the same layers, nothing else."""
+    window = sorted(((0, segment, k) for segment, k in items), key=lambda item: (len(item[1]), item[2]))
     with torch.inference_mode():
-        for length, rows in shapes.items():
-            for start in range(0, len(rows), batch_positions // length):
-                n = len(rows[start : start + batch_positions // length])
-                ids = torch.full((n, length), rows[start], device=compressor.llm.device)
-                compressor.decoder(inputs_embeds=compressor.llm.embedding(ids), use_cache=False)
+        for batch in batches(window, BATCH_POSITIONS[compressor.llm.device.type]):
+            length = max(len(segment) for _, segment, _ in batch) + max(k for _, _, k in batch)
+            ids = torch.full((len(batch), length), batch[0][1][0], device=compressor.llm.device)
+            compressor.decoder(inputs_embeds=compressor.llm.embedding(ids), use_cache=False)
 
 
 def ensure(compressor: Compressor, chunks: list[str], rate: float) -> None:

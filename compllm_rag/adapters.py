@@ -34,7 +34,7 @@ def merge_adapter(model: Any, folder: Path) -> dict[str, str]:
     config, state = read_adapter(folder)
     factor = float(config["lora_alpha"]) / int(config["r"])
     names = {key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")}
-    modules = dict(model.named_modules())
+    modules, tied = dict(model.named_modules()), model.get_input_embeddings().weight
     with torch.no_grad():
         for name in sorted(names):
             module = modules.get(name.removeprefix("base_model.model."))
@@ -45,6 +45,13 @@ def merge_adapter(model: Any, folder: Path) -> dict[str, str]:
                     got=f"{name} of shape {list(delta.shape)}",
                     expected="a linear layer of the target with this name and shape",
                     next_step="use the reader made for this LLM, or reader=None",
+                )
+            if module.weight is tied:
+                raise UnsupportedFormatError(
+                    "adapter changes the input embeddings, which concepts are made of",
+                    got=f"{name}, tied to them",
+                    expected="an adapter that leaves them as they are",
+                    next_step="train the reader without this module",
                 )
             module.weight += (delta * factor).to(module.weight)
     return {name: file_digest(folder / name) for name in (_CONFIG, _WEIGHTS)}

@@ -56,6 +56,11 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
             # Whoever read our output has gone; the interpreter must not try to flush it again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
+        except OSError as error:
+            # A full disk, a folder that may not be written: the system's own words are the best there are.
+            where = f": {error.filename}" if error.filename else ""
+            typer.echo(f"error: {error.strerror or error}{where}", err=True)
+            raise typer.Exit(2) from None
 
     return run
 
@@ -81,9 +86,10 @@ def ingest(
 
     Example: compllm-rag ingest docs/ --storage storage
     """
-    from compllm_rag.llamaindex.reader import check_paths, load_documents
+    from compllm_rag.llamaindex.reader import check_paths, load_documents, some
 
     check_paths(paths)
+    documents = some(load_documents(paths))
     with (
         _progress(as_json) as show,
         _index(
@@ -98,7 +104,7 @@ def ingest(
             offline=offline,
         ) as index,
     ):
-        report = index.ingest(load_documents(paths), progress=show.ingested)
+        report = index.ingest(documents, progress=show.ingested)
     fields = report_fields(report)
     if as_json:
         _print_json(fields)

@@ -29,7 +29,7 @@ from compllm_rag.llm import TargetLLM, decoder_of
 from compllm_rag.segmentation import Segmenter
 
 # Tokens and anchors of one forward; enough to keep two cores or one GPU busy, small enough for 24 GiB.
-_BATCH_POSITIONS = {"cpu": 4096, "cuda": 65536}
+BATCH_POSITIONS = {"cpu": 4096, "cuda": 65536}
 # Segments read ahead and sorted by length, so that batches are nearly rectangular and memory stays bounded.
 _READ_AHEAD = 2048
 
@@ -182,8 +182,8 @@ class Compressor:
 
     def _compress_window(self, window: list[tuple[int, Sequence[int], int]]) -> Iterator[tuple[int, torch.Tensor]]:
         window.sort(key=lambda item: (len(item[1]), item[2]))
-        limit = _BATCH_POSITIONS["cpu" if self.llm.device.type == "cpu" else "cuda"]
-        for batch in _batches(window, limit):
+        limit = BATCH_POSITIONS["cpu" if self.llm.device.type == "cpu" else "cuda"]
+        for batch in batches(window, limit):
             concepts = self._forward([s for _, s, _ in batch], [k for _, _, k in batch])
             # A copy of each row: a view would keep the whole batch alive for as long as one segment is in use.
             for (index, _, k), row in zip(batch, concepts.float().cpu(), strict=True):
@@ -274,10 +274,13 @@ def embedding_rms(llm: TargetLLM) -> float:
     return float(llm.embed(range(rows)).float().pow(2).mean().sqrt())
 
 
-def _batches(
-    window: list[tuple[int, Sequence[int], int]], limit: int
+def batches(
+    window: Sequence[tuple[int, Sequence[int], int]], limit: int
 ) -> Iterator[list[tuple[int, Sequence[int], int]]]:
-    """Neighbours of the sorted window; a batch mixes lengths only while it is small."""
+    """Cut a window of (index, segment, K), sorted by length and K, into batches of at most `limit` positions.
+
+    Most are rectangular; a batch mixes lengths only while it is small.
+    """
     batch: list[tuple[int, Sequence[int], int]] = []
     for item in window:
         size = (len(batch) + 1) * (len(item[1]) + item[2])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from compllm_rag.errors import UnsupportedDtypeError, UnsupportedModelError
 from compllm_rag.fingerprint import mapping_digest, tagged_digest, tensor_digest
@@ -155,17 +156,32 @@ def _load(path: Path) -> tuple[Any, Any]:
 
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch.float32, trust_remote_code=False, local_files_only=True, use_safetensors=True
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
+    # RuntimeError is what tensors of other shapes end in.
+    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
         raise UnsupportedModelError(
             "transformers cannot load this model as a decoder LLM",
-            got=f"{path} ({type(error).__name__}: {str(error).splitlines()[0][:200]})",
+            got=f"{path} ({type(error).__name__}: {str(error).strip()[:200]})",
             expected="a causal language model with safetensors weights and a fast tokenizer",
             next_step="name another model, or update transformers",
         ) from error
+    model, info = loaded
+    if info["missing_keys"]:
+        # transformers fills them with random numbers and a warning.
+        raise UnsupportedModelError(
+            "model's weights are not complete",
+            got=f"{path} without {', '.join(sorted(info['missing_keys'])[:2])}",
+            expected="a tensor for each parameter",
+            next_step="fetch or save the model again",
+        )
     return model, tokenizer
 
 

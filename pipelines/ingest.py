@@ -19,7 +19,7 @@ from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
 from compllm_rag.errors import CompLLMError
 from compllm_rag.llamaindex.index import ConceptIndex
 from compllm_rag.llamaindex.ingest import IngestReport
-from compllm_rag.llamaindex.reader import load_documents
+from compllm_rag.llamaindex.reader import load_documents, some
 from compllm_rag.progress import ProgressShow
 
 
@@ -55,6 +55,7 @@ class Log:
 
 def run(args: argparse.Namespace) -> IngestReport:
     """Do the job."""
+    documents = some(load_documents(args.paths))
     with (
         ProgressShow() as show,
         ConceptIndex.create(
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> IngestReport:
             progress=show.fetching,
         ) as index,
     ):
-        return index.ingest(load_documents(args.paths), progress=Log(show, args.log))
+        return index.ingest(documents, progress=Log(show, args.log))
 
 
 def main() -> int:

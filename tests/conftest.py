@@ -13,7 +13,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import toy  # noqa: E402
-
 from compllm_rag.compressor import Compressor  # noqa: E402
 from compllm_rag.llm import TargetLLM  # noqa: E402
 

@@ -19,7 +19,24 @@ TOKENIZER = toy.tokenizer()
 S = 20
 QUIET = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 
-WORDS = ["the", "lamp", "boat", "row", "Marsh", "1871", "naïve", "Ærø", "灯台", "北の海", "🙂", "👩‍🚀", "it's", "a,", "—", "(so)"]
+WORDS = [
+    "the",
+    "lamp",
+    "boat",
+    "row",
+    "Marsh",
+    "1871",
+    "naïve",
+    "Ærø",
+    "灯台",
+    "北の海",
+    "🙂",
+    "👩‍🚀",
+    "it's",
+    "a,",
+    "—",
+    "(so)",
+]
 ENDS = [". ", "! ", "?\n", '." ', "… ", ".\n\n", ".\n \n\t", ".  ", "。", "！」", "?) "]
 
 
@@ -28,7 +45,8 @@ def sentences(draw: st.DrawFn, least: int = 1, most: int = 12) -> list[str]:
     """Sentences with what ends them and the white space behind, mostly short ones, some of many segments."""
     made = st.builds(
         lambda words, end: " ".join(words) + end,
-        st.lists(st.sampled_from(WORDS), min_size=1, max_size=6) | st.lists(st.sampled_from(WORDS), max_size=60, min_size=1),
+        st.lists(st.sampled_from(WORDS), min_size=1, max_size=6)
+        | st.lists(st.sampled_from(WORDS), max_size=60, min_size=1),
         st.sampled_from(ENDS),
     )
     return draw(st.lists(made, min_size=least, max_size=most))
@@ -135,7 +153,9 @@ def novel(n_sentences: int, seed: int = 0) -> list[str]:
     rng = random.Random(seed)
     words = [word for word in toy.TEXT.split() if word.isalpha()]
     return [
-        " ".join(rng.choices(words, k=rng.choice([2, 4, 8, 12, 30]))) + f" {i}" + rng.choice([". ", ". ", "! ", ".\n\n"])
+        " ".join(rng.choices(words, k=rng.choice([2, 4, 8, 12, 30])))
+        + f" {i}"
+        + rng.choice([". ", ". ", "! ", ".\n\n"])
         for i in range(n_sentences)
     ]
 
@@ -174,8 +194,12 @@ def test_an_inserted_sentence_makes_at_most_three_new_chunks(seed: int) -> None:
 
 
 def test_a_sentence_written_again_keeps_its_segments_wherever_it_stands() -> None:
-    long = "The keepers rowed out through the surf with oil and flour and letters for the men on the rock in the night. "
-    segments = [Counter(map(tuple, segment(text).segment_ids())) for text in ("A b c. " + long, "X y.\n\n" + long + "Z.")]
+    long = (
+        "The keepers rowed out through the surf with oil and flour and letters for the men on the rock in the night. "
+    )
+    segments = [
+        Counter(map(tuple, segment(text).segment_ids())) for text in ("A b c. " + long, "X y.\n\n" + long + "Z.")
+    ]
     assert (segments[0] & segments[1]).total() >= 2
 
 

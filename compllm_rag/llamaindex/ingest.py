@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from llama_index.core.schema import BaseNode, Document, MetadataMode
 
-from compllm_rag.errors import EmptyCorpusError
+from compllm_rag.llamaindex.reader import empty_corpus
 
 if TYPE_CHECKING:
     from compllm_rag.llamaindex.index import ConceptIndex
@@ -76,12 +76,7 @@ def ingest_documents(
             if progress:
                 progress(report)
         if not report.documents:
-            raise EmptyCorpusError(
-                "there is nothing to ingest",
-                got="no document with text",
-                expected="at least one",
-                next_step="name files or folders that hold .txt, .md or .jsonl text",
-            )
+            raise empty_corpus()
     return replace(report, seconds=time.perf_counter() - begun)
 
 

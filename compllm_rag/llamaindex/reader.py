@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from llama_index.core.schema import Document
 
-from compllm_rag.errors import ConfigurationError, CorpusPathError, UnreadableFileError
+from compllm_rag.errors import ConfigurationError, CorpusPathError, EmptyCorpusError, UnreadableFileError
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 
@@ -61,6 +62,28 @@ def check_paths(paths: Iterable[str | Path]) -> None:
             )
 
 
+def some(documents: Iterator[Document]) -> Iterator[Document]:
+    """The same documents, the first of them read already: what is wrong with it shows before anything slow is done.
+
+    Raises:
+        EmptyCorpusError: There is none.
+    """
+    first = next(documents, None)
+    if first is None:
+        raise empty_corpus()
+    return itertools.chain([first], documents)
+
+
+def empty_corpus() -> EmptyCorpusError:
+    """The error for a corpus without documents."""
+    return EmptyCorpusError(
+        "there is nothing to ingest",
+        got="no document with text",
+        expected="at least one",
+        next_step="name files or folders that hold .txt, .md or .jsonl text",
+    )
+
+
 def _files(paths: Iterable[str | Path]) -> Iterator[tuple[Path, str]]:
     asked = list(map(Path, paths))
     check_paths(asked)
@@ -91,6 +114,8 @@ def _read(path: Path, name: str) -> Iterator[Document]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise _unreadable(path, f"byte {error.start} is not UTF-8", "save the file as UTF-8") from error
+    except UnreadableFileError:
+        raise  # an OSError too, and says more
     except OSError as error:
         raise _unreadable(path, error.strerror or type(error).__name__, "check its permissions") from error
     heading = next((line[2:].strip() for line in text.splitlines() if line.startswith("# ")), "")

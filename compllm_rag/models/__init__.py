@@ -74,14 +74,14 @@ def resolve_model(
 
         path, digests = resolve_pinned(spec, registry[spec], cache_dir or default_cache_dir(), offline, report)
         return ModelFiles(path, digests, spec)
-    folder = _as_folder(spec)
-    if folder is not None:
+    folder = _on_disk(spec)
+    if folder is not None and folder.is_dir():
         from compllm_rag.models.folders import check_folder, folder_digests
 
         check_folder(folder)
         return ModelFiles(folder, folder_digests(folder, cache_dir or default_cache_dir()), str(folder.absolute()))
     name, _, revision = spec.partition("@")
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and folder is None:
         from compllm_rag.models.hub import resolve_hub
 
         path, digests, source = resolve_hub(name, revision, cache_dir or default_cache_dir(), offline, report)
@@ -95,10 +95,10 @@ def resolve_model(
     )
 
 
-def _as_folder(spec: str) -> Path | None:
+def _on_disk(spec: str) -> Path | None:
     try:
-        folder = Path(spec).expanduser()
-        return folder if folder.is_dir() else None
+        path = Path(spec).expanduser()
+        return path if path.exists() else None
     except (OSError, RuntimeError):  # too long for a path, or the home of an unknown user
         return None
 

@@ -16,8 +16,10 @@ from compllm_rag.fingerprint import file_digest
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # What decides what a model does. Notes and licences do not, nor do chat templates: a template shapes the prompt, and
 # no concept depends on it.
-_COUNTED = ("config.json", "modules.json", "sentence_bert_config.json", "tokenizer.json", "tokenizer.model")
-_COUNTED += ("vocab.txt", "vocab.json", "merges.txt", "sentencepiece.bpe.model")
+_COUNTED = (
+    *("config.json", "modules.json", "sentence_bert_config.json"),
+    *("tokenizer.json", "tokenizer.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json", "merges.txt"),
+)
 _LARGE = 1 << 20
 
 
@@ -25,7 +27,7 @@ def check_folder(folder: Path) -> None:
     """Refuse a folder that is no model, that asks for code, or whose weights are pickles.
 
     Raises:
-        UnknownModelError: There is no `config.json`, or there are no weights.
+        UnknownModelError: There is no `config.json`, there are no weights, or there is an adapter.
         UnsafeModelError: It names code to run, or has pickled weights only.
     """
     if not (folder / "config.json").is_file():
@@ -34,6 +36,14 @@ def check_folder(folder: Path) -> None:
             got=folder,
             expected="config.json, tokenizer.json and *.safetensors",
             next_step="name the folder that holds them",
+        )
+    if (folder / "adapter_config.json").exists():
+        # transformers would follow it to another base model, whose digests nobody took.
+        raise UnknownModelError(
+            "folder holds an adapter, not only a model",
+            got=folder / "adapter_config.json",
+            expected="a model by itself",
+            next_step="merge the adapter, or pass its folder as the reader",
         )
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         trouble = _asks_for_code(folder / name)
@@ -44,9 +54,10 @@ def check_folder(folder: Path) -> None:
                 expected="a model that transformers itself implements",
                 next_step="choose another model; this package never runs code from a model",
             )
-    if any(folder.glob("*.safetensors")):
+    pickles = _pickles_of_modules(folder)
+    if not pickles and any(folder.glob("*.safetensors")):
         return
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+    pickles = pickles or sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
     if pickles:
         raise UnsafeModelError(
             "model's weights are pickles, which can run code",
@@ -70,6 +81,17 @@ def folder_digests(folder: Path, cache_dir: Path) -> dict[str, str]:
     digests = {name: known.digest(folder / name) for name in names}
     known.save()
     return digests
+
+
+def _pickles_of_modules(folder: Path) -> list[str]:
+    """Pickled weights of a sentence-transformers module that has no others (its `modules.json` names the folders)."""
+    try:
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        paths = [folder / str(module["path"]) for module in modules if module.get("path")]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return []
+    found = [p for path in paths if path.is_dir() and not any(path.glob("*.safetensors")) for p in path.iterdir()]
+    return sorted(str(p.relative_to(folder)) for p in found if p.suffix in _PICKLES)
 
 
 def _asks_for_code(path: Path) -> str:

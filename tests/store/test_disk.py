@@ -107,9 +107,11 @@ def test_second_writer_is_told_who_writes(tmp_path: Path) -> None:
     child = subprocess.Popen(python(script, tmp_path / "store"), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert child.stdout.readline() == b"open\n"
-        with DiskStore(tmp_path / "store", hidden_size=HIDDEN) as store:
-            with pytest.raises(StoreLockedError, match=f"process {child.pid} "):
-                store.put(records([2]))
+        with (
+            DiskStore(tmp_path / "store", hidden_size=HIDDEN) as store,
+            pytest.raises(StoreLockedError, match=f"process {child.pid} "),
+        ):
+            store.put(records([2]))
         DiskStore(tmp_path / "store", hidden_size=HIDDEN, read_only=True).close()
     finally:
         child.kill()
