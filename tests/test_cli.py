@@ -106,7 +106,7 @@ def test_errors_are_one_line(
     assert "hub" in refused("ingest", corpus, "--storage", new, "--llm", "org/name@abc", "--offline")
     assert "revision" in refused("ingest", corpus, "--storage", new, "--llm", "org/name")
     assert "fetching is off" in refused("ingest", corpus, "--storage", new, "--offline")
-    assert "another compressor" in refused("ingest", corpus, "--storage", storage, "--llm", other)
+    assert "another LLM" in refused("ingest", corpus, "--storage", storage, "--llm", other)
     small = save_sentence_transformer(tmp_path / "small", "other words here")
     assert "another embedder" in refused("ingest", corpus, "--storage", storage, "--embedder", small)
     assert "no storage here" in refused("query", QUESTION, "--storage", tmp_path / "none")
