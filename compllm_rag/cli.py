@@ -150,6 +150,11 @@ def query(
         raise ConfigurationError(
             "--stream and --json exclude each other", got="both", expected="one", next_step="leave one out"
         )
+    # Bytes of an argument that are not UTF-8 arrive as lone surrogates.
+    if not question.strip() or any("\ud800" <= c <= "\udfff" for c in question):
+        raise ConfigurationError(
+            "question cannot be read", got=ascii(question), expected="words in UTF-8", next_step="type it again"
+        )
     from compllm_rag.config import GenerationConfig
     from compllm_rag.llamaindex.answer import answer
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from compllm_rag.config import GenerationConfig, Mode
+from compllm_rag.errors import ConfigurationError
 from compllm_rag.evaluation.metrics import f1
 from compllm_rag.progress import ProgressShow
 
@@ -60,8 +61,16 @@ def run_demo(
 
     Returns:
         All that was shown, as plain values.
+
+    Raises:
+        ConfigurationError: `json_file` has no folder to lie in.
     """
     console = console or Console()
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        # Known now, and not when the work of minutes is done.
+        raise ConfigurationError(
+            "results cannot be written", got=json_file, expected="a file in a folder that exists", next_step="make it"
+        )
     if storage is not None:
         return _run(console, json_file, rate, top_k, limit, llm, embedder, storage, offline)
     with tempfile.TemporaryDirectory(prefix="compllm-demo-") as folder:

@@ -167,9 +167,10 @@ def _load(path: Path) -> tuple[Any, Any]:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     # RuntimeError is what tensors of other shapes end in.
     except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
+        first = str(error).partition("\n")[0]
         raise UnsupportedModelError(
             "transformers cannot load this model as a decoder LLM",
-            got=f"{path} ({type(error).__name__}: {str(error).strip()[:200]})",
+            got=f"{path} ({type(error).__name__}: {first[:200]})",
             expected="a causal language model with safetensors weights and a fast tokenizer",
             next_step="name another model, or update transformers",
         ) from error

@@ -114,9 +114,25 @@ def test_errors_are_one_line(
     assert "do not fit" in refused("query", QUESTION * 200, "--storage", storage)
     assert "out of reach" in refused("ingest", corpus, "--storage", new, *models, "--rate", "9")
     assert "dtype" in refused("ingest", corpus, "--storage", new, *models, "--dtype", "int4")
+    for rate in ("0.5", "nan"):
+        assert "rate makes no sense" in refused("ingest", corpus, "--storage", new, *models, "--rate", rate)
+    assert "chunk size makes no sense" in refused("ingest", corpus, "--storage", new, *models, "--chunk-size", "3")
+    assert "not a folder" in refused("ingest", corpus, "--storage", tmp_path / "latin.txt", *models)
+    assert "question cannot be read" in refused("query", " ", "--storage", storage)
+    assert "question cannot be read" in refused("query", "caf\udce9", "--storage", storage)
+    missing = tmp_path / "missing" / "demo.json"
+    assert "results cannot be written" in refused("demo", "--json", missing, *models)
     assert "another rate" in refused("ingest", corpus, "--storage", storage, "--rate", "4")
     assert "unknown mode" in refused("query", QUESTION, "--storage", storage, "--mode", "both")
     assert "exclude" in refused("query", QUESTION, "--storage", storage, "--json", "--stream")
+
+
+def test_a_process_prints_the_error_and_nothing_else(storage: Path, corpus: Path) -> None:
+    command = [sys.executable, "-m", "compllm_rag.cli", "ingest", str(corpus), "--storage", str(storage), "--json"]
+    done = subprocess.run([*command, "--llm", "org/name@abc"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: hub not reachable")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_wrong_digest_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

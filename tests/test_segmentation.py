@@ -120,6 +120,21 @@ def test_an_inserted_sentence_changes_its_own_segments_and_one_neighbour_a_side(
     assert all(len(side) <= 1 for side in changes(new, old, (len(head), len(head))))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_an_edit_in_a_paragraph_of_short_sentences_does_not_shift_the_rest(seed: int) -> None:
+    rng = random.Random(seed)
+    parts = [
+        " ".join(["the", *rng.choices(["boat", "lamp", "row", "12"], k=rng.randint(0, 2))]) + ". " for _ in range(40)
+    ]
+    old = segment("".join(parts))
+    # Many do share a segment, so that there is something to shift.
+    assert len(old.segments) <= 32
+    for at in range(1, len(parts)):
+        head = "".join(parts[:at])
+        new = segment(head + "boat 7. " + "".join(parts[at:]))
+        assert all(len(side) <= 1 for side in changes(old, new, (len(head), len(head) + 8))), f"inserted before {at}"
+
+
 @QUIET
 @given(plain_sentences(least=3), plain_sentences(most=1), st.data())
 def test_a_changed_sentence_changes_its_own_segments_and_one_neighbour_a_side(

@@ -112,13 +112,17 @@ def _replace(index: ConceptIndex, changed: list[Document], nodes: list[BaseNode]
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
+    batch: dict[str, Document] = {}
     size = 0
     for document in documents:
-        batch.append(document)
+        if document.id_ in batch:
+            # An id that comes again is a change of the document, to be made once the first is in.
+            yield list(batch.values())
+            batch, size = {}, 0
+        batch[document.id_] = document
         size += len(document.text)
         if size >= _BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
+            yield list(batch.values())
+            batch, size = {}, 0
     if batch:
-        yield batch
+        yield list(batch.values())

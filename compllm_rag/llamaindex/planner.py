@@ -122,7 +122,7 @@ class Planner:
             raise PromptTooLongError(
                 "question and prompt template do not fit the window of the LLM",
                 got=f"{budget - left} positions",
-                expected=f"at most {budget}, the answer's positions set aside",
+                expected=f"at most {max(budget, 0)}, the answer's positions set aside",
                 next_step="shorten the question or lower max_new_tokens",
             )
         spans: list[Span] = []

@@ -135,7 +135,21 @@ def _read_lines(path: Path) -> Iterator[Document]:
                 raise _unreadable(path, trouble, 'each line must be {"id": ..., "title": ..., "text": ...}') from error
             if not isinstance(text, str):
                 raise _unreadable(path, f"line {number}: text is {type(text).__name__}", "make it a string")
-            yield _document(str(key), str(row.get("title") or ""), text, f"{path}:{number}")
+            if not isinstance(key, str | int):
+                raise _unreadable(path, f"line {number}: id is {type(key).__name__}", "make it a string")
+            title = str(row.get("title") or "")
+            # JSON can spell half a character, which nothing downstream can encode.
+            if not _encodes(f"{key}{title}{text}"):
+                raise _unreadable(path, f"line {number}: a lone surrogate", "escape whole characters")
+            yield _document(str(key), title, text, f"{path}:{number}")
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _document(key: str, title: str, text: str, source: str) -> Document:

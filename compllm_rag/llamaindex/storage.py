@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
+from pydantic import ValidationError
 
 from compllm_rag.compressor import Compressor
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM, GenerationConfig, IngestConfig
-from compllm_rag.errors import CompLLMError, StorageMismatchError, StorageNotFoundError
+from compllm_rag.errors import CompLLMError, ConfigurationError, StorageMismatchError, StorageNotFoundError
 from compllm_rag.llamaindex.accounts import Accounts, stats_fields
 from compllm_rag.llamaindex.embedding import embedder_identity, load_embedder
 from compllm_rag.llamaindex.kvstore import CatalogKVStore
@@ -64,9 +65,14 @@ def create_index(
         **model_options: `dtype`, `device`, `cache_dir`, `offline` of `TargetLLM.from_pretrained`.
 
     Raises:
+        ConfigurationError: A setting makes no sense, or `folder` is a file.
         StorageMismatchError: The storage exists and was made with other settings.
         StoreLockedError: Another process writes to it.
     """
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise ConfigurationError(
+            "storage is not a folder", got=folder, expected="a folder, or a path where one can be made"
+        )
     if folder is not None and _is_made(folder):
         return load_index(
             cls,
@@ -79,8 +85,7 @@ def create_index(
             expect={"rate": rate, "chunk_size": chunk_size, "namespace": namespace},
             **model_options,
         )
-    asked: dict[str, Any] = {"rate": rate, "chunk_size": chunk_size, "namespace": namespace}
-    config = IngestConfig(**{name: value for name, value in asked.items() if value is not None})
+    config = _config(rate=rate, chunk_size=chunk_size, namespace=namespace)
     made = (
         compressor
         if isinstance(compressor, Compressor)
@@ -229,6 +234,19 @@ def _embedder(
         return embedder, *embedder_identity(embedder)
     known = {k: v for k, v in model_options.items() if k in ("device", "cache_dir", "offline")}
     return load_embedder(embedder, progress=progress, **known)
+
+
+def _config(**asked: Any) -> IngestConfig:
+    try:
+        return IngestConfig(**{name: value for name, value in asked.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigurationError(
+            f"{' '.join(map(str, first['loc'])).replace('_', ' ')} makes no sense",
+            got=repr(first["input"]),
+            expected=first["msg"].removeprefix("Input should be "),
+            next_step="change it, or leave it out for the default",
+        ) from error
 
 
 def _check_rate(config: IngestConfig, compressor: Compressor) -> None:

@@ -15,6 +15,7 @@ from llama_index.core.vector_stores import MetadataFilter, MetadataFilters
 import toy
 from compllm_rag import Compressor, CompressorConfig, ConceptIndex
 from compllm_rag.errors import (
+    ConfigurationError,
     EmbedderMismatchError,
     EmptyCorpusError,
     FingerprintMismatchError,
@@ -22,6 +23,7 @@ from compllm_rag.errors import (
     StorageMismatchError,
     StorageNotFoundError,
     StoreLockedError,
+    StoreReadOnlyError,
 )
 from toy_embedder import HashEmbedder
 
@@ -197,6 +199,85 @@ def test_a_killed_ingest_leaves_whole_documents_and_completes(tmp_path: Path, co
         check_counts(index)
 
 
+def test_an_id_that_comes_twice_is_a_change(compressor: Compressor) -> None:
+    index = open_index(None, compressor)
+    texts = ["The first of two.", "The second of two."]
+    report = index.ingest([Document(id_="d", text=text) for text in texts])
+    assert [node.text for node in index.faiss.iter_nodes()] == texts[1:]
+    assert (report.documents, report.documents_changed, index.stats()["documents"]) == (2, 2, 1)
+    check_counts(index)
+    assert index.ingest([Document(id_="d", text=texts[1])]).documents_changed == 0
+
+
+def test_a_document_may_become_empty(compressor: Compressor) -> None:
+    index = open_index(None, compressor)
+    index.ingest(documents())
+    index.ingest([Document(id_="d1", text="")])
+    assert index.faiss.node_ids("d1") == []
+    assert index.stats()["documents"] == 2
+    check_counts(index)
+    assert index.ingest([Document(id_="d1", text="")]).documents_changed == 0
+
+
+_READER = """
+import sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import toy
+from compllm_rag import Compressor, ConceptIndex
+from toy_embedder import HashEmbedder
+index = ConceptIndex.load(sys.argv[1], compressor=Compressor(toy.llm()), embedder=HashEmbedder(), read_only=True)
+for line in sys.stdin:
+    found = index.as_query_engine(similarity_top_k=1).query(line.strip())
+    print(found.source_nodes[0].node.ref_doc_id, found.metadata["compllm"]["store"]["misses"], flush=True)
+"""
+
+
+def test_a_reader_in_another_process_sees_each_commit(tmp_path: Path, compressor: Compressor) -> None:
+    tests = Path(__file__).parents[1]
+    script = _READER.format(tests=str(tests), root=str(tests.parent))
+    with open_index(tmp_path / "s", compressor) as index:
+        index.ingest(documents())
+        reader = subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path / "s")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+        def ask() -> str:
+            reader.stdin.write("late otters in the harbour\n")
+            reader.stdin.flush()
+            return reader.stdout.readline().strip()
+
+        try:
+            assert ask() != "late 0"
+            with index.bulk():
+                index.insert(Document(id_="late", text="late otters in the harbour"))
+                assert ask() != "late 0"
+            assert ask() == "late 0"
+            index.delete_ref_doc("late")
+            assert ask() != "late 0"
+        finally:
+            reader.communicate()
+        assert reader.returncode == 0
+
+
+def test_a_reader_writes_nothing(tmp_path: Path, compressor: Compressor) -> None:
+    with open_index(tmp_path / "s", compressor) as index:
+        index.ingest(documents())
+    with ConceptIndex.load(tmp_path / "s", compressor=compressor, embedder=HashEmbedder(), read_only=True) as index:
+        before = index.stats()
+        for write in (
+            lambda: index.insert(Document(id_="x", text="A new text that nobody has seen.")),
+            lambda: index.delete_ref_doc("d0"),
+            lambda: index.ingest([Document(id_="x", text="A new text that nobody has seen.")]),
+        ):
+            with pytest.raises(StoreReadOnlyError):
+                write()
+        assert index.stats() == before
+        assert index.as_query_engine().query("Who built it?").source_nodes
+
+
 def test_two_handles_in_one_process(tmp_path: Path, compressor: Compressor) -> None:
     first = ConceptIndex.from_documents(
         documents(), storage_dir=tmp_path / "s", compressor=compressor, embedder=HashEmbedder(), chunk_size=60
@@ -233,7 +314,15 @@ def test_what_it_refuses(tmp_path: Path, compressor: Compressor) -> None:
         open_index(tmp_path / "s", compressor, rate=4.0)
     with pytest.raises(RateOutOfReachError):
         open_index(tmp_path / "u", compressor, rate=9.0)
+    for setting in ({"rate": 0.5}, {"rate": float("nan")}, {"namespace": ""}):
+        with pytest.raises(ConfigurationError, match=f"^{next(iter(setting))} makes no sense"):
+            open_index(tmp_path / "u", compressor, **setting)
+    with pytest.raises(ConfigurationError, match="chunk size makes no sense: got 3"):
+        ConceptIndex.create(tmp_path / "u", compressor=compressor, embedder=HashEmbedder(), chunk_size=3)
     assert not (tmp_path / "u" / "catalog.db").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match="not a folder"):
+        open_index(tmp_path / "file", compressor)
 
 
 def test_an_interrupted_making_is_taken_up(tmp_path: Path, compressor: Compressor) -> None:

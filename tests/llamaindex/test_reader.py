@@ -33,11 +33,21 @@ def test_folders_and_files(tmp_path: Path) -> None:
 def test_what_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(CorpusPathError, match="missing"):
         list(load_documents([tmp_path / "missing"]))
+    (tmp_path / "dangling.md").symlink_to(tmp_path / "gone")
+    with pytest.raises(CorpusPathError):
+        list(load_documents([tmp_path / "dangling.md"]))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "dangling.md").symlink_to(tmp_path / "gone")
+    with pytest.raises(UnreadableFileError, match="dangling"):
+        list(load_documents([tmp_path / "folder"]))
     for name, data, said in [
         ("latin.txt", b"caf\xe9", "byte 3"),
         ("bad.jsonl", b'{"id": 1, "text": "a"}\n{"id": 2}\n', "line 2"),
         ("list.jsonl", b"[1]\n", "line 1"),
         ("number.jsonl", b'{"id": 1, "text": 5}\n', "line 1"),
+        ("null.jsonl", b'{"id": null, "text": "a"}\n', "line 1"),
+        ("half.jsonl", b'{"id": 1, "text": "a"}\n\n{"id": 2, "text": "\\ud800"}\n', "line 3: a lone surrogate"),
+        ("half-title.jsonl", b'{"id": 2, "title": "\\ud800", "text": "b"}\n', "line 1: a lone surrogate"),
         ("book.pdf", b"%PDF", "not supported"),
     ]:
         (tmp_path / name).write_bytes(data)

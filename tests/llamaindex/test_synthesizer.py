@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
 from collections.abc import AsyncGenerator, Generator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -182,8 +184,11 @@ async def test_missing_concepts_by_policy(compressor: Compressor, streaming: boo
         assert text == account["answer"]
     for _, account in await both(missing="text"):
         assert {f["used"] for f in account["nodes"].values()} == {"text"}
+    made = synthesizer(empty(), streaming=streaming, missing="error")
     with pytest.raises(MissingConceptsError):
-        await both(missing="error")
+        made.synthesize(QUESTION, nodes())
+    with pytest.raises(MissingConceptsError):
+        await made.asynthesize(QUESTION, nodes())
 
 
 def test_what_does_not_fit_is_dropped_and_said(compressor: Compressor) -> None:
@@ -303,3 +308,38 @@ async def test_queries_side_by_side_answer_as_alone(library: ConceptLibrary) -> 
     made = synthesizer(library)
     alone = [str(made.synthesize(q, nodes())) for q in questions]
     assert [str(r) for r in await asyncio.gather(*(made.asynthesize(q, nodes()) for q in questions))] == alone
+
+
+def test_threads_answer_as_alone(library: ConceptLibrary) -> None:
+    questions = [QUESTION, "Where is the lens kept?", "When did Marsh die?", "Who rows the boat?"]
+    plain, streamed = synthesizer(library), synthesizer(library, streaming=True)
+    alone = [str(plain.synthesize(q, nodes())) for q in questions]
+    with ThreadPoolExecutor(8) as pool:
+        both = pool.map(lambda q: plain.synthesize(q, nodes()), questions * 2)
+        pieces = pool.map(lambda q: "".join(streamed.synthesize(q, nodes()).response_gen), questions * 2)
+        assert [str(r) for r in both] == alone * 2 == list(pieces)
+
+
+async def test_a_cancelled_task_ends_its_stream(library: ConceptLibrary) -> None:
+    long = GenerationConfig(max_new_tokens=1500)
+    made = ConceptSynthesizer(library, streaming=True, generation=long)
+    response = await made.asynthesize(QUESTION, nodes())
+    begun = asyncio.Event()
+
+    async def consume() -> None:
+        async for _ in response.async_response_gen():
+            begun.set()
+
+    task = asyncio.create_task(consume())
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    account = response.metadata["compllm"]
+    for _ in range(500):
+        if "finish_reason" in account:
+            break
+        gc.collect()
+        await asyncio.sleep(0.01)
+    assert account["finish_reason"] == "cancelled"
+    assert account["new_tokens"] < long.max_new_tokens
