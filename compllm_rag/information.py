@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from compllm_rag.plaintext import encode_plain
+
 _TABLE = "information-smollm2-135m-instruct.safetensors"
 _UNITS = "unigrams.tsv.gz"
 
@@ -72,7 +74,7 @@ def _estimated_counts(tokenizer: Any) -> torch.Tensor:
     units, counts = _units()
     size = max([len(tokenizer), *(index + 1 for index in tokenizer.get_vocab().values())])
     total = torch.zeros(size, dtype=torch.float64)
-    encoded = tokenizer(units, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    encoded = encode_plain(tokenizer, units)["input_ids"]
     for ids, count in zip(encoded, counts, strict=True):
         if ids:
             total.index_add_(0, torch.tensor(ids), torch.full((len(ids),), float(count), dtype=torch.float64))

@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from compllm_rag.errors import ConfigurationError, InvalidConceptsError
+from compllm_rag.plaintext import encode_plain
 
 if TYPE_CHECKING:
     from compllm_rag.llm import TargetLLM
@@ -127,9 +128,7 @@ class PromptTemplate:
 
     def plain(self, text: str) -> list[int]:
         """Token ids of text that must never become special tokens."""
-        return list(
-            self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        )
+        return list(encode_plain(self.tokenizer, text)["input_ids"])
 
     def _fixed(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -20,6 +20,7 @@ import numpy as np
 import xxhash
 
 from compllm_rag.errors import UnsupportedModelError
+from compllm_rag.plaintext import encode_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,9 +102,7 @@ class Segmenter:
         """
         if not text:
             return TokenizedText(text, [], [], [])
-        encoding = self.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True, verbose=False
-        )
+        encoding = encode_plain(self.tokenizer, text, return_offsets_mapping=True)
         ids, offsets = list(encoding["input_ids"]), [(int(a), int(b)) for a, b in encoding["offset_mapping"]]
         return TokenizedText(text, ids, offsets, self._cut(text, ids, offsets))
 

@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from compllm_rag.config import DEFAULT_LLM
 from compllm_rag.information import information_of_counts, vocabulary_digest
 from compllm_rag.models import resolve_model
+from compllm_rag.plaintext import encode_plain
 
 SOURCES = (
     "train/squad",
@@ -60,7 +61,7 @@ def count_tokens(tokenizer: PreTrainedTokenizerBase, all_texts: list[str]) -> to
     """Occurrences of each token."""
     counts = torch.zeros(len(tokenizer), dtype=torch.float64)
     for start in range(0, len(all_texts), 256):
-        batch = tokenizer(all_texts[start : start + 256], add_special_tokens=False, split_special_tokens=True)
+        batch = encode_plain(tokenizer, all_texts[start : start + 256])
         for ids in batch["input_ids"]:
             counts += torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=len(tokenizer))
     return counts

@@ -27,7 +27,7 @@ def embedder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_job_is_taken_up_after_a_ctrl_c(tmp_path: Path, toy_folder: Path, embedder_folder: Path) -> None:
     # Two batches and more, so that there is something between the first log line and the end to interrupt.
     with (tmp_path / "rows.jsonl").open("w") as rows:
-        for i in range(1500):
+        for i in range(1000):
             text = f"Keeper {i} wrote: {toy.TEXT[: 300 + i % 400]} That was in {1871 + i}."
             rows.write(json.dumps({"id": f"r{i}", "title": f"Row {i}", "text": text}) + "\n")
     log = tmp_path / "log.jsonl"
@@ -45,9 +45,9 @@ def test_the_job_is_taken_up_after_a_ctrl_c(tmp_path: Path, toy_folder: Path, em
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["documents"] == 1500
+    assert report["documents"] == 1000
     assert report["segments_reused"] > 0
-    assert json.loads(log.read_text().splitlines()[-1])["documents"] == 1500
+    assert json.loads(log.read_text().splitlines()[-1])["documents"] == 1000
 
 
 def test_the_job_says_what_is_wrong(tmp_path: Path) -> None:
