@@ -87,7 +87,7 @@ def progress(text: str) -> None:
 
 def write(result: dict[str, Any], path: Path | None) -> None:
     """Print the result and write it where asked, with what it was measured on."""
-    record = {"command": " ".join(["python -m", _module(), *sys.argv[1:]]), "environment": environment(), **result}
+    record = {"command": command(sys.argv), "environment": environment(), **result}
     text = json.dumps(record, indent=1)
     print(text)
     if path is not None:
@@ -117,5 +117,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _module() -> str:
-    return f"benchmarks.{Path(sys.argv[0]).stem}"
+def command(argv: Sequence[str]) -> str:
+    """What to type to measure it again; where the result was written is nobody's business."""
+    words = list(argv[1:])
+    if "--json" in words:
+        at = words.index("--json")
+        del words[at : at + 2]
+    return " ".join(["python -m", f"benchmarks.{Path(argv[0]).stem}", *words])

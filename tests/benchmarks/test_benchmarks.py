@@ -29,7 +29,7 @@ def run(name: str, out: Path, *options: str) -> dict:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads(out.read_text())
     record = json.loads(done.stdout)
-    assert record["command"].startswith(f"python -m benchmarks.{name} ")
+    assert record["command"] == " ".join([f"python -m benchmarks.{name} --repeats 1", *options])
     assert record["environment"]["versions"]["torch"]
     return record
 
