@@ -258,7 +258,7 @@ def models_fetch(
     found = []
     with _progress(as_json) as show:
         for name in names or [DEFAULT_LLM, DEFAULT_EMBEDDER]:
-            files = resolve_model(name, progress=show.fetching)
+            files = resolve_model(name, progress=show.fetching, verify=True)
             found.append({"model": name, "path": str(files.path), "digests": files.digests})
     if as_json:
         _print_json(found)

@@ -48,15 +48,21 @@ class ModelInfo:
 
 
 def resolve_model(
-    spec: str, *, cache_dir: Path | None = None, offline: bool = False, progress: Progress | None = None
+    spec: str,
+    *,
+    cache_dir: Path | None = None,
+    offline: bool = False,
+    progress: Progress | None = None,
+    verify: bool = False,
 ) -> ModelFiles:
-    """Find or fetch a model, and verify it.
+    """Find or fetch a model; what is fetched is verified.
 
     Args:
         spec: An alias (`list_models`), a local folder, or `org/name@revision`.
         cache_dir: Where fetched models lie; None means the user's cache directory.
         offline: Never touch the network.
         progress: Called with a message and a share from 0 to 1, None where it is unknown.
+        verify: Compare an alias that was fetched before with its digests, not only its sizes; fetch it anew if damaged.
 
     Returns:
         The folder, the digests of its source files, and its name.
@@ -72,7 +78,9 @@ def resolve_model(
     if spec in registry:
         from compllm_rag.models.pinned import resolve_pinned
 
-        path, digests = resolve_pinned(spec, registry[spec], cache_dir or default_cache_dir(), offline, report)
+        path, digests = resolve_pinned(
+            spec, registry[spec], cache_dir or default_cache_dir(), offline, report, verify=verify
+        )
         return ModelFiles(path, digests, spec)
     folder = _on_disk(spec)
     if folder is not None and folder.is_dir():

