@@ -93,6 +93,18 @@ class UnreadableFileError(CompLLMError, OSError):
     """A file exists but cannot be read as text."""
 
 
+class DataFileError(CompLLMError, ValueError):
+    """A file of questions or texts cannot be read, or holds nothing that can be used."""
+
+
+class EvaluationDataError(CompLLMError, ValueError):
+    """Training was pointed at data that is kept for evaluation."""
+
+
+class DivergedError(CompLLMError, ArithmeticError):
+    """Training reached a loss that is not finite; the last good checkpoint is kept."""
+
+
 class StorageNotFoundError(CompLLMError, FileNotFoundError):
     """No storage lies at this path."""
 

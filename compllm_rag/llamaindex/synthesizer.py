@@ -35,16 +35,14 @@ from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.llm import ConceptLLM
 from compllm_rag.llamaindex.planner import Chooser, PlannedPrompt, Planner, messages_of
 from compllm_rag.llamaindex.streams import in_thread
+from compllm_rag.questions import SYSTEM
 
 dispatcher = get_dispatcher(__name__)
 
-# The prompt the embedded models are trained with (DESIGN section 6); each passage ends with a blank line of its own.
+# The same prompt as `compllm_rag.questions.QAPrompt` lays out.
 DEFAULT_TEMPLATE = ChatPromptTemplate(
     message_templates=[
-        ChatMessage(
-            role=MessageRole.SYSTEM,
-            content="Answer the question using only the passages. Reply with a short answer.",
-        ),
+        ChatMessage(role=MessageRole.SYSTEM, content=SYSTEM),
         ChatMessage(role=MessageRole.USER, content="{context_str}Question: {query_str}"),
     ]
 )

@@ -1,0 +1,195 @@
+"""Questions over passages: rows of a data file, and the default prompt that asks them.
+
+Evaluation and training read the same rows and lay out the same prompt as the response synthesizer does, without
+LlamaIndex.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compllm_rag.errors import DataFileError
+from compllm_rag.prompt import SLOT, Message, PromptPlan, PromptTemplate, Span, TextSpan
+
+# The prompt the embedded models are trained with (DESIGN section 6); each passage ends with a blank line of its own.
+SYSTEM = "Answer the question using only the passages. Reply with a short answer."
+
+
+@dataclass(frozen=True)
+class SourcePassage:
+    """A passage as it comes in a data file; `supporting` is False for a distractor."""
+
+    title: str
+    text: str
+    supporting: bool = True
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question over passages.
+
+    Attributes:
+        id: Of the row; made up from the row's number where it has none.
+        passages: In the order in which they are shown.
+        question: What is asked.
+        answers: Gold answers, best first; never empty.
+        options: Choices, empty where there are none.
+        answer_index: Which option is right, None where there are no options.
+    """
+
+    id: str
+    passages: tuple[SourcePassage, ...]
+    question: str
+    answers: tuple[str, ...]
+    options: tuple[str, ...] = ()
+    answer_index: int | None = None
+
+
+@dataclass
+class QuestionFile:
+    """Questions of one file, and the rows that could not be used, each with its reason."""
+
+    questions: list[Question] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+def read_questions(path: Path) -> QuestionFile:
+    """Read questions from JSON lines, gzipped or not.
+
+    Rows are grouped (`{"id", "title"?, "context", "qas": [{"id", "question", "answers", "options"?, "answer_index"?}]}`),
+    flat (`{"context", "question", "answers", "options"?}`) or of several documents (`{"question", "answers",
+    "documents": [{"title", "text", "is_supporting"}]}`). A row without context, question or answer is left out and named.
+
+    Raises:
+        DataFileError: The file cannot be read, a line is no JSON object, or no row can be used.
+    """
+    found = QuestionFile()
+    for number, row in read_rows(path):
+        name = str(row.get("id", f"line {number}"))
+        passages = _passages(row)
+        asked = row["qas"] if isinstance(row.get("qas"), list) else [row]
+        for place, item in enumerate(asked):
+            label = str(item.get("id", name if asked is not row.get("qas") else f"{name}#{place}"))
+            made = _question(label, passages, item)
+            if isinstance(made, Question):
+                found.questions.append(made)
+            else:
+                found.skipped.append((label, made))
+    if not found.questions:
+        raise DataFileError(
+            "data file has no usable question",
+            got=f"{path}, {len(found.skipped)} rows left out" + (f": {found.skipped[0][1]}" if found.skipped else ""),
+            expected='rows with "context" (or "documents"), "question" and "answers"',
+            next_step="check the format of the file",
+        )
+    return found
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers and objects of a JSON lines file, gzipped or not.
+
+    Raises:
+        DataFileError: The file cannot be read, or a line is no JSON object.
+    """
+    opener = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):  # noqa: B007 - named in the error below
+                if line.strip():
+                    yield number, dict(json.loads(line))
+    except (OSError, EOFError, ValueError, TypeError) as error:
+        raise DataFileError(
+            "data file cannot be read",
+            got=f"{path}, after line {number} ({type(error).__name__})",
+            expected="JSON lines, one object a line, gzipped if the name ends in .gz",
+            next_step="check the path and the file",
+        ) from error
+
+
+def _passages(row: dict[str, Any]) -> tuple[SourcePassage, ...]:
+    if isinstance(row.get("documents"), list):
+        return tuple(
+            SourcePassage(str(d.get("title") or ""), str(d["text"]), bool(d.get("is_supporting", True)))
+            for d in row["documents"]
+            if str(d.get("text") or "").strip()
+        )
+    text = row.get("context")
+    return (SourcePassage(str(row.get("title") or ""), text),) if isinstance(text, str) and text.strip() else ()
+
+
+def _question(name: str, passages: tuple[SourcePassage, ...], item: dict[str, Any]) -> Question | str:
+    """The question, or why it cannot be used."""
+    given = item.get("answers")
+    answers = [given] if isinstance(given, str) else list(given or [])
+    answers = [str(answer).strip() for answer in answers if str(answer).strip()]
+    options = tuple(str(option) for option in item.get("options") or ())
+    index = item.get("answer_index")
+    if index is None and options and answers and answers[0] in options:
+        index = options.index(answers[0])
+    if not answers and options and index is not None:
+        answers = [options[index]]
+    if not passages:
+        return "no context"
+    if not str(item.get("question") or "").strip():
+        return "no question"
+    if not answers:
+        return "no answer"
+    if options and (index is None or not 0 <= index < len(options)):
+        return "no right option"
+    return Question(name, passages, str(item["question"]).strip(), tuple(dict.fromkeys(answers)), options, index)
+
+
+class QAPrompt:
+    """The default prompt of the response synthesizer, from passages and a question.
+
+    Args:
+        tokenizer: The target LLM's.
+        system: The system turn.
+    """
+
+    def __init__(self, tokenizer: Any, system: str = SYSTEM) -> None:
+        self.template, self.system = PromptTemplate(tokenizer), system
+        self._mark = TextSpan((0,), 0)
+
+    def parts(self, request: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Token ids in front of the passages and behind them, up to where the answer starts.
+
+        Args:
+            request: The user's text behind the passages, such as `Question: ...`.
+        """
+        messages = [Message("system", (self.system,)), Message("user", (SLOT, request))]
+        spans = self.template.spans(messages, [self._mark])
+        at = next(i for i, span in enumerate(spans) if span is self._mark)
+        return _joined(spans[:at]), _joined(spans[at + 1 :])
+
+    def marker(self, number: int, title: str) -> tuple[int, ...]:
+        """Token ids of the line in front of a passage: `[i] title`."""
+        return tuple(self.template.plain(f"[{number}] {title}".rstrip() + "\n"))
+
+    @property
+    def gap(self) -> tuple[int, ...]:
+        """Token ids behind a passage."""
+        return tuple(self.template.plain("\n\n"))
+
+    def plan(self, question: str, passages: Sequence[tuple[str, Span]]) -> PromptPlan:
+        """The prompt of one question.
+
+        Args:
+            question: What is asked.
+            passages: Title and body (text or concepts) of each passage.
+        """
+        before, after = self.parts(f"Question: {question}")
+        spans: list[Span] = [TextSpan(before)]
+        for number, (title, body) in enumerate(passages, 1):
+            spans += [TextSpan(self.marker(number, title)), body, TextSpan(self.gap)]
+        return PromptPlan((*spans, TextSpan(after)))
+
+
+def _joined(spans: Sequence[Span]) -> tuple[int, ...]:
+    return tuple(token for span in spans if isinstance(span, TextSpan) for token in span.ids)
