@@ -5,18 +5,15 @@ Heavy libraries load inside the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import functools
-import json
 import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compllm_rag.cli_base import AsJson, Offline, print_json, progress_show, reported
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
-from compllm_rag.errors import CompLLMError, ConfigurationError
+from compllm_rag.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from compllm_rag.llamaindex.index import ConceptIndex
@@ -35,38 +32,10 @@ models_app = typer.Typer(no_args_is_help=True, help="The models that answer to a
 app.add_typer(models_app, name="models")
 
 Storage = Annotated[Path, typer.Option("--storage", help="Folder of the storage.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.")]
-
-
-def _reported(command: Callable[..., None]) -> Callable[..., None]:
-    """Print our own errors as one line and exit with 2; a Ctrl-C with 130."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except CompLLMError as error:
-            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            typer.echo("interrupted; what was finished is kept, run the same command again to go on", err=True)
-            raise typer.Exit(130) from None
-        except BrokenPipeError:
-            # Whoever read our output has gone; the interpreter must not try to flush it again at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from None
-        except OSError as error:
-            # A full disk, a folder that may not be written: the system's own words are the best there are.
-            where = f": {error.filename}" if error.filename else ""
-            typer.echo(f"error: {error.strerror or error}{where}", err=True)
-            raise typer.Exit(2) from None
-
-    return run
 
 
 @app.command()
-@_reported
+@reported
 def ingest(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files (.txt, .md, .jsonl) or folders.")],
     storage: Storage,
@@ -91,7 +60,7 @@ def ingest(
     check_paths(paths)
     documents = some(load_documents(paths))
     with (
-        _progress(as_json) as show,
+        progress_show(as_json) as show,
         _index(
             storage,
             create=True,
@@ -107,7 +76,7 @@ def ingest(
         report = index.ingest(documents, progress=show.ingested)
     fields = report_fields(report)
     if as_json:
-        _print_json(fields)
+        print_json(fields)
         return
     typer.echo(
         f"{report.documents} documents ({report.documents_changed} new or changed), {report.chunks} chunks, "
@@ -128,7 +97,7 @@ def report_fields(report: IngestReport) -> dict[str, Any]:
 
 
 @app.command()
-@_reported
+@reported
 def query(
     question: Annotated[str, typer.Argument(help="What you want to know.")],
     storage: Storage,
@@ -159,7 +128,7 @@ def query(
     from compllm_rag.llamaindex.answer import answer
 
     with (
-        _progress(as_json) as show,
+        progress_show(as_json) as show,
         _index(
             storage,
             create=False,
@@ -174,7 +143,7 @@ def query(
         each = (lambda piece: typer.echo(piece, nl=False)) if stream else None
         found = answer(index, question, mode=mode, top_k=top_k, on_piece=each)  # type: ignore[arg-type]
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     typer.echo("" if stream else found["answer"])
     typer.echo("")
@@ -186,7 +155,7 @@ def query(
 
 
 @app.command()
-@_reported
+@reported
 def stats(storage: Storage, as_json: AsJson = False) -> None:
     """Tell what a storage holds.
 
@@ -196,7 +165,7 @@ def stats(storage: Storage, as_json: AsJson = False) -> None:
 
     found = storage_stats(storage)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     width = max(map(len, found))
     for name, value in found.items():
@@ -204,7 +173,7 @@ def stats(storage: Storage, as_json: AsJson = False) -> None:
 
 
 @app.command()
-@_reported
+@reported
 def demo(
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all results there.")] = None,
     rate: Annotated[float, typer.Option(help="Compression rate: source tokens per concept.")] = 2.0,
@@ -231,21 +200,21 @@ def demo(
 
 
 @models_app.command("list")
-@_reported
+@reported
 def models_list(as_json: AsJson = False) -> None:
     """List the aliases: what each is for, its licence, and whether it is fetched."""
     from compllm_rag.models import list_models
 
     found = list_models()
     if as_json:
-        _print_json([{**vars(m), "path": str(m.path) if m.path else None} for m in found])
+        print_json([{**vars(m), "path": str(m.path) if m.path else None} for m in found])
         return
     for m in found:
         typer.echo(f"{m.alias}  ({m.licence}, {'fetched' if m.fetched else 'not fetched'})\n    {m.role}")
 
 
 @models_app.command("fetch")
-@_reported
+@reported
 def models_fetch(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME]...", help="Aliases or org/name@revision.")
@@ -256,12 +225,12 @@ def models_fetch(
     from compllm_rag.models import resolve_model
 
     found = []
-    with _progress(as_json) as show:
+    with progress_show(as_json) as show:
         for name in names or [DEFAULT_LLM, DEFAULT_EMBEDDER]:
             files = resolve_model(name, progress=show.fetching, verify=True)
             found.append({"model": name, "path": str(files.path), "digests": files.digests})
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     for entry in found:
         typer.echo(f"{entry['model']}  verified  {entry['path']}")
@@ -272,16 +241,6 @@ def _index(storage: Path, *, create: bool, show: Any, **options: Any) -> Concept
 
     make = ConceptIndex.create if create else ConceptIndex.load
     return make(storage, progress=show.fetching, **options)
-
-
-def _progress(quiet: bool) -> Any:
-    from compllm_rag.progress import ProgressShow
-
-    return ProgressShow(quiet=quiet)
-
-
-def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False))
 
 
 def main() -> None:
