@@ -1,4 +1,4 @@
-"""Answer metrics of SQuAD (Rajpurkar et al. 2016): normalised exact match and token F1, in percent.
+"""Answer metrics of SQuAD (Rajpurkar et al. 2016): normalised exact match, token F1 and containment, in percent.
 
 As everywhere in this project the first line of an answer counts, and the best over the gold answers (DESIGN section 7).
 """
@@ -29,8 +29,26 @@ def f1(answer: str, golds: Sequence[str]) -> float:
     return _best(answer, golds, _token_f1)
 
 
+def subspan_match(answer: str, golds: Sequence[str]) -> float:
+    """100 when the answer's first line contains one of the gold answers, both normalised, else 0.
+
+    A gold answer of which normalising leaves nothing must be met exactly: every answer contains the empty text.
+    """
+    return _best(answer, golds, lambda a, g: float(g in a if g else a == g))
+
+
+def same_answer(answer: str, other: str) -> bool:
+    """Whether the first lines of two answers are the same once normalised."""
+    return exact_match(answer, [first_line(other)]) > 0
+
+
+def first_line(answer: str) -> str:
+    """What of an answer counts."""
+    return next(iter(answer.strip().splitlines()), "")
+
+
 def _best(answer: str, golds: Sequence[str], score: Callable[[str, str], float]) -> float:
-    line = normalize(next(iter(answer.strip().splitlines()), ""))
+    line = normalize(first_line(answer))
     return 100 * max((score(line, normalize(gold)) for gold in golds), default=0.0)
 
 

@@ -1,0 +1,134 @@
+"""Passages as the span each mode puts in their place: text, concepts, the anchors alone, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from compllm_rag.compressor import Compressor
+from compllm_rag.errors import ConfigurationError
+from compllm_rag.prompt import ConceptSpan, Span, TextSpan
+from compllm_rag.rates import FixedRate
+
+Mode = Literal["text", "concepts", "pruned", "none"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+COMPRESSED = ("concepts", "pruned")
+
+# Passages whose concepts are kept for the questions that follow; the runner asks those of one passage in a row.
+_KEPT = 256
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured: how passages are read, and at which rate.
+
+    Args:
+        mode: `text`; `concepts`; `pruned`, the anchors' own embeddings, as an untrained compressor would have it; or
+            `none`, the same prompt without passages.
+        rate: Source tokens per concept, None for text and none.
+    """
+
+    mode: Mode
+    rate: float | None = None
+
+    @classmethod
+    def of(cls, mode: str, rate: float | None = None) -> Setting:
+        """The setting of a mode's name.
+
+        Raises:
+            ConfigurationError: No such mode, or a rate is missing.
+        """
+        found = next((known for known in MODES if known == mode), None)
+        if found is None:
+            raise ConfigurationError(
+                "unknown mode", got=mode, expected=", ".join(MODES), next_step="pass one of these modes"
+            )
+        if found not in COMPRESSED:
+            return cls(found)
+        if rate is None:
+            raise ConfigurationError(
+                f"mode {found} needs a rate", got=None, expected="source tokens per concept", next_step="use 2 or 4"
+            )
+        return cls(found, float(rate))
+
+    def __str__(self) -> str:
+        return self.mode if self.rate is None else f"{self.mode} at rate {self.rate:g}"
+
+
+class Segmented:
+    """Segments of each text that was asked for, cut once for all modes."""
+
+    def __init__(self, compressor: Compressor) -> None:
+        self._segmenter = compressor.segmenter
+        self._known: dict[str, list[list[int]]] = {}
+
+    def __call__(self, text: str) -> list[list[int]]:
+        """Token ids of each segment; joined they are the text's."""
+        if text not in self._known:
+            self._known[text] = self._segmenter.split(text)
+        return self._known[text]
+
+    def n_tokens(self, text: str) -> int:
+        """Source tokens of a text."""
+        return sum(map(len, self(text)))
+
+
+class Bodies:
+    """Spans of passages in one setting.
+
+    Args:
+        compressor: Makes concepts and chooses anchors.
+        setting: Mode and rate; not mode none, which has no passages.
+        segmented: Shared by the settings of a run.
+
+    Raises:
+        ConfigurationError, RateOutOfReachError: The rate cannot be kept.
+    """
+
+    def __init__(self, compressor: Compressor, setting: Setting, segmented: Segmented) -> None:
+        self._compressor, self._mode, self._segmented = compressor, setting.mode, segmented
+        self._policy = FixedRate(setting.rate, compressor.config.segment_length) if setting.rate else None
+        self._made: dict[str, torch.Tensor | tuple[int, ...]] = {}
+
+    def size(self, text: str) -> int:
+        """Prompt positions of a passage."""
+        return sum(self._concepts(text)) if self._policy else self._segmented.n_tokens(text)
+
+    def prepare(self, texts: Iterable[str]) -> None:
+        """Make what these passages need, in one call of the compressor."""
+        wanted = dict.fromkeys(texts)
+        missing = [text for text in wanted if text not in self._made]
+        spare = len(self._made) + len(missing) - _KEPT
+        for text in [text for text in self._made if text not in wanted][: max(0, spare)]:
+            del self._made[text]
+        if self._mode == "concepts":
+            self._compress(missing)
+            return
+        for text in missing:
+            self._made[text] = (
+                self._pruned(text) if self._policy else tuple(t for s in self._segmented(text) for t in s)
+            )
+
+    def span(self, text: str, passage: int) -> Span:
+        """The span of a passage that was prepared."""
+        made = self._made[text]
+        return ConceptSpan(made, passage) if isinstance(made, torch.Tensor) else TextSpan(made, passage)
+
+    def _concepts(self, text: str) -> list[int]:
+        return self._policy.n_concepts(self._segmented(text)) if self._policy else []
+
+    def _compress(self, texts: list[str]) -> None:
+        segments = [self._segmented(text) for text in texts]
+        counts = [self._concepts(text) for text in texts]
+        flat = self._compressor.compress([s for group in segments for s in group], [k for ks in counts for k in ks])
+        at = 0
+        for text, ks in zip(texts, counts, strict=True):
+            self._made[text] = torch.cat(flat[at : at + len(ks)])
+            at += len(ks)
+
+    def _pruned(self, text: str) -> tuple[int, ...]:
+        pairs = zip(self._segmented(text), self._concepts(text), strict=True)
+        return tuple(segment[i] for segment, k in pairs for i in self._compressor.anchors(segment, k))

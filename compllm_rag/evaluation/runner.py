@@ -1,0 +1,255 @@
+"""The evaluation: the same questions with passages as text, as concepts, pruned, or without any.
+
+Whatever is measured is compared with text and with no passages on the same questions (DESIGN section 7), so these two
+are run once and serve every setting.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from pydantic import Field
+
+from compllm_rag.compressor import Compressor
+from compllm_rag.config import Frozen, GenerationConfig
+from compllm_rag.errors import ConfigurationError, PromptTooLongError
+from compllm_rag.evaluation.asking import Asker
+from compllm_rag.evaluation.bodies import Segmented, Setting
+from compllm_rag.evaluation.statistics import Record, statistics
+from compllm_rag.questions import Question, QuestionFile
+
+Progress = Callable[[str, float | None], None]
+TEXT, NONE = Setting("text"), Setting("none")
+_METRICS = ("em", "f1", "subspan_em", "accuracy", "nll", "recovered", "agreement")
+_SHOWN = 5
+
+
+class EvalConfig(Frozen):
+    """How questions are chosen and asked."""
+
+    limit: int | None = Field(default=None, ge=1, description="first N questions of the seeded order")
+    seed: int = Field(default=0, description="of the order and of the bootstrap")
+    passages: Literal["all", "gold"] = Field(default="all", description="gold leaves the distractors out")
+    batch_size: int = Field(default=16, ge=1)
+    max_new_tokens: int = Field(default=24, ge=1)
+    generate: bool = Field(default=True, description="False: likelihoods only, no answers")
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """One setting on one set of questions.
+
+    Attributes:
+        data: Where the questions came from.
+        mode: See `Setting`.
+        rate: See `Setting`.
+        llm: Source of the target LLM.
+        seed: Of order and bootstrap.
+        n: Questions asked.
+        em: Exact match in percent.
+        f1: Word overlap in percent.
+        subspan_em: Percent of answers that contain a gold answer.
+        accuracy: Percent of questions whose right option is the likeliest; None where no question has options.
+        nll: Nats per token of the gold answers with their end token.
+        recovered: Percent of what text gains over no passages (DESIGN section 7); None where text gains too little.
+        agreement: Percent of answers that are those of text.
+        positions: Prompt positions, mean.
+        achieved_rate: Source tokens per concept; None for text and none.
+        intervals: Bootstrap 95 % intervals of the values above, over questions.
+        paired: Differences to text on the same questions, each with its interval.
+        skipped: (id, reason) of every question that was left out.
+        seconds: Of this setting's own run; what the comparison with text and none took is not in it.
+        records: One per question, in seeded order.
+    """
+
+    data: str
+    mode: str
+    rate: float | None
+    llm: str
+    seed: int
+    n: int
+    em: float | None
+    f1: float | None
+    subspan_em: float | None
+    accuracy: float | None
+    nll: float | None
+    recovered: float | None
+    agreement: float | None
+    positions: float
+    achieved_rate: float | None
+    intervals: dict[str, list[float] | None]
+    paired: dict[str, dict[str, Any] | None]
+    skipped: tuple[tuple[str, str], ...]
+    seconds: float
+    records: tuple[Record, ...] = field(repr=False, default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `eval --json` prints it: rounded, without records, the first few of the skipped."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "records"}
+        first = [f"{name}: {reason}" for name, reason in self.skipped[:_SHOWN]]
+        rounded: dict[str, Any] = _rounded(fields | {"skipped": {"count": len(self.skipped), "first": first}})
+        return rounded
+
+
+def evaluate(
+    compressor: Compressor,
+    questions: Sequence[Question] | QuestionFile,
+    *,
+    mode: str = "concepts",
+    rate: float | None = 2.0,
+    config: EvalConfig | None = None,
+    data: str = "",
+    progress: Progress | None = None,
+) -> EvalResult:
+    """Ask questions in one setting, and in text and none for comparison.
+
+    Args:
+        compressor: With its target LLM.
+        questions: As `read_questions` gives them.
+        mode: `text`, `concepts`, `pruned` or `none`.
+        rate: Source tokens per concept; text and none have none.
+        config: Which questions, and how they are asked.
+        data: Where they came from; goes into the result.
+        progress: Called with a message and a share from 0 to 1.
+
+    Raises:
+        ConfigurationError: Unknown mode, no question left.
+        RateOutOfReachError: The compressor's segments are too short for the rate.
+        PromptTooLongError: No question fits the window of the LLM.
+    """
+    settings = [(mode, rate)]
+    return evaluate_many(compressor, questions, settings, config=config, data=data, progress=progress)[0]
+
+
+def evaluate_many(
+    compressor: Compressor,
+    questions: Sequence[Question] | QuestionFile,
+    settings: Sequence[tuple[str, float | None]],
+    *,
+    config: EvalConfig | None = None,
+    data: str = "",
+    progress: Progress | None = None,
+) -> list[EvalResult]:
+    """Ask the same questions in several settings; text and none are run once.
+
+    Args:
+        compressor: See `evaluate`.
+        questions: See `evaluate`.
+        settings: Mode and rate of each.
+        config: See `evaluate`.
+        data: See `evaluate`.
+        progress: See `evaluate`.
+
+    Returns:
+        One result per setting, in their order.
+
+    Raises:
+        ConfigurationError, RateOutOfReachError, PromptTooLongError: See `evaluate`.
+    """
+    config = config or EvalConfig()
+    asked = [Setting.of(*setting) for setting in settings]
+    segmented = Segmented(compressor)
+    askers = {
+        setting: Asker(compressor, setting, segmented, GenerationConfig(max_new_tokens=config.max_new_tokens))
+        for setting in dict.fromkeys([TEXT, NONE, *asked])
+    }
+    chosen, skipped = _choose(questions, config, askers[TEXT])
+    runs: dict[Setting, tuple[list[Record], float]] = {}
+    for setting, asker in askers.items():
+        answer = config.generate and (setting in asked or setting == TEXT)
+        show = _share(progress, f"{setting}: {len(chosen)} questions", len(chosen))
+        begun = time.perf_counter()
+        records = asker.ask(chosen, batch_size=config.batch_size, answer=answer, progress=show)
+        runs[setting] = records, time.perf_counter() - begun
+    made = []
+    for setting in asked:
+        records, seconds = runs[setting]
+        found = statistics(records, runs[TEXT][0], runs[NONE][0], seed=config.seed)
+        values = found.values
+        made.append(
+            EvalResult(
+                data=data,
+                mode=setting.mode,
+                rate=setting.rate,
+                llm=compressor.llm.source,
+                seed=config.seed,
+                n=len(records),
+                **{name: values[name] for name in _METRICS},
+                positions=values["positions"] or 0.0,
+                achieved_rate=values["achieved_rate"],
+                intervals={name: found.intervals[name] for name in _METRICS},
+                paired=found.paired,
+                skipped=tuple(skipped),
+                seconds=seconds,
+                records=tuple(records),
+            )
+        )
+    return made
+
+
+def in_seeded_order(questions: Sequence[Question], *, seed: int = 0, limit: int | None = None) -> list[Question]:
+    """Questions in the order of a seed, the first `limit` of them."""
+    order = list(questions)
+    random.Random(seed).shuffle(order)  # noqa: S311 - an order, no secret
+    return order[:limit]
+
+
+def _choose(
+    questions: Sequence[Question] | QuestionFile, config: EvalConfig, asker: Asker
+) -> tuple[list[Question], list[tuple[str, str]]]:
+    """The questions to ask, and who was left out and why.
+
+    Whether a question fits the window is decided by its text prompt, the longest: all settings ask the same questions.
+    """
+    skipped = list(questions.skipped) if isinstance(questions, QuestionFile) else []
+    given = questions.questions if isinstance(questions, QuestionFile) else questions
+    chosen, window, too_long = [], asker.window, 0
+    for question in in_seeded_order(given, seed=config.seed, limit=config.limit):
+        if config.passages == "gold":
+            question = replace(question, passages=tuple(p for p in question.passages if p.supporting))
+            if not question.passages:
+                skipped.append((question.id, "no supporting passage"))
+                continue
+        needed = asker.room(question)
+        if needed > window:
+            skipped.append((question.id, f"needs {needed} positions of {window}"))
+            too_long += 1
+        else:
+            chosen.append(question)
+    if chosen:
+        return chosen, skipped
+    error = PromptTooLongError if too_long else ConfigurationError
+    raise error(
+        "no question left to ask",
+        got=f"{len(given)} questions" + (f", {skipped[-1][0]} {skipped[-1][1]}" if skipped else ""),
+        expected=f"at least one that fits {window} positions",
+        next_step="use other questions, fewer passages or an LLM with a longer window",
+    )
+
+
+def _share(progress: Progress | None, message: str, total: int) -> Callable[[int], None]:
+    def show(done: int) -> None:
+        if progress is not None:
+            progress(message, done / total)
+
+    show(0)
+    return show
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def record_lines(results: Sequence[EvalResult]) -> Iterator[dict[str, Any]]:
+    """Lines of `--records`: each setting's records, with mode and rate in front."""
+    for result in results:
+        for record in result.records:
+            yield {"mode": result.mode, "rate": result.rate, **record.to_dict()}
