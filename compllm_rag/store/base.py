@@ -142,6 +142,11 @@ class ConceptStore(ABC):
         self.close()
 
 
+def is_key(text: object) -> bool:
+    """Whether this is a record key: 64 lower-case hexadecimal characters."""
+    return isinstance(text, str) and _KEY.fullmatch(text) is not None
+
+
 def check_keys(keys: Iterable[str]) -> None:
     """Refuse anything that is not a record key.
 
@@ -149,7 +154,7 @@ def check_keys(keys: Iterable[str]) -> None:
         ConfigurationError: A key is not 64 lower-case hexadecimal characters.
     """
     for key in keys:
-        if not isinstance(key, str) or _KEY.fullmatch(key) is None:
+        if not is_key(key):
             raise ConfigurationError(
                 "not a record key",
                 got=repr(key)[:80],

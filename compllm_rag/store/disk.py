@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from compllm_rag.errors import (
     ConfigurationError,
+    CorruptRecordError,
     InvalidConceptsError,
     StoreFullError,
     StoreLockedError,
@@ -40,7 +43,12 @@ from compllm_rag.store.packs import (
     record_checksum,
     sync_folder,
 )
+from compllm_rag.store.parts import Progress, StoreParts
 from compllm_rag.store.reading import PackReader
+
+if TYPE_CHECKING:
+    from compllm_rag.store.compaction import CompactReport
+    from compllm_rag.store.verification import StoreCheck
 
 PACK_BYTES = 256 * 2**20
 _LOCK_NAME = "writer.lock"
@@ -199,9 +207,7 @@ class DiskStore(ConceptStore):
     def get(self, keys: Sequence[str]) -> list[torch.Tensor | None]:
         """Read records, each (n_concepts, hidden_size) fp16; see `ConceptStore.get`."""
         with self._guard:
-            locations = self._locate(keys)
-            hits = {index: location for index, location in enumerate(locations) if location is not None}
-            joined = self._read([keys[index] for index in hits], list(hits.values()))
+            hits, joined = self._read_present(keys)
         result: list[torch.Tensor | None] = [None] * len(keys)
         start = 0
         for index, location in hits.items():
@@ -213,9 +219,8 @@ class DiskStore(ConceptStore):
     def get_joined(self, keys: Sequence[str]) -> torch.Tensor | None:
         """Read records as one tensor (sum of n_concepts, hidden_size) fp16; see `ConceptStore.get_joined`."""
         with self._guard:
-            locations = self._locate(keys)
-            found = [location for location in locations if location is not None]
-            return self._read(keys, found) if len(found) == len(locations) else None
+            hits, joined = self._read_present(keys, partly=False)
+            return joined if len(hits) == len(keys) else None
 
     def flush(self) -> None:
         """Make everything put so far durable, and visible to readers; see `ConceptStore.flush`."""
@@ -231,7 +236,7 @@ class DiskStore(ConceptStore):
                     self._beyond = self._writer.number
                     self._forget_pending()
                     raise
-                self._index.add(self._pending, self._totals())
+                self._index.add(self._pending, self._totals(), self._writer.runs)
             self._forget_pending()
 
     def _forget_pending(self) -> None:
@@ -284,13 +289,62 @@ class DiskStore(ConceptStore):
             CorruptRecordError: The record fails its checksum or its bounds.
             InvalidConceptsError: The record holds NaN or infinite values.
         """
-        check_keys([key])
         with self._guard:
-            location = self._find([key]).get(key)
-            if location is None:
-                return False
-            self._read([key], [location])
-            return True
+            return bool(self._read_present([key], count=False)[0])
+
+    def verify(self, *, deep: bool = False, progress: Progress | None = None) -> StoreCheck:
+        """Look for damage: rows, bounds, headers and sums; `deep` reads every payload and proves all its digests."""
+        from compllm_rag.store.verification import check_store
+
+        with self._guard:
+            self._require_open()
+            return check_store(self._parts(), deep=deep, progress=progress)
+
+    def remove(self, rowids: Sequence[int], totals: Totals) -> None:
+        """Take index rows away, by their numbers in a `StoreCheck`; payloads stay until a compaction.
+
+        Raises:
+            StoreLockedError: Another process writes.
+            StoreReadOnlyError: The store was opened for reading.
+        """
+        with self._alone():
+            self._index.add({}, totals, gone=rowids)
+
+    def compact(
+        self, live: Callable[[Sequence[str]], Sequence[bool]] | None = None, *, progress: Progress | None = None
+    ) -> CompactReport:
+        """Write packs that hold dead bytes anew, without them; see `compaction.compact_packs`.
+
+        Args:
+            live: Tells for record keys whether anything still refers to them; None keeps all records.
+            progress: Called with a message and a share from 0 to 1.
+
+        Raises:
+            CorruptRecordError: A record is damaged. Repair the storage first.
+            StoreFullError: No space for the new packs; the old ones stand.
+            StoreLockedError: Another process writes.
+            StoreReadOnlyError: The store was opened for reading.
+        """
+        from compllm_rag.store.compaction import compact_packs
+
+        with self._alone() as writer:
+            return compact_packs(self._parts(), writer, live, progress)
+
+    def _parts(self) -> StoreParts:
+        return StoreParts(self.path / "packs", self._header, self._index, self._packs, self._encoding, self.hidden_size)
+
+    @contextmanager
+    def _alone(self) -> Iterator[PackWriter]:
+        """The writer's lock for a block, with nothing left to flush."""
+        with self._guard:
+            self._require_writable()
+            self.flush()
+            writer = self._require_writer()
+            try:
+                yield writer
+            finally:
+                self._let_go()
+                self._packs.close()
 
     def close(self) -> None:
         """Flush and release everything held. Closing twice is harmless."""
@@ -322,6 +376,30 @@ class DiskStore(ConceptStore):
             self._misses += misses
             self._hits += len(locations) - misses
         return locations
+
+    def _read_present(
+        self, keys: Sequence[str], *, partly: bool = True, count: bool = True
+    ) -> tuple[dict[int, Location], torch.Tensor]:
+        """Locations by position in `keys` of the records that are there, and their concepts, joined.
+
+        Args:
+            keys: Record keys.
+            partly: Whether to read anything when one is missing.
+            count: Whether these are hits and misses.
+        """
+        tried: list[Location | None] | None = None
+        while True:
+            locations = self._locate(keys, count=count and tried is None)
+            hits = {index: location for index, location in enumerate(locations) if location is not None}
+            wanted = hits if partly or len(hits) == len(keys) else {}
+            try:
+                return hits, self._read([keys[index] for index in wanted], list(wanted.values()))
+            except CorruptRecordError:
+                # A compaction may have moved the record since we looked it up, and taken its pack away.
+                if tried == locations:
+                    raise
+                tried = locations
+                self._packs.close()
 
     def _read(self, keys: Sequence[str], locations: Sequence[Location]) -> torch.Tensor:
         """Concepts (sum of n_concepts, hidden_size) of located records, checked."""

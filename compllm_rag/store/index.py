@@ -9,6 +9,7 @@ keys in one statement, no write by a reader (diskcache writes its settings whene
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,13 +20,15 @@ from urllib.parse import quote
 
 import diskcache  # type: ignore[import-untyped, unused-ignore]
 
-from compllm_rag.errors import ConfigurationError, CorruptRecordError, UnsupportedFormatError
+from compllm_rag.errors import CompLLMError, ConfigurationError, CorruptRecordError, UnsupportedFormatError
 from compllm_rag.store.faults import damaged_index, explained
-from compllm_rag.store.packs import Location, corrupt_record
+from compllm_rag.store.packs import Location, Run, corrupt_record
 
 _ROW = struct.Struct("<IQIQ")  # pack, offset, n_concepts, checksum
 _TOTALS = struct.Struct("<QQQ")  # records, concepts, payload bytes
+_RUN = struct.Struct("<Q32s")  # bytes, SHA-256
 _TOTALS_KEY = "totals"  # no record key: those are 64 characters
+_RUN_KEY = re.compile(r"run:(\d{1,9}):(\d{1,18})")  # pack and start
 _RAW = 0  # diskcache's mode for a value that lies in the row itself
 _KEYS_PER_QUERY = 500  # old SQLite takes 999 parameters
 _SETTINGS = {
@@ -49,6 +52,23 @@ class Totals:
     records: int = 0
     concepts: int = 0
     payload_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ScannedRow:
+    """One row of an index, whatever state it is in.
+
+    Attributes:
+        rowid: Its number, in the order of writing.
+        key: The record key, or what stands in its place.
+        location: Where the record lies; None when the row is damaged.
+        trouble: What is wrong with it, None when nothing is.
+    """
+
+    rowid: int
+    key: str
+    location: Location | None
+    trouble: CompLLMError | None = None
 
 
 class PlainDisk(diskcache.Disk):  # type: ignore[misc, unused-ignore]
@@ -108,7 +128,7 @@ class LocationIndex:
         if not create:
             if not self._database.exists():
                 raise damaged_index(self._database, "no such file")
-            self.totals()  # damage shows now, not at the first query, and before diskcache makes what it misses
+            self.check_count()  # damage shows now, not at the first query, and before diskcache makes what it misses
         if writable:
             with explained(self._database, writing=True):
                 self._cache = self._open_cache()
@@ -146,6 +166,13 @@ class LocationIndex:
         Raises:
             CorruptRecordError: A row is damaged, or holds a pickle; it is not loaded.
         """
+        for row in self.scan():
+            if row.location is None:
+                raise row.trouble or corrupt_record(row.key, "a damaged index row")
+            yield row.key, row.location
+
+    def scan(self) -> Iterator[ScannedRow]:
+        """Go through all rows of records in the order they were written, damaged ones included."""
         last = 0
         query = "SELECT rowid, key, raw, mode, filename, value FROM Cache WHERE rowid > ? ORDER BY rowid LIMIT 1000"
         while True:
@@ -153,11 +180,49 @@ class LocationIndex:
                 rows = self._select(query, (last,))
             if not rows:
                 return
-            for last, key, raw, mode, filename, value in rows:  # noqa: B007 - the last row starts the next page
-                if raw != 1 or type(key) is not str:
-                    raise _planted(repr(key)[:80], f"a key of type {type(key).__name__}, raw {raw}")
-                if key != _TOTALS_KEY:
-                    yield key, _parse(key, mode, filename, value)
+            for last, key, raw, mode, filename, value in rows:
+                if raw == 1 and isinstance(key, str) and (key == _TOTALS_KEY or _RUN_KEY.fullmatch(key)):
+                    continue
+                yield _scanned(last, key, raw, (mode, filename, value))
+
+    def runs(self) -> list[Run]:
+        """All runs of payloads, as they were written."""
+        query = "SELECT key, mode, filename, value FROM Cache WHERE raw = 1 AND key >= 'run:' AND key < 'run;'"
+        with explained(self._database, writing=False):
+            rows = self._select(query, ())
+        found = []
+        for key, mode, filename, value in rows:
+            name = _RUN_KEY.fullmatch(key)
+            if name is None or mode != _RAW or filename is not None or type(value) is not bytes:
+                raise _planted(repr(key)[:80], f"a value of mode {mode}, type {type(value).__name__}")
+            if len(value) != _RUN.size:
+                raise damaged_index(self._database, f"a run of {len(value)} bytes")
+            found.append(Run(int(name[1]), int(name[2]), *_RUN.unpack(value)))
+        return sorted(found, key=lambda run: (run.pack, run.start))
+
+    def check_count(self) -> None:
+        """Compare the rows there are with the totals, at the cost of one row.
+
+        Raises:
+            CorruptRecordError: They disagree; somebody took rows away, or put some in.
+        """
+        query = (
+            "SELECT (SELECT value FROM Settings WHERE key = 'count'),"
+            " (SELECT value FROM Cache WHERE raw = 1 AND key = ?),"
+            " (SELECT COUNT(*) FROM Cache WHERE raw = 1 AND key >= 'run:' AND key < 'run;')"
+        )
+        with explained(self._database, writing=False):
+            ((rows, value, runs),) = self._select(query, (_TOTALS_KEY,))  # one statement, one state of the database
+        totals = self._parse_totals(0, None, value) if value is not None else Totals()
+        found = rows - runs - (value is not None)
+        if found != totals.records:
+            raise damaged_index(self._database, f"{found} records where {totals.records} were written")
+
+    def faults(self, *, deep: bool) -> list[str]:
+        """What SQLite finds wrong with the file itself; empty when nothing is."""
+        with explained(self._database, writing=False):
+            rows = self._select(f"PRAGMA {'integrity' if deep else 'quick'}_check", ())
+        return [str(row[0]) for row in rows if row[0] != "ok"]
 
     def totals(self) -> Totals:
         """Sums over all rows."""
@@ -166,13 +231,31 @@ class LocationIndex:
             rows = self._select(query, (_TOTALS_KEY,))
         if not rows:
             return Totals()
-        ((mode, filename, value),) = rows
+        return self._parse_totals(*rows[0])
+
+    @staticmethod
+    def _parse_totals(mode: object, filename: object, value: object) -> Totals:
         if mode != _RAW or filename is not None or type(value) is not bytes or len(value) != _TOTALS.size:
             raise _planted(_TOTALS_KEY, f"a value of mode {mode}, type {type(value).__name__}")
         return Totals(*_TOTALS.unpack(value))
 
-    def add(self, rows: Mapping[str, Location], totals: Totals) -> None:
+    def add(
+        self,
+        rows: Mapping[str, Location],
+        totals: Totals,
+        runs: Sequence[Run] = (),
+        *,
+        gone: Sequence[int] = (),
+        gone_runs: Sequence[Run] = (),
+    ) -> None:
         """Write rows and the new totals in one transaction, durable on return.
+
+        Args:
+            rows: Locations by record key; a key that is there already moves.
+            totals: Sums over all rows from now on.
+            runs: The runs of payloads that the rows point into.
+            gone: Numbers of rows to take away.
+            gone_runs: Runs to take away.
 
         Raises:
             StoreFullError: No space; no row was written.
@@ -182,12 +265,24 @@ class LocationIndex:
         with explained(self._database, writing=True):
             try:
                 with self._cache.transact():
+                    for rowid in gone:  # by number: diskcache cannot name a key that it did not write
+                        self._cache._sql("DELETE FROM Cache WHERE rowid = ?", (rowid,))
+                    for run in gone_runs:
+                        self._cache.delete(_run_key(run))
                     for key, at in rows.items():
                         self._cache.set(key, _ROW.pack(at.pack, at.offset, at.n_concepts, at.checksum))
+                    for run in runs:
+                        self._cache.set(_run_key(run), _RUN.pack(run.nbytes, run.sha256))
                     self._cache.set(_TOTALS_KEY, _TOTALS.pack(totals.records, totals.concepts, totals.payload_bytes))
             except BaseException:
                 self._cache.close()  # a COMMIT that failed may leave its transaction open; a new connection has none
                 raise
+
+    def shrink(self) -> None:
+        """Give the space of rows that are gone back to the disk, and leave no trace of them."""
+        if self._cache is not None:
+            with explained(self._database, writing=True):
+                self._cache._sql("VACUUM")
 
     def close(self) -> None:
         """Close the database."""
@@ -229,6 +324,20 @@ class LocationIndex:
             reader.close()
             raise
         return reader, True
+
+
+def _scanned(rowid: int, key: object, raw: object, held: tuple[object, object, object]) -> ScannedRow:
+    if raw != 1 or type(key) is not str:
+        name = repr(key)[:80]
+        return ScannedRow(rowid, name, None, _planted(name, f"a key of type {type(key).__name__}, raw {raw}"))
+    try:
+        return ScannedRow(rowid, key, _parse(key, *held))
+    except CompLLMError as error:
+        return ScannedRow(rowid, key, None, error)
+
+
+def _run_key(run: Run) -> str:
+    return f"run:{run.pack}:{run.start}"
 
 
 def _parse(key: str, mode: object, filename: object, value: object) -> Location:

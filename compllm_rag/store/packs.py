@@ -8,6 +8,7 @@ index is complete and that no reader has mapped the bytes; leaving them costs a 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 from dataclasses import dataclass
@@ -43,6 +44,23 @@ class Location:
     checksum: int
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Payloads that became durable together, one behind the other.
+
+    Attributes:
+        pack: Number of the pack.
+        start: First byte, from the start of the file.
+        nbytes: How many.
+        sha256: Digest of these bytes, 32 of them. Reads go by the checksum of the record; this one proves whole packs.
+    """
+
+    pack: int
+    start: int
+    nbytes: int
+    sha256: bytes
+
+
 def record_checksum(key: str, payload: bytes | memoryview) -> int:
     """xxh3_64 of a payload, seeded by its key: sound bytes that belong to another key fail as well."""
     return xxhash.xxh3_64_intdigest(payload, seed=int(key[:16], 16))
@@ -73,8 +91,9 @@ class PackWriter:
         self._folder, self._header, self._pack_bytes = folder, header, pack_bytes
         self._file: int | None = None
         self._end = 0
+        self._runs: dict[int, tuple[int, int, hashlib._Hash]] = {}  # start, bytes and digest by pack
         with explained(folder, writing=True):
-            sizes = {int(path.stem): path.stat().st_size for path in folder.glob("*.pack") if path.stem.isdigit()}
+            sizes = pack_sizes(folder)
             self._number = max(sizes, default=0)
             self.total_bytes = sum(sizes.values())
             if self._number > beyond:
@@ -115,7 +134,19 @@ class PackWriter:
                 self._start_pack()
             start = self._end
             self._write(data)
+            first, nbytes, digest = self._runs.setdefault(self._number, (start, 0, hashlib.sha256()))
+            digest.update(data)
+            self._runs[self._number] = (first, nbytes + len(data), digest)
             return self._number, start
+
+    @property
+    def runs(self) -> list[Run]:
+        """What was appended by this writer, a run for each pack."""
+        return [Run(pack, start, nbytes, digest.digest()) for pack, (start, nbytes, digest) in self._runs.items()]
+
+    def forget_runs(self) -> None:
+        """Begin new runs; the former ones are in the index."""
+        self._runs.clear()
 
     def _start_pack(self) -> None:
         self.close()
@@ -162,6 +193,11 @@ class PackWriter:
             self._file = None
 
 
+def pack_sizes(folder: Path) -> dict[int, int]:
+    """Bytes of every pack, by number."""
+    return {int(path.stem): path.stat().st_size for path in folder.glob("*.pack") if path.stem.isdigit()}
+
+
 def wrong_header(found: bytes, path: Path, key: str) -> CompLLMError:
     """The error for a pack whose header is not the one its store expects."""
     fields = found[: _HEADER.size]
@@ -187,7 +223,7 @@ def corrupt_record(key: str, got: str) -> CorruptRecordError:
     return CorruptRecordError(
         f"record {key} is damaged",
         got=got,
-        next_step="delete the store and ingest again; the text it was made from is kept elsewhere",
+        next_step="run `compllm-rag repair`, which makes it again from the text",
     )
 
 

@@ -99,7 +99,9 @@ class PackReader:
                 pages = mmap.mmap(file, 0, access=mmap.ACCESS_READ)
             finally:
                 os.close(file)
-        self._forget(number)
+        # A map holds on to the bytes of a pack that a compaction took away; this is the moment to let them go.
+        for other in [n for n in self._maps if n == number or not pack_path(self._folder, n).exists()]:
+            self._forget(other)
         self._maps[number] = pages
         return pages
 
