@@ -8,9 +8,10 @@ from typing import Any
 
 from llama_index.core.schema import BaseNode, MetadataMode
 
-from compllm_rag.library import ConceptLibrary
+from compllm_rag.library import ConceptLibrary, Passage
 from compllm_rag.llamaindex.kvstore import CatalogKVStore
 from compllm_rag.llamaindex.manifest import Manifest
+from compllm_rag.llamaindex.references import References
 from compllm_rag.store.base import StoreStats
 
 _COLLECTION = "compllm/accounts"
@@ -35,10 +36,15 @@ def _values(account: Account) -> list[int]:
 
 
 class Accounts:
-    """Keeps one account per document in the catalog, in the same transaction as the nodes themselves."""
+    """Keeps one account per document in the catalog, in the same transaction as the nodes themselves.
+
+    Attributes:
+        references: How often chunks refer to each segment, changed along with the accounts.
+    """
 
     def __init__(self, kvstore: CatalogKVStore) -> None:
         self._kv = kvstore
+        self.references = References(kvstore.catalog)
 
     def change(self, library: ConceptLibrary, nodes: Sequence[BaseNode], sign: int) -> None:
         """Add (1) or take away (-1) nodes, counted by how the library cuts them up."""
@@ -46,7 +52,9 @@ class Accounts:
         for node in nodes:
             groups.setdefault(node.ref_doc_id or "", []).append(node)
         for doc_id, group in groups.items():
-            account = self.of_document(doc_id).plus(_of_nodes(library, group), sign)
+            passages = [library.passage(node.get_content(metadata_mode=MetadataMode.NONE)) for node in group]
+            self.references.change((key for passage in passages for key in passage.keys), sign)
+            account = self.of_document(doc_id).plus(_of_passages(passages), sign)
             if account.chunks > 0:
                 self._kv.put(doc_id, asdict(account), collection=_COLLECTION)
             else:
@@ -57,6 +65,16 @@ class Accounts:
         found: dict[str, Any] | None = self._kv.get(doc_id, collection=_COLLECTION)
         return Account(**found) if found else Account()
 
+    def clear(self) -> None:
+        """Start all accounts and reference counts from nothing."""
+        for doc_id in self._kv.get_all(collection=_COLLECTION):
+            self._kv.delete(doc_id, collection=_COLLECTION)
+        self.references.clear()
+
+    def of_documents(self) -> dict[str, Account]:
+        """The account of every document."""
+        return {doc_id: Account(**row) for doc_id, row in self._kv.get_all(collection=_COLLECTION).items()}
+
     def total(self) -> tuple[int, Account]:
         """Number of documents, and the sums over them."""
         rows = self._kv.get_all(collection=_COLLECTION)
@@ -66,10 +84,9 @@ class Accounts:
         return len(rows), total
 
 
-def _of_nodes(library: ConceptLibrary, nodes: Iterable[BaseNode]) -> Account:
+def _of_passages(passages: Iterable[Passage]) -> Account:
     total = Account()
-    for node in nodes:
-        passage = library.passage(node.get_content(metadata_mode=MetadataMode.NONE))
+    for passage in passages:
         total = total.plus(Account(1, len(passage.keys), len(passage.ids), sum(passage.n_concepts)))
     return total
 

@@ -187,6 +187,14 @@ class Catalog:
                     connection.execute("RELEASE step")
                 raise
 
+    def claim(self) -> None:
+        """Become the writer now, for work that is of no use unless it can be committed; errors as of `writing`.
+
+        A compaction waits for no claim, and no claim for a compaction: whoever comes second is refused.
+        """
+        with self.writing():
+            pass
+
     def vectors(self, *, changing: bool = False) -> FlatVectors:
         """The vectors that belong to the rows; only within `reading` or `writing`.
 

@@ -31,6 +31,7 @@ CREATE TABLE kv (
 );
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
+REFERENCES = "CREATE TABLE refs (key BLOB PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID"  # see `references`
 
 
 def connect(uri: str) -> sqlite3.Connection:
@@ -83,7 +84,7 @@ def has_tables(connection: sqlite3.Connection) -> bool:
 
 def make_tables(connection: sqlite3.Connection, dim: int) -> None:
     """Create all tables, for an empty catalog of `dim` dimensions."""
-    for statement in _SCHEMA.split(";"):
+    for statement in [*_SCHEMA.split(";"), REFERENCES]:
         connection.execute(statement)
     connection.execute("INSERT INTO state VALUES (1, ?, 0, ?, 0, '', '')", (FORMAT_VERSION, dim))
 

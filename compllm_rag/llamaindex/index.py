@@ -26,6 +26,7 @@ from compllm_rag.llamaindex.ingest import IngestReport, Progress, ingest_documen
 from compllm_rag.llamaindex.kvstore import CatalogKVStore
 from compllm_rag.llamaindex.manifest import Manifest
 from compllm_rag.llamaindex.node_parser import ConceptNodeParser
+from compllm_rag.llamaindex.origins import Origins
 from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 from compllm_rag.store.base import ConceptStore
@@ -66,7 +67,7 @@ class ConceptIndex(VectorStoreIndex):
         self.faiss = vector_store
         self.parser = ConceptNodeParser(compressor.segmenter, self.config.chunk_size)
         kvstore = CatalogKVStore(vector_store.catalog)
-        self.accounts = Accounts(kvstore)
+        self.accounts, self.origins = Accounts(kvstore), Origins(kvstore)
         self._held = 0
         super().__init__(
             nodes=[],
@@ -120,7 +121,14 @@ class ConceptIndex(VectorStoreIndex):
         """The embedder all vectors in the storage come from."""
         return self._embed_model
 
-    def ingest(self, documents: Iterable[Document], *, progress: Progress | None = None) -> IngestReport:
+    def ingest(
+        self,
+        documents: Iterable[Document],
+        *,
+        progress: Progress | None = None,
+        within: Iterable[str | Path] = (),
+        prune: bool = False,
+    ) -> IngestReport:
         """Bring documents into the storage: new ones added, changed ones replaced, others left alone.
 
         Only chunks that changed are embedded again, only segments that changed are compressed again. Work is
@@ -129,11 +137,16 @@ class ConceptIndex(VectorStoreIndex):
         Args:
             documents: A stream, consumed batch by batch.
             progress: Called with a running report after each batch.
+            within: The files and folders that the documents come from, as given to `load_documents`; where each came
+                from is remembered for `prune`.
+            prune: At the end, delete documents that came from within these paths and are not there any more.
 
         Raises:
-            EmptyCorpusError: There are no documents at all.
+            ConfigurationError: `prune` without `within`.
+            EmptyCorpusError: There are no documents at all; nothing is pruned then.
+            StoreLockedError: Another process writes, or compacts.
         """
-        return ingest_documents(self, documents, progress=progress)
+        return ingest_documents(self, documents, progress=progress, within=within, prune=prune)
 
     def as_query_engine(self, llm: Any = None, **kwargs: Any) -> RetrieverQueryEngine:
         """A query engine that reads concepts.
@@ -159,7 +172,10 @@ class ConceptIndex(VectorStoreIndex):
         self, index_struct: IndexDict, nodes: Sequence[BaseNode], show_progress: bool = False, **insert_kwargs: Any
     ) -> None:
         """Every node that comes in, whatever the way: concepts first, then vector and text."""
+        nodes = list({node.node_id: node for node in nodes}.values())
         with self.bulk():
+            if nodes:
+                self.faiss.catalog.claim()  # see `ingest._ingest_batch`
             self.library.ensure(node.get_content(MetadataMode.NONE) for node in nodes)
             replaced = self.faiss.get_nodes([node.node_id for node in nodes]) if nodes else []
             self.accounts.change(self.library, replaced, -1)
@@ -216,6 +232,7 @@ class ConceptIndex(VectorStoreIndex):
         if gone:
             self.delete_nodes(gone)
         self.docstore.delete_document(doc_id, raise_error=False)
+        self.origins.forget(doc_id)
 
     @contextlib.contextmanager
     def bulk(self) -> Iterator[None]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_index.core.schema import BaseNode, Document, MetadataMode
 
+from compllm_rag.errors import ConfigurationError
+from compllm_rag.llamaindex.kvstore import CatalogKVStore
+from compllm_rag.llamaindex.origins import Origins
 from compllm_rag.llamaindex.reader import empty_corpus
 
 if TYPE_CHECKING:
@@ -27,6 +31,7 @@ class IngestReport:
     Attributes:
         documents: Documents met.
         documents_changed: Those that were new or differed.
+        documents_deleted: Documents that were pruned: their files are gone, or empty.
         chunks: Chunks of all documents met.
         segments: Their segments.
         segments_compressed: Segments that went through the compressor.
@@ -38,6 +43,7 @@ class IngestReport:
 
     documents: int = 0
     documents_changed: int = 0
+    documents_deleted: int = 0
     chunks: int = 0
     segments: int = 0
     segments_compressed: int = 0
@@ -56,18 +62,31 @@ Progress = Callable[[IngestReport], None]
 
 
 def ingest_documents(
-    index: ConceptIndex, documents: Iterable[Document], *, progress: Progress | None = None
+    index: ConceptIndex,
+    documents: Iterable[Document],
+    *,
+    progress: Progress | None = None,
+    within: Iterable[str | Path] = (),
+    prune: bool = False,
 ) -> IngestReport:
     """Ingest documents; see `ConceptIndex.ingest`.
 
     Raises:
+        ConfigurationError: `prune` without `within`.
         EmptyCorpusError: There are no documents at all.
     """
     begun = last = time.perf_counter()
     report = IngestReport()
+    roots, met = list(within), set[str]()
+    if prune and not roots:
+        raise ConfigurationError(
+            "nothing says where pruned documents came from", got="prune without paths", expected="the paths ingested"
+        )
+    index.origins = Origins(CatalogKVStore(index.faiss.catalog), roots)
     with index.bulk():
         for batch in _batches(documents):
             report = _ingest_batch(index, batch, report)
+            met.update(document.id_ for document in batch)
             now = time.perf_counter()
             report = replace(report, seconds=now - begun)
             if now - last > _COMMIT_EVERY_S:
@@ -76,16 +95,26 @@ def ingest_documents(
             if progress:
                 progress(report)
         if not report.documents:
-            raise empty_corpus()
+            raise empty_corpus()  # nor is anything pruned then: a folder that is not mounted looks the same
+        if prune:
+            gone = index.origins.gone(met)
+            for doc_id in gone:
+                index.delete_ref_doc(doc_id)
+            report = replace(report, documents_deleted=len(gone))
     return replace(report, seconds=time.perf_counter() - begun)
 
 
 def _ingest_batch(index: ConceptIndex, documents: list[Document], report: IngestReport) -> IngestReport:
     hashes = {d.id_: index.docstore.get_document_hash(d.id_) for d in documents}
     changed = [d for d in documents if hashes[d.id_] != d.hash]
+    if changed:
+        # Before anything is compressed: a compaction must not take concepts away that are about to be referred to.
+        index.faiss.catalog.claim()
     nodes = index.parser.get_nodes_from_documents(changed)
     made = index.library.ensure(node.get_content(MetadataMode.NONE) for node in nodes)
     _replace(index, changed, nodes)
+    for document in documents:
+        index.origins.record(document)
     totals = [index.accounts.of_document(d.id_) for d in documents]
     segments = sum(t.segments for t in totals)
     return replace(
