@@ -1,4 +1,4 @@
-"""The command line: `compllm-rag ingest | query | stats | demo | models`.
+"""The command line: `compllm-rag ingest | query | stats | demo | models | eval | probe`.
 
 Heavy libraries load inside the commands, so that `--help` answers at once.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compllm_rag import cli_eval
 from compllm_rag.cli_base import AsJson, Offline, print_json, progress_show, reported
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
 from compllm_rag.errors import ConfigurationError
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 models_app = typer.Typer(no_args_is_help=True, help="The models that answer to an alias: list them, fetch them.")
 app.add_typer(models_app, name="models")
+cli_eval.register(app)
 
 Storage = Annotated[Path, typer.Option("--storage", help="Folder of the storage.")]
 

@@ -20,7 +20,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object inst
 Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.")]
 
 
-def reported(command: Callable[..., None]) -> Callable[..., None]:
+KEPT = "interrupted; what was finished is kept, run the same command again to go on"
+LOST = "interrupted; nothing was kept"
+
+
+def reported(command: Callable[..., None], *, interrupted: str = KEPT) -> Callable[..., None]:
     """Print our own errors as one line and exit with 2; a Ctrl-C with 130."""
 
     @functools.wraps(command)
@@ -31,7 +35,7 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            typer.echo("interrupted; what was finished is kept, run the same command again to go on", err=True)
+            typer.echo(interrupted, err=True)
             raise typer.Exit(130) from None
         except BrokenPipeError:
             # Whoever read our output has gone; the interpreter must not try to flush it again at exit.

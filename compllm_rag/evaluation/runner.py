@@ -32,7 +32,7 @@ class EvalConfig(Frozen):
     """How questions are chosen and asked."""
 
     limit: int | None = Field(default=None, ge=1, description="first N questions of the seeded order")
-    seed: int = Field(default=0, description="of the order and of the bootstrap")
+    seed: int = Field(default=0, ge=0, description="of the order and of the bootstrap")
     passages: Literal["all", "gold"] = Field(default="all", description="gold leaves the distractors out")
     batch_size: int = Field(default=16, ge=1)
     max_new_tokens: int = Field(default=24, ge=1)

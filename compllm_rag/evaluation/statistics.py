@@ -160,9 +160,8 @@ def _values(weights: Array, mine: Sums, theirs: Sums, bare: tuple[Array, Array])
     out = {name: _mean(weights, sums) for name, sums in mine.items()}
     text, none = _mean(weights, theirs["nll"]), _mean(weights, bare)
     gain = none - text
-    out["recovered"] = np.where(
-        gain >= LEAST_GAIN, 100 * (none - out["nll"]) / np.where(gain >= LEAST_GAIN, gain, 1), np.nan
-    )
+    there = gain >= LEAST_GAIN
+    out["recovered"] = np.where(there, 100 * ((none - out["nll"]) / np.where(there, gain, 1)), np.nan)
     return out | {f"-{name}": out[name] - _mean(weights, theirs[name]) for name in _PAIRED}
 
 

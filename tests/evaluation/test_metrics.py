@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import random
 
-from compllm_rag.evaluation.metrics import exact_match, f1, normalize
+import pytest
+from torchmetrics.text import SQuAD
+
+from compllm_rag.evaluation.metrics import exact_match, f1, normalize, same_answer, subspan_match
 
 
 def test_normalize() -> None:
@@ -27,3 +30,39 @@ def test_normalize() -> None:
 def test_scores(answer: str, golds: list[str], em: float, overlap: float) -> None:
     assert exact_match(answer, golds) == em
     assert f1(answer, golds) == pytest.approx(overlap)
+
+
+@pytest.mark.parametrize(
+    ("answer", "golds", "contained"),
+    [
+        ("It was built in 1871, they say.", ["1871"], 100),
+        ("the Denver  Broncos!", ["denver broncos"], 100),
+        ("Denver", ["Denver Broncos"], 0),
+        ("nothing\nin 1871", ["1871"], 0),
+        ("whatever", ["the"], 0),
+        ("a", ["the"], 100),
+        ("", ["1871"], 0),
+    ],
+)
+def test_containment(answer: str, golds: list[str], contained: float) -> None:
+    assert subspan_match(answer, golds) == contained
+
+
+def test_same_answer() -> None:
+    assert same_answer("The boat.", "a boat\nor two")
+    assert not same_answer("boat", "boats")
+    assert same_answer("", "\n")
+
+
+def test_scores_are_those_of_torchmetrics() -> None:
+    rng = random.Random(0)
+    words = ["the", "a", "Marsh,", "marsh", "lamp", "Lamp!", "1871", "boat", "in", "(burns)"]
+    for _ in range(200):
+        answer = " ".join(rng.choices(words, k=rng.randrange(1, 6)))
+        golds = [" ".join(rng.choices(words, k=rng.randrange(1, 4))) for _ in range(rng.randrange(1, 4))]
+        theirs = SQuAD()(
+            [{"prediction_text": answer, "id": "q"}],
+            [{"answers": {"answer_start": [0] * len(golds), "text": golds}, "id": "q"}],
+        )
+        assert exact_match(answer, golds) == pytest.approx(float(theirs["exact_match"]))
+        assert f1(answer, golds) == pytest.approx(float(theirs["f1"]), abs=1e-3)
