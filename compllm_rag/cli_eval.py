@@ -15,7 +15,7 @@ from compllm_rag.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from compllm_rag.compressor import Compressor
-    from compllm_rag.evaluation.runner import EvalResult
+    from compllm_rag.evaluation.results import EvalResult
     from compllm_rag.progress import ProgressShow
 
 ModeOption = Annotated[
@@ -34,8 +34,6 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Questions of one batch.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 Records = Annotated[Path | None, typer.Option(help="Write one JSON line per question there.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
-
-_ROWS = ("em", "f1", "subspan_em", "accuracy", "nll", "recovered", "agreement")
 
 
 def register(app: typer.Typer) -> None:
@@ -64,13 +62,15 @@ def eval_command(
 ) -> None:
     """Measure answers over the passages of a file, beside text and no passages.
 
-    A row is {"context": ..., "question": ..., "answers": [...]}; grouped rows, several documents and options are in the
-    README. Units: percent; nll in nats per token.
+    A row is {"context", "question", "answers": [...], "options"?}, or {"context", "qas": [...]} with several questions,
+    or {"question", "answers", "documents": [{"title", "text", "is_supporting"}]}. The first answer is the gold of nll.
+    Values are in percent; nll is in nats per token.
 
     Example: compllm-rag eval --data squad_dev.jsonl.gz --mode concepts --rate 2 --limit 200
     """
     from compllm_rag.evaluation.bodies import Setting
-    from compllm_rag.evaluation.runner import EvalConfig, evaluate, record_lines
+    from compllm_rag.evaluation.results import EvalConfig, record_lines
+    from compllm_rag.evaluation.runner import evaluate
     from compllm_rag.questions import read_questions
 
     Setting.of(mode, rate)
@@ -115,7 +115,7 @@ def probe_command(
     """
     from compllm_rag.evaluation.bodies import Setting
     from compllm_rag.evaluation.probes import run_probes
-    from compllm_rag.evaluation.runner import EvalConfig, record_lines
+    from compllm_rag.evaluation.results import EvalConfig, record_lines
 
     Setting.of(mode, rate)
     _check_target(records)
@@ -179,10 +179,13 @@ def _write(path: Path | None, lines: Iterable[dict[str, Any]]) -> None:
 
 def _show(result: EvalResult) -> None:
     at = "" if result.rate is None else f" at rate {result.rate:g} (achieved {result.achieved_rate or 0:.2f})"
+    from compllm_rag.evaluation.results import METRICS
+
     typer.echo(f"{result.mode}{at}, {result.n} questions of {result.data}, {result.llm}")
-    typer.echo(f"{'':<12}{'':>9}  {'95 %':<18}{'to text':>9}  95 %")
-    for name in _ROWS:
-        value, paired = getattr(result, name), result.paired.get(name)
+    compared = "" if result.mode == "text" else f"{'to text':>9}  95 %"
+    typer.echo(f"{'':<12}{'':>9}  {'95 %':<18}{compared}".rstrip())
+    for name in METRICS:
+        value, paired = getattr(result, name), result.paired.get(name) if result.mode != "text" else None
         if value is None:
             continue
         digits = 3 if name == "nll" else 1
@@ -193,7 +196,7 @@ def _show(result: EvalResult) -> None:
     typer.echo(f"{'positions':<12}{result.positions:>9.1f}")
     if result.skipped:
         name, reason = result.skipped[0]
-        typer.echo(f"{len(result.skipped)} questions left out, such as {name}: {reason}")
+        typer.echo(f"left out: {len(result.skipped)}, such as {name}: {reason}")
     typer.echo(f"{result.seconds:.1f} s")
 
 

@@ -67,7 +67,7 @@ def test_eval_without_answers(data: Path, toy_folder: Path) -> None:
 def test_eval_table(data: Path, toy_folder: Path) -> None:
     shown = run("eval", "--data", data, "--llm", toy_folder, "--max-new-tokens", 3, "--rate", 4).stdout
     assert "concepts at rate 4 (achieved 3." in shown
-    for word in ("em", "f1", "nll", "agreement", "positions", "1 questions left out, such as c: no question"):
+    for word in ("em", "f1", "nll", "agreement", "positions", "left out: 1, such as c: no question"):
         assert f"\n{word}" in shown
 
 

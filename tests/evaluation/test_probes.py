@@ -10,7 +10,7 @@ import pytest
 
 from compllm_rag.compressor import Compressor
 from compllm_rag.evaluation.probes import probe_file, run_probes
-from compllm_rag.evaluation.runner import EvalConfig
+from compllm_rag.evaluation.results import EvalConfig
 from compllm_rag.questions import read_questions, read_rows
 
 SCORES = {"n", "em", "f1", "subspan_em", "accuracy", "nll"}

@@ -12,8 +12,9 @@ import toy
 import trained
 from compllm_rag.compressor import Compressor
 from compllm_rag.errors import ConfigurationError, PromptTooLongError, RateOutOfReachError
-from compllm_rag.evaluation import asking, bodies, runner
-from compllm_rag.evaluation.runner import EvalConfig, EvalResult, evaluate, evaluate_many
+from compllm_rag.evaluation import asking, bodies
+from compllm_rag.evaluation.results import METRICS, EvalConfig, EvalResult
+from compllm_rag.evaluation.runner import evaluate, evaluate_many
 from compllm_rag.questions import QuestionFile, read_questions
 from tests.evaluation.evaluation_samples import PARTS, questions
 
@@ -165,4 +166,4 @@ def test_json_is_round_and_short(compressor: Compressor) -> None:
     shown = evaluate(compressor, questions(), mode="pruned", config=QUICK).to_dict()
     assert list(shown) == [name for name in EvalResult.__dataclass_fields__ if name != "records"]
     assert shown["nll"] == round(shown["nll"], 4)
-    assert list(shown["intervals"]) == list(runner._METRICS)
+    assert list(shown["intervals"]) == list(METRICS)

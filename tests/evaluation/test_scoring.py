@@ -9,7 +9,8 @@ import toy
 import trained
 from compllm_rag.compressor import Compressor
 from compllm_rag.config import GenerationConfig
-from compllm_rag.evaluation.runner import EvalConfig, evaluate
+from compllm_rag.evaluation.results import EvalConfig
+from compllm_rag.evaluation.runner import evaluate
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.llm import TargetLLM
 from compllm_rag.prompt import TextSpan
