@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compllm_rag import cli_eval
+from compllm_rag import cli_eval, cli_store
 from compllm_rag.cli_base import AsJson, Offline, print_json, progress_show, reported
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
 from compllm_rag.errors import ConfigurationError
@@ -32,6 +32,7 @@ app = typer.Typer(
 models_app = typer.Typer(no_args_is_help=True, help="The models that answer to an alias: list them, fetch them.")
 app.add_typer(models_app, name="models")
 cli_eval.register(app)
+cli_store.register(app)
 
 Storage = Annotated[Path, typer.Option("--storage", help="Folder of the storage.")]
 
@@ -48,6 +49,9 @@ def ingest(
     rate: Annotated[float | None, typer.Option(help="Compression rate: source tokens per concept. Default: 2.")] = None,
     chunk_size: Annotated[int | None, typer.Option(help="Tokens per chunk, about. Default: 200.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Delete documents ingested from these paths that are not there any more.")
+    ] = False,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
@@ -75,13 +79,14 @@ def ingest(
             offline=offline,
         ) as index,
     ):
-        report = index.ingest(documents, progress=show.ingested)
+        report = index.ingest(documents, progress=show.ingested, within=paths, prune=prune)
     fields = report_fields(report)
     if as_json:
         print_json(fields)
         return
     typer.echo(
-        f"{report.documents} documents ({report.documents_changed} new or changed), {report.chunks} chunks, "
+        f"{report.documents} documents ({report.documents_changed} new or changed"
+        f"{f', {report.documents_deleted} deleted' if prune else ''}), {report.chunks} chunks, "
         f"{report.segments} segments: {report.segments_compressed} compressed, {report.segments_reused} reused; "
         f"{report.source_tokens} tokens in {report.seconds:.1f} s"
     )
@@ -89,8 +94,8 @@ def ingest(
 
 def report_fields(report: IngestReport) -> dict[str, Any]:
     """An ingest report as `ingest --json` prints it."""
-    names = ("documents", "documents_changed", "chunks", "segments", "segments_compressed", "segments_reused")
-    fields = {name: getattr(report, name) for name in names}
+    counts = "documents documents_changed documents_deleted chunks segments segments_compressed segments_reused"
+    fields = {name: getattr(report, name) for name in counts.split()}
     return fields | {
         "source_tokens": report.source_tokens,
         "seconds": round(report.seconds, 4),

@@ -15,7 +15,8 @@ from compllm_rag.cli import app
 from toy_embedder import save_sentence_transformer
 
 INGEST = (
-    "documents documents_changed chunks segments segments_compressed segments_reused source_tokens seconds tokens_per_s"
+    "documents documents_changed documents_deleted chunks segments segments_compressed segments_reused source_tokens "
+    "seconds tokens_per_s"
 )
 QUERY = "answer mode sources prompt_positions retrieval_s fetch_s layout_s prefill_s ttft_s total_s store"
 SOURCE = "doc_id node_id title score used n_tokens n_concepts text"

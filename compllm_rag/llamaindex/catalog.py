@@ -251,6 +251,26 @@ class Catalog:
                 with suppress(OSError):  # the commit stands; what is left is removed by the next one
                     self._files.keep_only(former + 1, former)
 
+    def reclaim(self) -> None:
+        """Give the space of what was deleted back to the disk; the claim of this writer, if any, is given up.
+
+        A reader that has looked up the former vectors and not read them yet looks again.
+        """
+        with self._guard, explained(self._database, writing=True):
+            self.claim()
+            connection = self._alive()
+            if self._changed or self.path is None:
+                raise ConfigurationError("uncommitted changes are in the way", next_step="commit them first")
+            self._files.keep_only(self._state().number)
+            self._abandon(connection)
+            with suppress(sqlite3.OperationalError):  # somebody writes again already; there is a next time
+                free, pages = (
+                    connection.execute(f"PRAGMA {n}").fetchone()[0] for n in ("freelist_count", "page_count")
+                )
+                if free * 4 > pages:
+                    connection.execute("VACUUM")
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
     def rollback(self) -> None:
         """Give uncommitted work up."""
         with self._guard, explained(self._database, writing=True):
@@ -369,6 +389,20 @@ def _check_dim(dim: int) -> None:
 
 def _missing(folder: Path) -> StorageNotFoundError:
     return StorageNotFoundError("no catalog lies here", got=folder, next_step="name another folder, or create one")
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """The writer's lock of a catalog whose vectors may be damaged, for a block.
+
+    Raises:
+        StoreLockedError: Another writer has uncommitted work.
+    """
+    lock = _locked(folder)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _locked(folder: Path) -> WriterLock:

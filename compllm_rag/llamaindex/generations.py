@@ -110,6 +110,11 @@ class GenerationFiles:
         for stray in strays:
             Path(stray).unlink(missing_ok=True)
 
+    def highest(self) -> int:
+        """The highest number that a file has; 0 when there is none."""
+        names = os.listdir(self._folder) if self._folder else list(self._memory)
+        return max((int(re.sub(r"\D", "", name)) for name in names if _OURS.fullmatch(name)), default=0)
+
     def _read(self, generation: Generation, source: str) -> bytes:
         if self._folder is None:
             return self._memory[generation.file]

@@ -20,7 +20,7 @@ from llama_index.core.schema import (
     TextNode,
 )
 
-from compllm_rag.errors import ConfigurationError
+from compllm_rag.errors import ConfigurationError, CorruptRecordError
 from compllm_rag.fingerprint import tagged_digest
 from compllm_rag.llamaindex.catalog_database import storable
 from compllm_rag.llamaindex.catalog_faults import damaged
@@ -180,6 +180,27 @@ def read_after(connection: sqlite3.Connection, last: int, limit: int) -> list[St
     """Read the next rows in order of id."""
     query = f"SELECT {_COLUMNS} FROM nodes WHERE id > ? ORDER BY id LIMIT ?"
     return [decode_row(row) for row in connection.execute(query, (last, limit))]
+
+
+def scan(connection: sqlite3.Connection, page: int = _PER_QUERY) -> Iterator[tuple[int, StoredNode | None]]:
+    """Go through all rows in order of id, damaged ones included: those give None.
+
+    The connection must take text that is not UTF-8 (`lenient_text`), or one bad row would hide its page.
+    """
+    last = 0
+    query = f"SELECT {_COLUMNS} FROM nodes WHERE id > ? ORDER BY id LIMIT ?"
+    while rows := connection.execute(query, (last, page)).fetchall():
+        for row in rows:
+            try:
+                yield row[0], decode_row(row)
+            except (CorruptRecordError, UnicodeError):
+                yield row[0], None
+        last = rows[-1][0]
+
+
+def lenient_text(data: bytes) -> str:
+    """Read text for `scan`: bytes that are no UTF-8 fail their digest later, instead of ending the statement."""
+    return data.decode("utf-8", "surrogateescape")
 
 
 def read_all(connection: sqlite3.Connection, page: int = _PER_QUERY) -> Iterator[StoredNode]:

@@ -19,10 +19,15 @@ from compllm_rag.compressor import Compressor
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM, GenerationConfig, IngestConfig
 from compllm_rag.errors import CompLLMError, ConfigurationError, StorageMismatchError, StorageNotFoundError
 from compllm_rag.llamaindex.accounts import Accounts, stats_fields
+from compllm_rag.llamaindex.adapter_files import COMPRESSOR, FILES_KEY, READER, adapter_digests
+from compllm_rag.llamaindex.catalog_database import connected
+from compllm_rag.llamaindex.catalog_faults import damaged
 from compllm_rag.llamaindex.embedding import embedder_identity, load_embedder
 from compllm_rag.llamaindex.kvstore import CatalogKVStore
 from compllm_rag.llamaindex.manifest import META_KEY, Manifest
+from compllm_rag.llamaindex.references import count_keys
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
+from compllm_rag.llamaindex.verification import CATALOG, CONCEPTS, require_storage
 from compllm_rag.loading import AUTO, load_compressor_for, shipped_adapter
 from compllm_rag.store import DiskStore, MemoryStore
 
@@ -30,7 +35,7 @@ if TYPE_CHECKING:
     from compllm_rag.llamaindex.index import ConceptIndex
 
 Index = TypeVar("Index", bound="ConceptIndex")
-_CATALOG, _CONCEPTS, _COMPRESSOR, _READER = "catalog.db", "concepts", "compressor", "reader"
+_LOOKS = 10  # a writer would have to commit, or a compaction to end, between each two of them
 
 
 def create_index(
@@ -102,7 +107,8 @@ def create_index(
         return _join(cls, made, store, vectors, embed, manifest, generation, None)
     vectors = _new_vectors(folder, dimension)
     _keep_adapters(folder, made, llm or DEFAULT_LLM, reader)
-    disk = DiskStore(folder / _CONCEPTS, hidden_size=made.hidden_size)
+    disk = DiskStore(folder / CONCEPTS, hidden_size=made.hidden_size)
+    vectors.catalog.set_meta(FILES_KEY, adapter_digests(folder))
     vectors.catalog.set_meta(META_KEY, manifest.model_dump_json())
     vectors.commit()
     return _join(cls, made, disk, vectors, embed, manifest, generation, folder)
@@ -119,6 +125,7 @@ def load_index(
     read_only: bool = False,
     progress: Callable[[str, float | None], None] | None = None,
     expect: dict[str, Any] | None = None,
+    complete: bool = True,
     **model_options: Any,
 ) -> Index:
     """Open a storage that exists.
@@ -133,6 +140,7 @@ def load_index(
         read_only: Never write; several processes may read while one writes.
         progress: Called with messages while models are fetched.
         expect: Settings that must be the storage's own.
+        complete: Refuse a concept store that holds fewer records than text refers to; repair does not.
         **model_options: `dtype`, `device`, `cache_dir`, `offline` of `TargetLLM.from_pretrained`.
 
     Raises:
@@ -145,11 +153,12 @@ def load_index(
     try:
         manifest = Manifest.parse(vectors.catalog.get_meta(META_KEY))
         manifest.check_ingest(**(expect or {}))
-        made = compressor or _own_compressor(folder, manifest, llm, progress, model_options)
+        made = compressor or load_own_compressor(folder, manifest, llm, progress, model_options)
         manifest.check_compressor(made.fingerprint, made.llm.source)
-        embed, source, identity = _embedder(embedder or manifest.embedder, progress, model_options)
-        manifest.check_embedder(source, identity, len(embed.get_text_embedding("dimension")))
-        store = DiskStore(folder / _CONCEPTS, hidden_size=made.hidden_size, read_only=read_only)
+        embed = load_embedder_of(manifest, embedder, progress, model_options)
+        store = DiskStore(folder / CONCEPTS, hidden_size=made.hidden_size, read_only=read_only)
+        if complete:
+            _check_complete(vectors, store)
     except CompLLMError:
         vectors.close()
         raise
@@ -166,18 +175,43 @@ def storage_stats(folder: Path) -> dict[str, Any]:
     with _open_vectors(folder, read_only=True) as vectors:
         manifest = Manifest.parse(vectors.catalog.get_meta(META_KEY))
         documents, total = Accounts(CatalogKVStore(vectors.catalog)).total()
-    with DiskStore(folder / _CONCEPTS, hidden_size=manifest.hidden_size, read_only=True) as store:
+    with DiskStore(folder / CONCEPTS, hidden_size=manifest.hidden_size, read_only=True) as store:
         return stats_fields(documents, total, store.stats(), manifest)
 
 
+def read_manifest(folder: Path) -> Manifest:
+    """What a storage was made with.
+
+    Raises:
+        StorageNotFoundError: There is no storage here.
+        UnsupportedFormatError, CorruptRecordError: The storage is damaged or too new.
+    """
+    require_storage(folder)
+    with connected(folder / CATALOG, writing=False) as connection:
+        try:
+            row = connection.execute("SELECT value FROM meta WHERE key = ?", (META_KEY,)).fetchone()
+        finally:
+            connection.close()
+    return Manifest.parse(row[0] if row else None)
+
+
+def _check_complete(vectors: FaissTextVectorStore, store: DiskStore) -> None:
+    for _ in range(_LOOKS):
+        with vectors.catalog.reading() as connection:
+            referred = count_keys(connection)
+        records = store.stats().records
+        if records >= referred:
+            return
+    store.close()
+    raise damaged(
+        "the concept store does not belong to the text",
+        got=f"{records} records in {store.path}",
+        expected=f"the {referred} that text refers to, at least",
+    )
+
+
 def _open_vectors(folder: Path, *, read_only: bool) -> FaissTextVectorStore:
-    if not (folder / _CATALOG).is_file():
-        raise StorageNotFoundError(
-            "there is no storage here",
-            got=folder,
-            expected="a folder made by `compllm-rag ingest` or ConceptIndex.from_documents",
-            next_step=f"run `compllm-rag ingest PATH --storage {folder}` first",
-        )
+    require_storage(folder)
     return FaissTextVectorStore.open(folder, read_only=read_only)
 
 
@@ -208,21 +242,38 @@ def _new_vectors(folder: Path, dimension: int) -> FaissTextVectorStore:
     )
 
 
-def _own_compressor(
+def load_own_compressor(
     folder: Path,
     manifest: Manifest,
     llm: str | None,
     progress: Callable[[str, float | None], None] | None,
     model_options: dict[str, Any],
 ) -> Compressor:
-    kept = folder / _READER
+    """Load the compressor that lies in a storage, with its reader and the LLM it names."""
+    kept = folder / READER
     return load_compressor_for(
         llm or manifest.llm,
         reader=kept if kept.is_dir() else None,
-        compressor=folder / _COMPRESSOR,
+        compressor=folder / COMPRESSOR,
         progress=progress,
         **model_options,
     )
+
+
+def load_embedder_of(
+    manifest: Manifest,
+    embedder: str | BaseEmbedding | None,
+    progress: Callable[[str, float | None], None] | None,
+    model_options: dict[str, Any],
+) -> BaseEmbedding:
+    """Load the embedder of a storage.
+
+    Raises:
+        EmbedderMismatchError: It is not the one the storage was made by.
+    """
+    embed, source, identity = _embedder(embedder or manifest.embedder, progress, model_options)
+    manifest.check_embedder(source, identity, len(embed.get_text_embedding("dimension")))
+    return embed
 
 
 def _embedder(
@@ -256,10 +307,10 @@ def _check_rate(config: IngestConfig, compressor: Compressor) -> None:
 
 
 def _keep_adapters(folder: Path, compressor: Compressor, llm: str, reader: str | Path | None) -> None:
-    compressor.save_pretrained(folder / _COMPRESSOR)
+    compressor.save_pretrained(folder / COMPRESSOR)
     own = shipped_adapter(llm, "reader") if reader == AUTO else reader
     if own is not None and any(name.startswith("reader/") for name in compressor.llm.digests):
-        shutil.copytree(own, folder / _READER, dirs_exist_ok=True)
+        shutil.copytree(own, folder / READER, dirs_exist_ok=True)
 
 
 def _join(

@@ -162,14 +162,24 @@ class FaissTextVectorStore(BasePydanticVectorStore):
 
     def iter_nodes(self, page: int = 256) -> Iterator[BaseNode]:
         """All nodes in order of arrival, in bounded memory; the store may change between pages."""
+        for nodes in self.iter_pages(page):
+            yield from nodes
+
+    def iter_pages(self, page: int = 256) -> Iterator[list[BaseNode]]:
+        """All nodes in order of arrival, that many at a time; the store may change between pages."""
         last = 0
         while True:
             with self._catalog.reading() as connection:
                 rows = node_rows.read_after(connection, last, page)
             if not rows:
                 return
-            yield from (row.node() for row in rows)
+            yield [row.node() for row in rows]
             last = rows[-1].id
+
+    def chunks_by_document(self) -> dict[str, int]:
+        """How many nodes each document has."""
+        with self._catalog.reading() as connection:
+            return dict(connection.execute("SELECT ref_doc_id, count(*) FROM nodes GROUP BY ref_doc_id").fetchall())
 
     def node_ids(self, ref_doc_id: str) -> list[str]:
         """Ids of the nodes of a document, in order of arrival."""

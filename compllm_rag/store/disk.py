@@ -66,6 +66,7 @@ class DiskStore(ConceptStore):
         read_only: Take no lock and write nothing. A reader sees what the writer flushes after it opened.
         max_bytes: Most bytes all packs together may take; None for no limit. Nothing is ever evicted.
         pack_bytes: A pack of at least this size gets no more payloads.
+        counted: Refuse an index that holds more or fewer records than were written; repair does not.
 
     Raises:
         ConfigurationError: An argument makes no sense.
@@ -85,6 +86,7 @@ class DiskStore(ConceptStore):
         read_only: bool = False,
         max_bytes: int | None = None,
         pack_bytes: int = PACK_BYTES,
+        counted: bool = True,
     ) -> None:
         self.hidden_size = check_hidden_size(hidden_size)
         for name, value in (("max_bytes", max_bytes), ("pack_bytes", pack_bytes)):
@@ -108,11 +110,11 @@ class DiskStore(ConceptStore):
                 if not (self.path / MANIFEST_NAME).exists():
                     raise
         try:
-            self._open()
+            self._open(counted=counted)
         finally:
             self._let_go()
 
-    def _open(self) -> None:
+    def _open(self, *, counted: bool) -> None:
         new = not self.read_only and not (self.path / MANIFEST_NAME).exists()
         if new:
             manifest = StoreManifest(hidden_size=self.hidden_size)
@@ -126,6 +128,8 @@ class DiskStore(ConceptStore):
         self._packs = PackReader(self.path / "packs", self._header)
         self._index = LocationIndex(self.path / "index", writable=not self.read_only, create=new)
         try:
+            if counted:
+                self._index.check_count()
             if new:
                 with explained(self.path, writing=True):
                     sync_folder(self.path / "index")

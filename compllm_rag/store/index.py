@@ -128,7 +128,7 @@ class LocationIndex:
         if not create:
             if not self._database.exists():
                 raise damaged_index(self._database, "no such file")
-            self.check_count()  # damage shows now, not at the first query, and before diskcache makes what it misses
+            self.totals()  # damage shows now, not at the first query, and before diskcache makes what it misses
         if writable:
             with explained(self._database, writing=True):
                 self._cache = self._open_cache()

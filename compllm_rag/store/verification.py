@@ -40,6 +40,7 @@ class StoreCheck:
         pack_bytes: Their bytes.
         dead_bytes: Bytes of packs that no record uses; a compaction reclaims them.
         damage: All that is wrong; empty for a sound store.
+        index_damaged: Whether SQLite finds the file of the index damaged.
         damaged_rows: Numbers of the index rows that are wrong, or whose payloads are.
     """
 
@@ -48,6 +49,7 @@ class StoreCheck:
     pack_bytes: int = 0
     dead_bytes: int = 0
     damage: list[Damage] = field(default_factory=list)
+    index_damaged: bool = False
     damaged_rows: list[int] = field(default_factory=list)
 
 
@@ -63,7 +65,7 @@ def check_store(parts: StoreParts, *, deep: bool, progress: Progress | None = No
     sizes = pack_sizes(parts.folder)
     made.packs, made.pack_bytes = len(sizes), sum(sizes.values())
     made.damage += [Damage(f"index: {fault}") for fault in parts.index.faults(deep=deep)]
-    totals = parts.index.totals()
+    made.index_damaged, totals = bool(made.damage), parts.index.totals()
     usable = {number: size for number, size in sizes.items() if _header_is_sound(parts, number, made)}
     seen, bad = 0, set[int]()
     for page in _pages(parts.index.scan()):

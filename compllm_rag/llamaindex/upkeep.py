@@ -1,0 +1,137 @@
+"""Compaction and migration of a whole storage; neither loads a model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from compllm_rag.errors import StorageMismatchError
+from compllm_rag.llamaindex.accounts import Accounts
+from compllm_rag.llamaindex.catalog import Catalog
+from compllm_rag.llamaindex.kvstore import CatalogKVStore
+from compllm_rag.llamaindex.manifest import META_KEY, Manifest
+from compllm_rag.llamaindex.storage import read_manifest
+from compllm_rag.llamaindex.verification import CONCEPTS, require_storage
+from compllm_rag.store.compaction import CompactReport
+from compllm_rag.store.disk import DiskStore
+
+Progress = Callable[[str, float | None], None]
+
+
+@dataclass(frozen=True)
+class StorageCompaction:
+    """What a compaction did.
+
+    Attributes:
+        concepts: Of the concept store.
+        bytes_before: Bytes of the whole folder.
+        bytes_after: The same afterwards.
+        seconds: Wall time.
+    """
+
+    concepts: CompactReport
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+
+    def fields(self) -> dict[str, Any]:
+        """Plain values, as `compact --json` prints them."""
+        names = ("records", "records_dropped", "packs_rewritten", "packs_removed")
+        packs = {name: getattr(self.concepts, name) for name in names}
+        whole = {name: value for name, value in asdict(self).items() if name != "concepts"}
+        return {
+            **packs,
+            "pack_bytes_before": self.concepts.bytes_before,
+            "pack_bytes": self.concepts.bytes_after,
+        } | whole
+
+
+def compact_storage(folder: str | Path, *, progress: Progress | None = None) -> StorageCompaction:
+    """Reclaim what was deleted: concepts no chunk refers to, dead bytes of packs, former vectors, free pages.
+
+    Killed at any point it leaves a sound storage, and can be run again. Readers go on; writers are refused meanwhile.
+
+    Args:
+        folder: The storage.
+        progress: Called with a message and a share from 0 to 1.
+
+    Raises:
+        StorageNotFoundError: There is no storage here.
+        StorageMismatchError: It is not known which concepts are referred to. Repair counts them.
+        CorruptRecordError: A record is damaged. Repair first.
+        StoreFullError: No space for the new packs; nothing is lost.
+        StoreLockedError: Another process writes.
+        StoreReadOnlyError: The storage cannot be written.
+    """
+    begun, path = time.perf_counter(), Path(folder).absolute()
+    require_storage(path)
+    before = _size(path)
+    catalog = Catalog.open(path)
+    try:
+        manifest = Manifest.parse(catalog.get_meta(META_KEY))
+        catalog.claim()  # who ingests is kept out: what is compressed but not yet referred to would look dead
+        accounts = Accounts(CatalogKVStore(catalog))
+        _require_counts(catalog, accounts)
+        with DiskStore(path / CONCEPTS, hidden_size=manifest.hidden_size) as store:
+            report = store.compact(accounts.references.live, progress=progress)
+        catalog.reclaim()
+    finally:
+        catalog.close()
+    return StorageCompaction(report, before, _size(path), time.perf_counter() - begun)
+
+
+def _require_counts(catalog: Catalog, accounts: Accounts) -> None:
+    with catalog.reading() as connection:
+        (chunks,) = connection.execute("SELECT count(*) FROM nodes").fetchone()
+    counted = accounts.total()[1].chunks
+    if counted != chunks or not accounts.references.counted:
+        raise StorageMismatchError(
+            "it is not known which concepts chunks refer to",
+            got=f"{counted} chunks accounted for" if accounts.references.counted else "no counts of references",
+            expected=f"all {chunks}, each added by a ConceptIndex",
+            next_step="run `compllm-rag repair`, which counts them anew",
+        )
+
+
+@dataclass(frozen=True)
+class Migration:
+    """What a migration did.
+
+    Attributes:
+        from_version: Format the storage had.
+        to_version: Format it has now.
+    """
+
+    from_version: int
+    to_version: int
+
+    @property
+    def changed(self) -> bool:
+        """Whether there was anything to do."""
+        return self.from_version != self.to_version
+
+    def fields(self) -> dict[str, Any]:
+        """Plain values, as `migrate --json` prints them."""
+        return {"changed": self.changed, **asdict(self)}
+
+
+def migrate_storage(folder: str | Path) -> Migration:
+    """Bring a storage to the format of this release. There is one format so far, so there is nothing to do.
+
+    Raises:
+        StorageNotFoundError: There is no storage here.
+        UnsupportedFormatError: A newer release wrote it.
+        CorruptRecordError: It is damaged.
+    """
+    path = Path(folder).absolute()
+    manifest = read_manifest(path)
+    Catalog.open(path, read_only=True).close()
+    DiskStore(path / CONCEPTS, hidden_size=manifest.hidden_size, read_only=True).close()
+    return Migration(manifest.format_version, manifest.format_version)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
