@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compllm_rag import cli_eval, cli_store
+from compllm_rag import cli_eval, cli_store, cli_train
 from compllm_rag.cli_base import AsJson, Offline, print_json, progress_show, reported
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
 from compllm_rag.errors import ConfigurationError
@@ -33,6 +33,7 @@ models_app = typer.Typer(no_args_is_help=True, help="The models that answer to a
 app.add_typer(models_app, name="models")
 cli_eval.register(app)
 cli_store.register(app)
+cli_train.register(app, models_app)
 
 Storage = Annotated[Path, typer.Option("--storage", help="Folder of the storage.")]
 

@@ -275,17 +275,17 @@ def embedding_rms(llm: TargetLLM) -> float:
 
 
 def batches(
-    window: Sequence[tuple[int, Sequence[int], int]], limit: int
+    window: Sequence[tuple[int, Sequence[int], int]], limit: int, *, mixed: int = 16
 ) -> Iterator[list[tuple[int, Sequence[int], int]]]:
     """Cut a window of (index, segment, K), sorted by length and K, into batches of at most `limit` positions.
 
-    Most are rectangular; a batch mixes lengths only while it is small.
+    Most are rectangular; a batch mixes lengths only while it has fewer than `mixed` rows.
     """
     batch: list[tuple[int, Sequence[int], int]] = []
     for item in window:
         size = (len(batch) + 1) * (len(item[1]) + item[2])
         shape_changes = batch and (len(item[1]), item[2]) != (len(batch[-1][1]), batch[-1][2])
-        if batch and (size > limit or (shape_changes and len(batch) >= 16)):
+        if batch and (size > limit or (shape_changes and len(batch) >= mixed)):
             yield batch
             batch = []
         batch.append(item)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from compllm_rag.errors import ConfigurationError
 
 FORMAT_VERSION = 1
 SEGMENTER_VERSION = 1
@@ -17,10 +19,31 @@ MissingPolicy = Literal["recompress", "text", "error"]
 OverflowPolicy = Literal["drop", "error"]
 
 
+Settings = TypeVar("Settings", bound="Frozen")
+
+
 class Frozen(BaseModel):
     """Base of all settings: immutable, unknown fields refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def checked(model: type[Settings], **fields: Any) -> Settings:
+    """Make settings from what a user typed.
+
+    Raises:
+        ConfigurationError: A value is out of bounds; it names the first.
+    """
+    try:
+        return model(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigurationError(
+            f"setting {'.'.join(map(str, first['loc']))} makes no sense",
+            got=first.get("input"),
+            expected=str(first["msg"]),
+            next_step="see --help",
+        ) from error
 
 
 class CompressorConfig(Frozen):

@@ -1,0 +1,1 @@
+"""Training of readers and compressors; imports neither LlamaIndex nor the store."""

@@ -1,0 +1,218 @@
+"""Training a compressor: the frozen LLM reads text on one side and concepts on the other, and both should agree."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compllm_rag.compressor import Compressor, batches
+from compllm_rag.config import Frozen
+from compllm_rag.pretrained import save_compressor
+from compllm_rag.rates import concepts_at, max_rate
+from compllm_rag.training.examples import Example, pack, targets_of
+from compllm_rag.training.loop import Progress, RunConfig, positions_of
+from compllm_rag.training.material import Material
+from compllm_rag.training.objective import (
+    Loss,
+    ObjectiveConfig,
+    distillation_loss,
+    hidden_states,
+    last_hidden_state,
+    nll_by_kind,
+)
+
+# Positions of one compressing forward under gradient.
+_SEGMENT_POSITIONS = 4096
+
+
+class RatesConfig(Frozen):
+    """Which compression rates a passage is compressed at while training.
+
+    Attributes:
+        rates: Drawn from these for each passage, so that one compressor serves them all.
+        mixed: Share of passages in which every segment draws its own.
+    """
+
+    rates: tuple[float, ...] = (1.5, 2.0, 2.0, 2.0, 2.0, 3.0, 4.0, 4.0, 6.0)
+    mixed: float = 0.2
+
+    def draw(self, example: Example, rng: random.Random, segment_length: int) -> list[list[int]]:
+        """K of every segment of every passage."""
+        rates = [rate for rate in self.rates if rate <= max_rate(segment_length)] or [1.5]
+        out = []
+        for body in example.bodies:
+            one, each = rng.choice(rates), rng.random() < self.mixed
+            out.append([concepts_at(rng.choice(rates) if each else one, len(s)) for s in body.segments])
+        return out
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An example and the K of each of its segments."""
+
+    example: Example
+    ks: list[list[int]]
+
+
+class _Trained(nn.Module):
+    """What has parameters, under stable names; the forward is the whole loss, as data-parallel runs need it."""
+
+    def __init__(self, compressor: Compressor, objective: ObjectiveConfig) -> None:
+        super().__init__()
+        self.decoder, self.head = compressor.decoder, compressor.head
+        self.__dict__["compressor"], self.__dict__["objective"] = compressor, objective
+
+    def forward(self, items: Sequence[Drawn]) -> Loss:
+        compressor: Compressor = self.__dict__["compressor"]
+        objective: ObjectiveConfig = self.__dict__["objective"]
+        llm, examples = compressor.llm, [item.example for item in items]
+        targets = targets_of(examples, prompt_weight=objective.prompt, kind_weights=objective.kinds, device=llm.device)
+        with torch.no_grad():
+            teacher = hidden_states(llm, pack(examples, llm))
+        student = hidden_states(llm, pack(examples, llm, concepts_of(compressor, items)))
+        return distillation_loss(llm, teacher, student, targets, objective)
+
+
+class CompressorTask:
+    """Trains LoRA and head of a compressor against its own target LLM (CompLLM, section 3).
+
+    Args:
+        compressor: With LoRA (`lora_rank` above 0); its weights are changed in place.
+        material: Examples, cut by the compressor's own segmenter.
+        objective: What counts.
+        rates: At which rates.
+        validation: Held-out groups of questions to look at.
+    """
+
+    name = "compressor"
+
+    def __init__(
+        self,
+        compressor: Compressor,
+        material: Material,
+        objective: ObjectiveConfig | None = None,
+        rates: RatesConfig | None = None,
+        *,
+        validation: int = 24,
+        validation_rates: Sequence[float] = (2.0, 4.0),
+    ) -> None:
+        self.compressor, self.material = compressor, material
+        self.rates, self.objective = rates or RatesConfig(), objective or ObjectiveConfig()
+        trainable(compressor)
+        self.module: nn.Module = _Trained(compressor, self.objective)
+        self.validation_rates = [r for r in validation_rates if r <= max_rate(compressor.config.segment_length)]
+        rng = random.Random(0)
+        groups = material.held_out or material.groups[:validation]
+        chosen = rng.sample(groups, min(validation, len(groups)))
+        self.validation = [material.questions(group, rng, 0, extras=False) for group in chosen]
+        self._fixed: dict[str, float] = {}
+
+    def parameter_groups(self, config: RunConfig) -> list[dict[str, Any]]:
+        """LoRA and head."""
+        lora = [p for name, p in self.compressor.decoder.named_parameters() if ".lora_" in name]
+        head = list(self.compressor.head.parameters())
+        return [{"params": lora, "times": 1.0}, {"params": head, "times": config.head_lr}]
+
+    def draw(self, rng: random.Random) -> Drawn:
+        """One example with its rates."""
+        example = self.material.draw(rng)
+        return Drawn(example, self.rates.draw(example, rng, self.compressor.config.segment_length))
+
+    def size(self, item: Drawn) -> int:
+        """Positions the teacher reads."""
+        return positions_of(item.example)
+
+    def loss(self, module: nn.Module, items: Sequence[Drawn]) -> Loss:
+        """Loss of one forward."""
+        loss: Loss = module(items)
+        return loss
+
+    @torch.no_grad()
+    def validate(self, progress: Progress) -> dict[str, float]:
+        """Recovered (DESIGN section 7) by concepts and by pruning on held-out training questions, in percent."""
+        if not self._fixed:
+            bare = [Example((e.prefix[0],), e.branches) for e in self.validation]
+            self._fixed = {"nll_text": self._nll(self.validation, None), "nll_none": self._nll(bare, None)}
+            for rate in self.validation_rates:
+                self._fixed[f"pruned@{rate:g}"] = self._recovered(rate, pruned=True)
+        found = dict(self._fixed)
+        for rate in self.validation_rates:
+            found[f"concepts@{rate:g}"] = self._recovered(rate, pruned=False)
+        found["score"] = sum(found[f"concepts@{rate:g}"] for rate in self.validation_rates) / len(self.validation_rates)
+        return found
+
+    def _recovered(self, rate: float, *, pruned: bool) -> float:
+        nll = self._nll(self.validation, rate, pruned=pruned)
+        none, text = self._fixed["nll_none"], self._fixed["nll_text"]
+        return 100 * (none - nll) / max(1e-6, none - text)
+
+    def _nll(self, examples: Sequence[Example], rate: float | None, *, pruned: bool = False) -> float:
+        total, tokens = 0.0, 0
+        llm = self.compressor.llm
+        for begin in range(0, len(examples), 4):
+            some = examples[begin : begin + 4]
+            targets = targets_of(some, prompt_weight=0.0, kind_weights={}, device=llm.device)
+            concepts = None
+            if rate is not None:
+                items = [
+                    Drawn(e, [[concepts_at(rate, len(s)) for s in body.segments] for body in e.bodies]) for e in some
+                ]
+                concepts = pruned_of(self.compressor, items) if pruned else concepts_of(self.compressor, items)
+            found = nll_by_kind(llm, last_hidden_state(llm, pack(some, llm, concepts)), targets)
+            total += found["qa"][0]
+            tokens += found["qa"][1]
+        return total / max(1, tokens)
+
+    def export(self, folder: Path) -> None:
+        """Write the compressor as `Compressor.from_pretrained` reads it."""
+        save_compressor(self.compressor, folder)
+
+
+def trainable(compressor: Compressor) -> None:
+    """Let gradients into LoRA and head, and nowhere else."""
+    for name, parameter in compressor.decoder.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+    compressor.head.requires_grad_(True)
+
+
+def concepts_of(compressor: Compressor, items: Sequence[Drawn]) -> list[list[torch.Tensor]]:
+    """Concepts (n_concepts, hidden_size) of every passage of every example, with gradient."""
+    flat = [
+        (segment, k)
+        for item in items
+        for body, ks in zip(item.example.bodies, item.ks, strict=True)
+        for segment, k in zip(body.segments, ks, strict=True)
+    ]
+    window = sorted(((i, s, k) for i, (s, k) in enumerate(flat)), key=lambda item: (len(item[1]), item[2]))
+    made: dict[int, torch.Tensor] = {}
+    for batch in batches(window, _SEGMENT_POSITIONS, mixed=64):
+        rows = compressor.concepts_with_grad([s for _, s, _ in batch], [k for _, _, k in batch])
+        made |= {i: row[:k] for (i, _, k), row in zip(batch, rows, strict=True)}
+    return _regroup(items, [made[i] for i in range(len(flat))])
+
+
+def pruned_of(compressor: Compressor, items: Sequence[Drawn]) -> list[list[torch.Tensor]]:
+    """The anchors' own embeddings: hard pruning at the same K."""
+    flat = []
+    for item in items:
+        for body, ks in zip(item.example.bodies, item.ks, strict=True):
+            for segment, k in zip(body.segments, ks, strict=True):
+                flat.append(compressor.llm.embed([segment[i] for i in compressor.anchors(segment, k)]).float())
+    return _regroup(items, flat)
+
+
+def _regroup(items: Sequence[Drawn], flat: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    out, at = [], 0
+    for item in items:
+        bodies = []
+        for body in item.example.bodies:
+            bodies.append(torch.cat(list(flat[at : at + len(body.segments)])))
+            at += len(body.segments)
+        out.append(bodies)
+    return out

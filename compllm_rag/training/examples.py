@@ -1,0 +1,223 @@
+"""What one training example is: passages in front, and several things to say about them behind.
+
+A SQuAD paragraph has about five questions. Laid out one by one, the paragraph would be compressed, and read, five
+times for five short answers; here it stands once, and each question with its answer is a *branch* that sees the
+passages and itself, not the other branches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from compllm_rag.llm import TargetLLM
+
+BranchKind = Literal["qa", "copy", "continue", "keep"]
+
+
+@dataclass(frozen=True)
+class Body:
+    """A passage's token ids, cut into segments."""
+
+    segments: tuple[tuple[int, ...], ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.segments))
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All token ids."""
+        return tuple(token for segment in self.segments for token in segment)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One continuation of the prefix: what is asked, and what is to be said.
+
+    Attributes:
+        prompt: Token ids that are read; may be empty.
+        target: Token ids that are learned; never empty.
+        kind: What it exercises.
+    """
+
+    prompt: tuple[int, ...]
+    target: tuple[int, ...]
+    kind: BranchKind = "qa"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prefix of text and passages, and the branches behind it; the prefix is never empty."""
+
+    prefix: tuple[tuple[int, ...] | Body, ...]
+    branches: tuple[Branch, ...]
+
+    @property
+    def bodies(self) -> list[Body]:
+        """The passages, in order."""
+        return [part for part in self.prefix if isinstance(part, Body)]
+
+    @property
+    def source_tokens(self) -> int:
+        """Tokens of the passages."""
+        return sum(map(len, self.bodies))
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch of examples as the LLM reads them, padded on the right.
+
+    Attributes:
+        inputs_embeds: (batch, seq_len, hidden_size).
+        attention_mask: Boolean (batch, 1, seq_len, seq_len), or by layer type where the LLM has several.
+        position_ids: (batch, seq_len); every branch goes on where the prefix ends.
+        rows: (n,) batch index of each learned prediction.
+        columns: (n,) position that makes it: the one before the token.
+    """
+
+    inputs_embeds: torch.Tensor
+    attention_mask: Any
+    position_ids: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is to be predicted at each (row, column), the same for text and for concepts.
+
+    Attributes:
+        ids: (n,) token ids.
+        weights: (n,) summing to 1.
+        is_answer: (n,) False where the token belongs to a branch's prompt: read, and matched, but not learned.
+        kinds: Of each branch, with the slice of its answer's predictions.
+    """
+
+    ids: torch.Tensor
+    weights: torch.Tensor
+    is_answer: torch.Tensor
+    kinds: list[tuple[str, slice]]
+
+
+def targets_of(
+    examples: Sequence[Example], *, prompt_weight: float, kind_weights: dict[str, float], device: torch.device
+) -> Targets:
+    """Targets of a batch in the order in which `pack` gives rows and columns."""
+    ids: list[int] = []
+    weights: list[float] = []
+    answers: list[bool] = []
+    kinds: list[tuple[str, slice]] = []
+    for example in examples:
+        for branch in example.branches:
+            asked = branch.prompt[1:]
+            ids += [*asked, *branch.target]
+            share = kind_weights.get(branch.kind, 1.0)
+            weights += [prompt_weight * share / max(1, len(asked))] * len(asked)
+            kinds.append((branch.kind, slice(len(weights), len(weights) + len(branch.target))))
+            weights += [share / len(branch.target)] * len(branch.target)
+            answers += [False] * len(asked) + [True] * len(branch.target)
+    total = torch.tensor(weights, device=device)
+    return Targets(
+        torch.tensor(ids, device=device),
+        total / total.sum().clamp_min(1e-12),
+        torch.tensor(answers, device=device),
+        kinds,
+    )
+
+
+def pack(
+    examples: Sequence[Example],
+    llm: TargetLLM,
+    concepts: Sequence[Sequence[torch.Tensor]] | None = None,
+    embed: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Packed:
+    """Lay examples out for one forward.
+
+    Args:
+        examples: At least one.
+        llm: Whose embeddings stand for tokens.
+        concepts: For each example, concepts (n_concepts, hidden_size) of each of its passages; None reads them as text.
+        embed: Embedding module, where another tree than the LLM's own is trained.
+
+    Returns:
+        The batch; gradients flow into `concepts`.
+    """
+    embed = embed or llm.embedding
+    sequences, positions, groups, rows, columns = [], [], [], [], []
+    for row, example in enumerate(examples):
+        pieces = _prefix(example, None if concepts is None else concepts[row])
+        length = sum(len(piece) for piece in pieces)
+        places, owner = list(range(length)), [0] * length
+        for number, branch in enumerate(example.branches, 1):
+            tokens = [*branch.prompt, *branch.target]
+            # The first prediction is made by the prefix if the branch has no prompt, else by its own first token.
+            begin = len(places)
+            made_by = [*([length - 1] if not branch.prompt else []), *range(begin, begin + len(tokens) - 1)]
+            rows += [row] * len(made_by)
+            columns += made_by
+            pieces.append(tokens)
+            places += range(length, length + len(tokens))
+            owner += [number] * len(tokens)
+        sequences.append(_embedded(pieces, embed, llm))
+        positions.append(places)
+        groups.append(owner)
+    longest = max(map(len, positions))
+    device = llm.device
+    group = torch.tensor([g + [-1] * (longest - len(g)) for g in groups], device=device)
+    place = torch.tensor([p + [0] * (longest - len(p)) for p in positions], device=device)
+    embeds = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    return Packed(
+        embeds,
+        _masks(llm, group, place),
+        place,
+        torch.tensor(rows, device=device),
+        torch.tensor(columns, device=device),
+    )
+
+
+def _prefix(example: Example, concepts: Sequence[torch.Tensor] | None) -> list[Any]:
+    """Lists of token ids and tensors of concepts, in order."""
+    pieces: list[Any] = []
+    made = iter(concepts or ())
+    for part in example.prefix:
+        if not isinstance(part, Body):
+            pieces.append(list(part))
+        else:
+            pieces.append(list(part.ids) if concepts is None else next(made))
+    return pieces
+
+
+def _embedded(pieces: Sequence[Any], embed: Callable[[torch.Tensor], torch.Tensor], llm: TargetLLM) -> torch.Tensor:
+    ids = [token for piece in pieces if not isinstance(piece, torch.Tensor) for token in piece]
+    with torch.no_grad():
+        tokens = embed(torch.tensor(ids, dtype=torch.long, device=llm.device)[None])[0]
+    out, taken = [], 0
+    for piece in pieces:
+        if isinstance(piece, torch.Tensor):
+            out.append(piece.to(tokens.dtype))
+        else:
+            out.append(tokens[taken : taken + len(piece)])
+            taken += len(piece)
+    return torch.cat(out)
+
+
+def _masks(llm: TargetLLM, group: torch.Tensor, place: torch.Tensor) -> Any:
+    """Who sees whom: the prefix, and what is earlier in its branch; padding sees itself, so that nothing is NaN."""
+    n = group.shape[1]
+    slots = torch.arange(n, device=group.device)
+    mine, theirs = group[:, :, None], group[:, None, :]
+    full = (slots[None, :, None] >= slots[None, None, :]) & ((theirs == 0) | (theirs == mine)) & (theirs >= 0)
+    itself = torch.eye(n, dtype=torch.bool, device=group.device)
+    full = (full | itself)[:, None]
+    config = llm.model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not window or (kinds and kinds == {"full_attention"}) or getattr(config, "use_sliding_window", True) is False:
+        # Qwen3 asks for masks by layer type even where no layer slides.
+        return {"full_attention": full} if kinds else full
+    near = (place[:, :, None] - place[:, None, :] < window)[:, None]
+    sliding = full & (near | itself)
+    return {"full_attention": full, "sliding_attention": sliding} if kinds else sliding

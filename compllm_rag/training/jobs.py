@@ -1,0 +1,278 @@
+"""Whole training runs: from names of models and data to adapters with their cards."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compllm_rag.adapters import read_adapter
+from compllm_rag.compressor import Compressor, embedding_rms
+from compllm_rag.config import DEFAULT_LLM, CompressorConfig
+from compllm_rag.errors import ConfigurationError, FingerprintMismatchError
+from compllm_rag.llm import TargetLLM
+from compllm_rag.loading import AUTO, shipped_adapter
+from compllm_rag.segmentation import Segmenter
+from compllm_rag.training.cards import write_card
+from compllm_rag.training.compressor_task import CompressorTask, RatesConfig
+from compllm_rag.training.hub_data import fetch_dataset
+from compllm_rag.training.labels import own_answers, own_instructions
+from compllm_rag.training.loop import RunConfig, train
+from compllm_rag.training.material import Material, MaterialConfig
+from compllm_rag.training.objective import ObjectiveConfig
+from compllm_rag.training.reader_task import LINEARS, ReaderTask
+
+Progress = Callable[[str, float | None], None]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where training data comes from; at least one must be given.
+
+    Attributes:
+        data_dir: Holds `train/*.jsonl(.gz)` with questions and `text/*.jsonl(.gz)` with texts.
+        questions: Further files of questions.
+        texts: Further files of texts.
+        hub: Hub datasets by id, see `fetch_dataset`.
+        material: How examples are mixed.
+    """
+
+    data_dir: Path | None = None
+    questions: tuple[Path, ...] = ()
+    texts: tuple[Path, ...] = ()
+    hub: tuple[str, ...] = ()
+    material: MaterialConfig = field(default_factory=MaterialConfig)
+
+    def load(self, segmenter: Segmenter, cache: Path, progress: Progress, **more: Any) -> Material:
+        """The material.
+
+        Raises:
+            DataFileError, EvaluationDataError, ConfigurationError: See `Material` and `fetch_dataset`.
+        """
+        questions, texts = list(self.questions), list(self.texts)
+        for spec in self.hub:
+            path, kind = fetch_dataset(spec, cache, progress=progress)
+            (questions if kind == "questions" else texts).append(path)
+        if self.data_dir is not None:
+            folder = Material.files_of(self.data_dir)
+            questions, texts = questions + folder[0], texts + folder[1]
+        return Material(questions, texts, segmenter, self.material, **more)
+
+
+@dataclass(frozen=True)
+class CompressorOptions:
+    """What a compressor run starts from.
+
+    Attributes:
+        llm: Alias, folder or `org/name@revision`.
+        reader: Folder of a reader adapter, `auto` or None; see `load_compressor_for`.
+        init: Folder of a compressor to go on from; its configuration is kept.
+        config: Of a new compressor; `scale` is set from the LLM's embeddings.
+        objective: What counts.
+        rates: At which rates.
+        labels: `gold`, or `own` for the LLM's own answers to the training questions.
+        label_groups: Most groups of questions that the LLM answers.
+        validation: Groups of questions held out.
+        dtype: Compute dtype of the frozen LLM.
+        device: A torch device.
+    """
+
+    llm: str = DEFAULT_LLM
+    reader: str | Path | None = AUTO
+    init: Path | None = None
+    config: CompressorConfig = field(
+        default_factory=lambda: CompressorConfig(layers=12, lora_rank=32, lora_alpha=64, lora_modules=LINEARS)
+    )
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    rates: RatesConfig = field(default_factory=RatesConfig)
+    labels: str = "gold"
+    label_groups: int = 2000
+    validation: int = 24
+    dtype: str | None = None
+    device: str | None = None
+
+
+def train_compressor(
+    out: Path,
+    data: DataOptions,
+    options: CompressorOptions | None = None,
+    run: RunConfig | None = None,
+    progress: Progress | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Train a compressor; called again with the same arguments it goes on.
+
+    Args:
+        out: `best/` is what `Compressor.from_pretrained` loads; `last/`, `log.jsonl` and `curves.png` beside it.
+        data: What to train on.
+        options: What to start from.
+        run: How long and how fast.
+        progress: Called with a message and the share that is done.
+        command: Goes on the model card.
+
+    Returns:
+        The last record of the run.
+
+    Raises:
+        FingerprintMismatchError: `init`, or the run in `out`, belongs to another LLM.
+        DivergedError, ConfigurationError, OSError: See `train`.
+    """
+    options, run, progress = options or CompressorOptions(), run or RunConfig(), progress or _silent
+    torch.manual_seed(run.seed)
+    reader = shipped_adapter(options.llm, "reader") if options.reader == AUTO else options.reader
+    llm = TargetLLM.from_pretrained(
+        options.llm,
+        reader=Path(reader) if reader is not None else None,
+        dtype=options.dtype,
+        device=options.device or _local_device(),
+        progress=progress,
+    )
+    if options.init is not None:
+        compressor = Compressor.from_pretrained(options.init, llm)
+    else:
+        compressor = Compressor(llm, options.config.model_copy(update={"scale": embedding_rms(llm)}))
+    if not compressor.config.lora_rank:
+        raise ConfigurationError(
+            "compressor has nothing to train",
+            got="lora_rank 0",
+            expected="a LoRA rank of at least 1",
+            next_step="set --rank",
+        )
+    material = data.load(compressor.segmenter, out / "data", progress)
+    if options.labels == "own":
+        groups = material.groups[: options.label_groups]
+        material.answers.update(own_answers(llm, groups, material, out / "own_answers.jsonl", progress))
+    facts = {
+        "compressor": compressor.config.model_dump(mode="json"),
+        "objective": options.objective.model_dump(mode="json"),
+        "rates": options.rates.model_dump(mode="json"),
+        "labels": options.labels,
+    }
+    _same_job(out, "compressor", llm, facts)
+    task = CompressorTask(compressor, material, options.objective, options.rates, validation=options.validation)
+    return _run(task, run, out, progress, command, llm, material, facts)
+
+
+def train_reader(
+    out: Path,
+    data: DataOptions,
+    *,
+    llm: str = DEFAULT_LLM,
+    rank: int = 16,
+    keep_share: float = 0.1,
+    init: Path | None = None,
+    run: RunConfig | None = None,
+    validation: int = 24,
+    dtype: str | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Train a reader adapter for a small instruct model; called again with the same arguments it goes on.
+
+    Args:
+        out: `best/` is a PEFT adapter, which `TargetLLM.from_pretrained(reader=...)` merges.
+        data: What to train on.
+        llm: Alias, folder or `org/name@revision`.
+        rank: Of LoRA.
+        keep_share: Share of examples that are other prompts with the LLM's own answers, so that it still follows them.
+        init: An adapter to go on from; its rank is kept.
+        run: How long and how fast.
+        validation: Groups of questions held out.
+        dtype: Compute dtype of the frozen LLM.
+        device: A torch device.
+        progress: Called with a message and the share that is done.
+        command: Goes on the model card.
+    """
+    run, progress = run or RunConfig(), progress or _silent
+    torch.manual_seed(run.seed)
+    target = TargetLLM.from_pretrained(
+        llm, reader=None, dtype=dtype, device=device or _local_device(), progress=progress
+    )
+    material = data.load(Segmenter(target.tokenizer, 20), out / "data", progress)
+    keep = own_instructions(target, material, out / "own_instructions.jsonl", progress=progress) if keep_share else []
+    state = None
+    if init is not None:
+        settings, state = read_adapter(init)
+        rank = int(settings["r"])
+    facts = {"rank": rank, "keep_share": keep_share}
+    _same_job(out, "reader", target, facts)
+    task = ReaderTask(target, material, keep=keep, rank=rank, keep_share=keep_share, validation=validation)
+    if state is not None:
+        task.load(state)
+    return _run(task, run, out, progress, command, target, material, facts)
+
+
+def _run(
+    task: Any,
+    run: RunConfig,
+    out: Path,
+    progress: Progress,
+    command: str,
+    llm: TargetLLM,
+    material: Material,
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    begun = time.strftime("%Y-%m-%d", time.gmtime())
+    record = train(task, run, out, progress)
+    if (out / "best").is_dir():
+        hardware = (
+            torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+        )
+        write_card(
+            out,
+            kind=task.name,
+            llm=llm.source,
+            data=[path.name for path in material.files],
+            skipped=material.skipped,
+            run=run,
+            facts=facts,
+            hardware=f"{hardware} ({platform.machine()}, torch {torch.__version__})",
+            command=command,
+            date=begun,
+        )
+    return record | {"skipped": len(material.skipped), "out": str(out)}
+
+
+def _same_job(out: Path, kind: str, llm: TargetLLM, facts: dict[str, Any]) -> None:
+    """Refuse to go on with a run of another LLM or of other settings."""
+    path = out / "job.json"
+    mine = {"kind": kind, "llm": {"source": llm.source, "identity": llm.identity}, "facts": facts}
+    if not path.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
+        return
+    former = json.loads(path.read_text(encoding="utf-8"))
+    if former["llm"]["identity"] != llm.identity:
+        raise FingerprintMismatchError(
+            "run in this folder trains for another LLM",
+            got=f"{llm.source} ({llm.identity[:16]})",
+            expected=f"{former['llm']['source']} ({former['llm']['identity'][:16]})",
+            next_step="choose another --out, or that LLM and reader",
+        )
+    changed = [name for name in facts if former["facts"].get(name) != facts[name]] + [kind] * (former["kind"] != kind)
+    if changed:
+        raise ConfigurationError(
+            "run in this folder was started with other settings",
+            got=", ".join(f"{name}: {facts.get(name, kind)}" for name in changed),
+            expected=", ".join(f"{name}: {former['facts'].get(name, former['kind'])}" for name in changed),
+            next_step="choose another --out, or the settings it was started with",
+        )
+
+
+def _local_device() -> str | None:
+    """The GPU of this process where `torchrun` started several."""
+    import os
+
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None
+
+
+def _silent(message: str, share: float | None) -> None:
+    """No progress."""

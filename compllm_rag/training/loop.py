@@ -1,0 +1,308 @@
+"""The training loop: seeded, resumable, guarded.
+
+accelerate carries devices, bf16 and data-parallel runs (`torchrun`); what an example is and what its loss is comes from
+a `Task`. The learning rate warms up, stays, and decays over the last part of the run, so a run can be prolonged by
+resuming it with more steps before the decay has begun.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from compllm_rag.config import Frozen
+from compllm_rag.errors import ConfigurationError, DivergedError
+from compllm_rag.training.checkpoint import load_checkpoint, restore_moments, save_checkpoint
+from compllm_rag.training.examples import Example
+from compllm_rag.training.objective import Loss
+
+Progress = Callable[[str, float | None], None]
+
+
+class RunConfig(Frozen):
+    """How long, how fast and how carefully to train.
+
+    Attributes:
+        steps: Optimizer steps of the whole run.
+        batch: Examples of one step, on each process.
+        micro_tokens: Positions of one forward; a batch is cut into as many as it takes.
+        lr: Peak learning rate of LoRA.
+        head_lr: Factor of the learning rate of the compressor's head.
+        warmup: Steps of warming up.
+        decay: Share of the steps, at the end, in which the learning rate falls to nothing.
+        clip: Largest norm of the gradient.
+        seed: Of examples and rates.
+        validate_every: Steps between two looks at the held-out part of the training data.
+        patience: Looks without a better score before the run ends; 0 never.
+        save_minutes: Minutes between two checkpoints.
+        minutes: Stop (to be resumed) after this long; None runs to the end.
+    """
+
+    steps: int = Field(default=1000, ge=1)
+    batch: int = Field(default=8, ge=1)
+    micro_tokens: int = Field(default=1024, ge=1)
+    lr: float = Field(default=4e-4, gt=0, allow_inf_nan=False)
+    head_lr: float = Field(default=0.5, gt=0, allow_inf_nan=False)
+    warmup: int = Field(default=50, ge=0)
+    decay: float = Field(default=0.25, ge=0, le=1)
+    clip: float = Field(default=1.0, gt=0)
+    seed: int = 0
+    validate_every: int = Field(default=50, ge=1)
+    patience: int = Field(default=0, ge=0)
+    save_minutes: float = Field(default=2.0, ge=0)
+    minutes: float | None = Field(default=None, gt=0)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, as a share of the peak."""
+        left = (self.steps - step) / max(1.0, self.decay * self.steps)
+        return min(1.0, (step + 1) / max(1, self.warmup)) * max(0.02, min(1.0, left))
+
+
+class Task(Protocol):
+    """What is trained."""
+
+    name: str
+    module: nn.Module
+
+    def parameter_groups(self, config: RunConfig) -> list[dict[str, Any]]:
+        """Parameters with `times`, the factor of their learning rate."""
+        ...
+
+    def draw(self, rng: random.Random) -> Any:
+        """One example, with whatever chance decides about it."""
+        ...
+
+    def size(self, item: Any) -> int:
+        """Positions that the item takes."""
+        ...
+
+    def loss(self, module: nn.Module, items: Sequence[Any]) -> Loss:
+        """Loss of one forward."""
+        ...
+
+    def validate(self, progress: Progress) -> dict[str, float]:
+        """Numbers on the held-out part; `score`, higher is better, decides which weights are best."""
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Write what a user loads."""
+        ...
+
+
+def train(task: Task, config: RunConfig, out: Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Train, or go on training.
+
+    Args:
+        task: What is trained.
+        config: How.
+        out: Holds `last/` (checkpoint), `best/` (what a user loads), `log.jsonl`.
+        progress: Called with a message and the share that is done.
+
+    Returns:
+        The last record of the log: step, loss, best score, and whether the run is finished.
+
+    Raises:
+        DivergedError: The loss is not finite; `last/` is the last good checkpoint.
+        ConfigurationError: `out` holds a run of something else.
+        OSError: A checkpoint cannot be written; the former one is kept.
+    """
+    return _Run(task, config, out, progress or (lambda message, share: None)).go()
+
+
+class _Run:
+    def __init__(self, task: Task, config: RunConfig, out: Path, progress: Progress) -> None:
+        from accelerate import Accelerator
+
+        self.task, self.config, self.out, self.progress = task, config, out, progress
+        self.accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+        groups = task.parameter_groups(config)
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.optimizer = torch.optim.AdamW(
+            [{**group, "lr": config.lr * group["times"]} for group in groups], betas=(0.9, 0.98), weight_decay=0.0
+        )
+        # Everything lies on its device already; only data-parallel runs need wrapping.
+        many = self.accelerator.num_processes > 1
+        self.module: Any = self.accelerator.prepare(task.module) if many else task.module
+        self.names = {id(p): name for name, p in task.module.named_parameters()}
+        self.step, self.best, self.stale, self.seconds = 0, -math.inf, 0, 0.0
+        self.stopping = self.interrupted = False
+        self._resume()
+
+    def _resume(self) -> None:
+        found = load_checkpoint(self.out / "last")
+        if found is None:
+            return
+        weights, moments, state = found
+        own = {self.names[id(p)]: p for p in self.parameters}
+        if state["task"] != self.task.name or {k: list(v.shape) for k, v in own.items()} != {
+            k: list(v.shape) for k, v in weights.items()
+        }:
+            raise ConfigurationError(
+                "output folder holds another run",
+                got=f"{state['task']} with {len(weights)} tensors",
+                expected=f"{self.task.name} with {len(own)} tensors",
+                next_step="choose another --out, or the settings that run was started with",
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(weights[name])
+        restore_moments(self.optimizer, moments)
+        self.step, self.best, self.stale = state["step"], state["best"] or -math.inf, state["stale"]
+        self.seconds = state["seconds"]
+
+    def go(self) -> dict[str, Any]:
+        self.out.mkdir(parents=True, exist_ok=True)
+        begun = saved = time.monotonic()
+        former = self._catch_signals()
+        record: dict[str, Any] = {"step": self.step}
+        try:
+            if self.step == 0:
+                record = self._validate()
+            while self.step < self.config.steps and not self.stopping:
+                tick = time.monotonic()
+                record = self._one_step()
+                self.seconds += time.monotonic() - tick
+                self._log(record)
+                if self.step % self.config.validate_every == 0 or self.step == self.config.steps:
+                    record |= self._validate()
+                    if self.config.patience and self.stale >= self.config.patience:
+                        record["stopped"] = "no better score"
+                        break
+                if time.monotonic() - saved > 60 * self.config.save_minutes:
+                    self._save()
+                    saved = time.monotonic()
+                self.stopping |= self.config.minutes is not None and time.monotonic() - begun > 60 * self.config.minutes
+            self._save()
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+        finished = self.step >= self.config.steps or "stopped" in record
+        return record | {
+            "step": self.step,
+            "best": None if math.isinf(self.best) else self.best,
+            "finished": finished,
+            "interrupted": self.interrupted,
+        }
+
+    def _one_step(self) -> dict[str, Any]:
+        rank, batch = self.accelerator.process_index, self.config.batch
+        world = self.accelerator.num_processes
+        items = [
+            self.task.draw(random.Random(f"{self.config.seed}/{self.step * world * batch + rank * batch + i}"))
+            for i in range(batch)
+        ]
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * group["times"] * self.config.rate(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        parts: dict[str, float] = {}
+        micro = list(_micro_batches(items, self.task.size, self.config.micro_tokens))
+        for number, some in enumerate(micro):
+            last = number == len(micro) - 1
+            with nullcontext() if last or world == 1 else self.accelerator.no_sync(self.module):
+                with self.accelerator.autocast():
+                    loss = self.task.loss(self.module, some)
+                self.accelerator.backward(loss.total * (len(some) / batch))
+            for name, value in loss.parts.items():
+                parts[name] = parts.get(name, 0.0) + value * len(some) / batch
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip))
+        if not math.isfinite(norm) or not math.isfinite(parts["loss"]):
+            raise DivergedError(
+                "loss is not finite",
+                got=f"loss {parts['loss']}, gradient norm {norm} at step {self.step}",
+                expected="finite numbers",
+                next_step=f"lower --lr; {self.out / 'last'} holds the last good checkpoint, if one was written",
+            )
+        self.optimizer.step()
+        self.step += 1
+        return {
+            "step": self.step,
+            "minutes": round(self.seconds / 60, 2),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "norm": round(norm, 4),
+            **{name: round(value, 5) for name, value in parts.items()},
+        }
+
+    def _validate(self) -> dict[str, Any]:
+        if not self.accelerator.is_main_process:
+            self.accelerator.wait_for_everyone()
+            return {}
+        found = self.task.validate(self.progress)
+        score = found["score"]
+        if score > self.best:
+            self.best, self.stale = score, 0
+            self.task.export(self.out / "best")
+        else:
+            self.stale += 1
+        record = {"step": self.step, "minutes": round(self.seconds / 60, 2), "validation": found}
+        self._log(record)
+        self.accelerator.wait_for_everyone()
+        return record
+
+    def _log(self, record: dict[str, Any]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        facts = record.get("validation") or {k: record[k] for k in ("loss", "kl", "ce") if k in record}
+        shown = ", ".join(f"{name} {value:.3g}" for name, value in facts.items())
+        self.progress(f"step {self.step} of {self.config.steps}: {shown}", self.step / self.config.steps)
+
+    def _save(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        state = {
+            "task": self.task.name,
+            "step": self.step,
+            "best": None if math.isinf(self.best) else self.best,
+            "stale": self.stale,
+            "seconds": self.seconds,
+            "config": self.config.model_dump(mode="json"),
+        }
+        weights = {self.names[id(p)]: p for p in self.parameters}
+        save_checkpoint(self.out / "last", weights, self.optimizer, state)
+
+    def _catch_signals(self) -> dict[int, Any]:
+        """Let an interruption end the run after the step that is going on; a second one at once."""
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            if self.stopping:
+                raise KeyboardInterrupt
+            self.stopping = self.interrupted = True
+            self.progress("stopping after this step; interrupt again to stop at once", None)
+
+        former: dict[int, Any] = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                former[number] = signal.signal(number, stop)
+            except ValueError:  # not the main thread: whoever runs us there has their own way to stop us
+                return former
+        return former
+
+
+def _micro_batches(items: Sequence[Any], size: Callable[[Any], int], limit: int) -> list[list[Any]]:
+    """Items sorted by size and cut so that the padded size of each part stays under the limit."""
+    out: list[list[Any]] = []
+    for item in sorted(items, key=size):
+        if out and size(item) * (len(out[-1]) + 1) <= limit:
+            out[-1].append(item)
+        else:
+            out.append([item])
+    return out
+
+
+def positions_of(example: Example) -> int:
+    """Positions of an example read as text."""
+    fixed = sum(len(part) for part in example.prefix)
+    return fixed + sum(len(branch.prompt) + len(branch.target) for branch in example.branches)

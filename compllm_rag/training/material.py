@@ -1,0 +1,239 @@
+"""Where training examples come from: questions, and plain texts to copy and to continue.
+
+Example number i of step s is drawn by a random generator seeded with (seed, s, i), so a run that was interrupted goes
+on with the very examples it would have seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from compllm_rag.config import Frozen
+from compllm_rag.errors import DataFileError, EvaluationDataError
+from compllm_rag.questions import QAPrompt, Question, SourcePassage, read_questions, read_rows
+from compllm_rag.segmentation import Segmenter
+from compllm_rag.training.examples import Body, Branch, Example
+
+_EVALUATION = re.compile(r"(^|[^a-z])(eval|evaluation|dev|val|valid|validation|test)([^a-z]|$)", re.IGNORECASE)
+_EVALUATION_FOLDERS = {"eval", "evaluation", "dev", "valid", "validation", "test"}
+_HELD_OUT = 40  # one group of passages in this many is never trained on
+COPY = "Repeat the passage word for word."
+_REMEMBERED = 20_000
+
+
+class MaterialConfig(Frozen):
+    """How examples are mixed.
+
+    Attributes:
+        max_context: Most source tokens of one example; lengths are drawn evenly on a logarithmic scale from 20.
+        qa: Share of examples with questions; the others are windows of plain text.
+        distractors: Share of single-passage questions that get further passages.
+        max_branches: Most branches of one example.
+        copy_length: Most tokens of a copied passage.
+        continue_length: Most tokens of a continuation.
+    """
+
+    max_context: int = 320
+    qa: float = 0.6
+    distractors: float = 0.35
+    max_branches: int = 6
+    copy_share: float = 0.3
+    copy_length: int = 64
+    continue_length: int = 48
+
+
+@dataclass(frozen=True)
+class Group:
+    """Questions that share their passages."""
+
+    passages: tuple[SourcePassage, ...]
+    questions: tuple[Question, ...]
+
+
+class Material:
+    """Training examples from files of questions and of texts.
+
+    Args:
+        question_files: See `compllm_rag.questions.read_questions`.
+        text_files: JSON lines with "text".
+        segmenter: Cuts passages as ingestion does.
+        config: The mix.
+        answers: By question id, answers of the target LLM's own (the paper's label-free way) in place of gold ones.
+
+    Raises:
+        EvaluationDataError: A file looks like one kept for evaluation.
+        DataFileError: A file cannot be read, or there is nothing to train on.
+    """
+
+    def __init__(
+        self,
+        question_files: Sequence[Path],
+        text_files: Sequence[Path],
+        segmenter: Segmenter,
+        config: MaterialConfig | None = None,
+        *,
+        answers: dict[str, str] | None = None,
+    ) -> None:
+        self.config, self.segmenter, self.answers = config or MaterialConfig(), segmenter, answers or {}
+        self.prompt = QAPrompt(segmenter.tokenizer)
+        self.skipped: list[tuple[str, str]] = []
+        self.files = [*question_files, *text_files]
+        for path in self.files:
+            refuse_evaluation(path)
+        groups: list[Group] = []
+        for path in question_files:
+            found = read_questions(path)
+            self.skipped += [(f"{path.name}: {name}", why) for name, why in found.skipped]
+            groups += [Group(p, tuple(q)) for p, q in groupby(found.questions, key=lambda question: question.passages)]
+        texts = [
+            (f"{path.name}/{row.get('id', n)}", str(row["text"]))
+            for path in text_files
+            for n, row in read_rows(path)
+            if len(str(row.get("text", ""))) > 200
+        ]
+        self.groups = [g for g in groups if not _held_out(g.passages[0].title or g.passages[0].text)]
+        self.held_out = [g for g in groups if _held_out(g.passages[0].title or g.passages[0].text)]
+        self.texts = [text for name, text in texts if not _held_out(name)]
+        if not self.groups and not self.texts:
+            raise DataFileError(
+                "nothing to train on",
+                got=f"{len(self.files)} files, {len(self.skipped)} rows left out",
+                expected="questions with passages, or texts of more than 200 characters",
+                next_step="name a folder with --data-dir, files with --questions and --texts, or datasets with --hub",
+            )
+        self.eos = (int(segmenter.tokenizer.eos_token_id),)
+        # A passage with more questions teaches more at the same cost.
+        self._group_weights = [min(len(group.questions), self.config.max_branches) for group in self.groups]
+        # The longer a text, the more often a window of it.
+        self._text_weights = [len(text) for text in self.texts]
+        self._bodies: dict[str, Body] = {}
+
+    @staticmethod
+    def files_of(folder: Path) -> tuple[list[Path], list[Path]]:
+        """All of `folder/train` as questions and all of `folder/text` as texts.
+
+        Raises:
+            DataFileError: There is nothing.
+        """
+        questions = sorted((folder / "train").glob("*.jsonl*"))
+        texts = sorted((folder / "text").glob("*.jsonl*"))
+        if not questions and not texts:
+            raise DataFileError(
+                "data folder is empty",
+                got=str(folder),
+                expected="train/*.jsonl(.gz) with questions, text/*.jsonl(.gz) with texts",
+                next_step="check --data-dir",
+            )
+        return questions, texts
+
+    def draw(self, rng: random.Random) -> Example:
+        """One training example."""
+        budget = round(math.exp(rng.uniform(math.log(20), math.log(self.config.max_context))))
+        if self.groups and (not self.texts or rng.random() < self.config.qa):
+            [group] = rng.choices(self.groups, self._group_weights)
+            return self.questions(group, rng, max(budget, 60))
+        return self._window(rng, budget)
+
+    def questions(self, group: Group, rng: random.Random, budget: int, *, extras: bool = True) -> Example:
+        """Passages with their questions.
+
+        Args:
+            group: Which.
+            rng: Decides order, distractors and the questions asked.
+            budget: Source tokens, all in all, up to which distractors may come along.
+            extras: Whether distractors and a copying branch may come along.
+        """
+        shown = [p for p in group.passages if p.supporting] or list(group.passages[:1])
+        others = [p for p in group.passages if not p.supporting]
+        if extras and not others and rng.random() < self.config.distractors:
+            others = [rng.choice(rng.choice(self.groups).passages) for _ in range(3)]
+        used = sum(len(self.body(p.text)) for p in shown)
+        rng.shuffle(others)
+        for passage in others if extras else ():
+            used += len(self.body(passage.text))
+            if used > budget:
+                break
+            shown.append(passage)
+        rng.shuffle(shown)
+        asked = rng.sample(group.questions, min(len(group.questions), self.config.max_branches))
+        branches = [self._ask(question) for question in asked]
+        if extras and len(shown) == 1 and rng.random() < self.config.copy_share:
+            branches.append(self._copy(self.body(shown[0].text)))
+        return self._example([(p.title, self.body(p.text)) for p in shown], branches)
+
+    def body(self, text: str) -> Body:
+        """A text cut into segments; remembered."""
+        if text not in self._bodies:
+            if len(self._bodies) >= _REMEMBERED:
+                self._bodies.clear()
+            self._bodies[text] = Body(tuple(map(tuple, self.segmenter.split(text))))
+        return self._bodies[text]
+
+    def _ask(self, question: Question) -> Branch:
+        answer = self.answers.get(question.id, question.answers[0])
+        prompt = self.prompt.parts(f"Question: {question.question}")[1]
+        return Branch(prompt, (*self.prompt.template.plain(answer), *self.eos), "qa")
+
+    def _copy(self, body: Body) -> Branch:
+        prompt, ids = self.prompt.parts(COPY)[1], body.ids
+        whole = len(ids) <= self.config.copy_length
+        return Branch(prompt, (*ids[: self.config.copy_length], *(self.eos if whole else ())), "copy")
+
+    def _window(self, rng: random.Random, budget: int) -> Example:
+        """A run of segments from a plain text, to be copied, to be continued, or both."""
+        text = rng.choices(self.texts, self._text_weights)[0]
+        # About 5 characters a token; room for the continuation and for a first sentence that is thrown away.
+        span = (budget + self.config.continue_length + 30) * 7
+        begin = rng.randrange(max(1, len(text) - span))
+        piece = text[begin : begin + span]
+        if begin:
+            piece = piece[max(0, piece.find(" ")) :].lstrip()
+        segments = self.segmenter.split(piece) if piece.strip() else self.segmenter.split(text[:span])
+        kept: list[tuple[int, ...]] = []
+        for segment in segments:
+            if kept and sum(map(len, kept)) + len(segment) > budget:
+                break
+            kept.append(tuple(segment))
+        body = Body(tuple(kept))
+        rest = tuple(token for segment in segments[len(kept) :] for token in segment)[: self.config.continue_length]
+        branches = [self._copy(body)]
+        if len(rest) >= 8:
+            # Nothing between the passage and what follows it: the LLM goes on reading.
+            head = self.prompt.parts(COPY)[0]
+            going_on = Example((head, self.prompt.marker(1, ""), body), (Branch((), rest, "continue"),))
+            if rng.random() < 0.5:
+                return going_on
+        return self._example([("", body)], branches)
+
+    def _example(self, passages: Sequence[tuple[str, Body]], branches: Sequence[Branch]) -> Example:
+        prefix: list[tuple[int, ...] | Body] = [self.prompt.parts(COPY)[0]]
+        for number, (title, body) in enumerate(passages, 1):
+            prefix += [self.prompt.marker(number, title), body, self.prompt.gap]
+        return Example(tuple(prefix), tuple(branches))
+
+
+def refuse_evaluation(path: Path) -> None:
+    """Raise if a file's name, or its folder's, says that it is kept for evaluation.
+
+    Raises:
+        EvaluationDataError: It does.
+    """
+    folder = path.resolve().parent.name.lower()
+    if _EVALUATION.search(path.name) or folder in _EVALUATION_FOLDERS:
+        raise EvaluationDataError(
+            "training on evaluation data is refused",
+            got=str(path),
+            expected="files of the training parts only",
+            next_step="name other files; rename the file if it truly is training data",
+        )
+
+
+def _held_out(name: str) -> bool:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % _HELD_OUT == 0

@@ -1,0 +1,202 @@
+"""Runs that are interrupted, diverge, or meet a full disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import toy
+from compllm_rag.compressor import Compressor
+from compllm_rag.errors import ConfigurationError, DivergedError, UnsupportedFormatError
+from compllm_rag.training.compressor_task import CompressorTask, RatesConfig
+from compllm_rag.training.loop import RunConfig, train
+from compllm_rag.training.objective import Loss
+from training_samples import fresh, material, write_world
+
+RUN = RunConfig(steps=12, batch=2, lr=3e-3, warmup=3, validate_every=6, seed=3, save_minutes=0, micro_tokens=300)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    return write_world(tmp_path_factory.mktemp("data"), rows=40)
+
+
+def task(world: Path, **options) -> CompressorTask:
+    llm = toy.llm()
+    torch.manual_seed(0)
+    return CompressorTask(fresh(llm), material(llm, world), validation=2, **options)
+
+
+def curve(out: Path) -> list[dict]:
+    """The last record of every step, without what depends on the clock."""
+    steps = {}
+    for line in (out / "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if "loss" in record:
+            steps[record["step"]] = {k: v for k, v in record.items() if k not in ("minutes", "validation")}
+    return [steps[k] for k in sorted(steps)]
+
+
+def test_an_interrupted_run_resumes_to_the_same_curve(world: Path, tmp_path: Path) -> None:
+    whole = train(task(world), RUN, tmp_path / "whole")
+    for steps in (5, 8):
+        # What a time slot does: it ends between two steps, and another process goes on.
+        slot = train(task(world), RUN, tmp_path / "slots", at(steps))
+        assert not slot["finished"] and slot["step"] == steps
+    last = train(task(world), RUN, tmp_path / "slots")
+    assert whole["finished"] and last["finished"] and last["step"] == 12
+    assert curve(tmp_path / "slots") == curve(tmp_path / "whole")
+    assert len(curve(tmp_path / "whole")) == 12
+    llm = toy.llm()
+    mine = [Compressor.from_pretrained(tmp_path / run / "best", llm).fingerprint for run in ("whole", "slots")]
+    assert mine[0] == mine[1]
+
+
+def test_training_lowers_the_loss_from_that_of_pruning(world: Path, tmp_path: Path) -> None:
+    made = task(world, rates=RatesConfig(rates=(2.0,), mixed=0.0))
+    train(made, RUN.model_copy(update={"steps": 40, "validate_every": 40, "lr": 1e-2}), tmp_path)
+    first, *_, last = [r["validation"] for r in map(json.loads, (tmp_path / "log.jsonl").open()) if "validation" in r]
+    assert first["concepts@2"] == pytest.approx(first["pruned@2"], abs=1e-3), "training starts from hard pruning"
+    losses = [r["loss"] for r in curve(tmp_path)]
+    assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
+    assert last["pruned@2"] == first["pruned@2"]
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(world: Path, tmp_path: Path) -> None:
+    made = task(world)
+    real = made.loss
+
+    def loss(module, items):
+        found = real(module, items)
+        return Loss(found.total * math.nan, {**found.parts, "loss": math.nan}) if broken else found
+
+    made.loss = loss
+    broken = False
+    train(made, RUN, tmp_path, at(4))
+    before = _files(tmp_path / "last")
+    broken = True
+    with pytest.raises(DivergedError, match="not finite"):
+        train(made, RUN, tmp_path)
+    assert _files(tmp_path / "last") == before
+    broken = False
+    assert train(task(world), RUN, tmp_path)["finished"]
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(world: Path, tmp_path: Path) -> None:
+    train(task(world), RUN, tmp_path, at(3))
+    before = _files(tmp_path / "last")
+    largest = max(len(data) for data in before.values())
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, largest // 2))
+        try:
+            train(task(world), RUN, tmp_path)
+        except OSError:
+            os._exit(7)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert _files(tmp_path / "last") == before
+    assert not (tmp_path / "last.new").exists()
+    assert train(task(world), RUN, tmp_path)["finished"]
+
+
+@pytest.mark.faults
+def test_an_interrupt_ends_after_the_step_and_a_kill_loses_little(world: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; sys.path[:0] = ['tests', '.']; from tests.training.test_loop import *\n"
+        "made = task(Path(sys.argv[1]))\n"
+        "run = RUN.model_copy(update={'steps': 100000, 'validate_every': 100000})\n"
+        "print(train(made, run, Path(sys.argv[2]))['interrupted'])\n"
+    )
+    for number, expected in ((signal.SIGINT, "True"), (signal.SIGKILL, "")):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(world), str(tmp_path / "out")], stdout=subprocess.PIPE, text=True
+        )
+        seen = _last_step(tmp_path / "out")
+        _wait(lambda seen=seen: _last_step(tmp_path / "out") >= seen + 3)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=120)
+        assert out.strip() == expected
+    state = json.loads((tmp_path / "out/last/state.json").read_text())
+    logged = _last_step(tmp_path / "out")
+    assert logged - 2 <= state["step"] <= logged
+    done = train(task(world), RUN.model_copy(update={"steps": logged + 2}), tmp_path / "out")
+    assert done["finished"] and done["step"] == logged + 2
+
+
+def test_killed_between_the_two_renames_the_former_checkpoint_counts(world: Path, tmp_path: Path) -> None:
+    train(task(world), RUN, tmp_path, at(3))
+    (tmp_path / "last").rename(tmp_path / "last.old")
+    assert train(task(world), RUN, tmp_path, at(4))["step"] == 4
+
+
+def test_another_run_and_a_damaged_checkpoint_are_refused(world: Path, tmp_path: Path) -> None:
+    train(task(world), RUN, tmp_path, at(2))
+    llm = toy.llm()
+    other = CompressorTask(fresh(llm, lora_rank=2, lora_alpha=4), material(llm, world), validation=2)
+    with pytest.raises(ConfigurationError, match="another run"):
+        train(other, RUN, tmp_path)
+    (tmp_path / "last/weights.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(UnsupportedFormatError, match="checkpoint cannot be read"):
+        train(task(world), RUN, tmp_path)
+
+
+def test_it_stops_early_when_nothing_gets_better(world: Path, tmp_path: Path) -> None:
+    made = task(world)
+    made.validate = lambda progress: {"score": 1.0}
+    run = RUN.model_copy(update={"steps": 100, "validate_every": 2, "patience": 2})
+    done = train(made, run, tmp_path)
+    assert done["finished"] and done["step"] == 4
+
+
+def test_learning_rate_warms_up_stays_and_decays() -> None:
+    run = RunConfig(steps=100, warmup=10, decay=0.2)
+    rates = [run.rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9:81] == [1.0] * 72
+    assert rates[80:] == sorted(rates[80:], reverse=True) and 0 < rates[-1] < 0.1
+
+
+def at(steps: int):
+    """A slot that is over after so many steps: the process gets the signal a scheduler sends."""
+
+    def progress(message: str, share: float | None) -> None:
+        if message.startswith(f"step {steps} of"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return progress
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def _last_step(out: Path) -> int:
+    try:
+        lines = (out / "log.jsonl").read_text().splitlines()
+    except OSError:
+        return 0
+    steps = []
+    for line in lines:
+        try:
+            steps.append(json.loads(line)["step"])
+        except ValueError:
+            continue
+    return max(steps, default=0)
+
+
+def _wait(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -1,0 +1,103 @@
+"""Where examples come from, and what is never trained on."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from compllm_rag.errors import DataFileError, EvaluationDataError
+from compllm_rag.training.examples import Body
+from compllm_rag.training.material import Material, refuse_evaluation
+from training_samples import fresh, material, write_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    return write_world(tmp_path_factory.mktemp("data"), rows=120)
+
+
+def test_rows_that_cannot_be_used_are_counted_and_named(llm, world: Path) -> None:
+    assert material(llm, world).skipped == [
+        ("story.jsonl.gz: no-context", "no context"),
+        ("story.jsonl.gz: no-answer", "no answer"),
+    ]
+
+
+def test_examples_depend_on_the_seed_alone(llm, world: Path) -> None:
+    one, two = material(llm, world, max_context=900), material(llm, world, max_context=900)
+    drawn = [one.draw(random.Random(f"7/{i}")) for i in range(30)]
+    assert drawn == [two.draw(random.Random(f"7/{i}")) for i in range(30)]
+    assert drawn != [one.draw(random.Random(f"8/{i}")) for i in range(30)]
+    assert {b.kind for e in drawn for b in e.branches} == {"qa", "copy", "continue"}
+    assert any(len(e.bodies) > 1 for e in drawn), "some questions come with distractors"
+
+
+def test_held_out_questions_are_never_drawn(llm, world: Path) -> None:
+    mine = material(llm, world)
+    held = {p.text for g in mine.held_out for p in g.passages}
+    assert held and not held & {p.text for g in mine.groups for p in g.passages}
+    ids = {mine.body(text).ids for text in held}
+    drawn = [mine.draw(random.Random(i)) for i in range(200)]
+    assert not [b for e in drawn for b in e.bodies if b.ids in ids]
+
+
+def test_lengths_stay_within_the_bounds(llm, world: Path) -> None:
+    mine = material(llm, world, copy_length=30, continue_length=10, max_branches=2)
+    for i in range(100):
+        made = mine.draw(random.Random(i))
+        assert len([b for b in made.branches if b.kind == "qa"]) <= 2
+        for branch in made.branches:
+            assert len(branch.target) <= {"copy": 31, "continue": 10}.get(branch.kind, 99)
+        for body in made.bodies:
+            assert all(1 <= len(s) <= 20 for s in body.segments)
+
+
+def test_a_window_is_followed_by_its_own_continuation(llm, world: Path) -> None:
+    mine = material(llm, world, qa=0.0)
+    going_on = [e for e in (mine.draw(random.Random(i)) for i in range(40)) if e.branches[0].kind == "continue"]
+    assert going_on
+    for e in going_on:
+        assert isinstance(e.prefix[-1], Body) and e.branches[0].prompt == ()
+        text = mine.segmenter.tokenizer.decode([*e.prefix[-1].ids, *e.branches[0].target])
+        assert " ".join(text.split())[5:-5] in " ".join((Path(__file__).parents[1] / "toy.py").read_text().split()) * 3
+
+
+def test_own_answers_take_the_place_of_gold_ones(llm, world: Path) -> None:
+    mine = Material(*Material.files_of(world), fresh(llm).segmenter, answers={"0-0": "something else"})
+    [group] = [g for g in (*mine.groups, *mine.held_out) if g.questions[0].id == "0-0"]
+    made = mine.questions(group, random.Random(0), 0, extras=False)
+    said = {mine.segmenter.tokenizer.decode(b.target, skip_special_tokens=True) for b in made.branches}
+    assert "something else" in said and "line 0" not in said and "line 1" in said
+
+
+@pytest.mark.parametrize("name", ["squad_dev.jsonl", "eval/x.jsonl", "quail-test.jsonl.gz", "narrativeqa_valid.jsonl", "Dev.jsonl"])
+def test_evaluation_files_are_refused(llm, tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{}")
+    with pytest.raises(EvaluationDataError, match="refused"):
+        Material([path], [], fresh(llm).segmenter)
+
+
+@pytest.mark.parametrize("name", ["squad.jsonl", "train/device.jsonl", "contest.jsonl", "evaluate_me_not/revalued.jsonl"])
+def test_other_names_are_fine(tmp_path: Path, name: str) -> None:
+    refuse_evaluation(tmp_path / name)
+
+
+def test_broken_files_and_empty_folders_are_typed_errors(llm, tmp_path: Path) -> None:
+    with pytest.raises(DataFileError, match="data folder is empty"):
+        Material.files_of(tmp_path)
+    with pytest.raises(DataFileError, match="cannot be read"):
+        Material([tmp_path / "gone.jsonl"], [], fresh(llm).segmenter)
+    cut = tmp_path / "cut.jsonl.gz"
+    cut.write_bytes(gzip.compress(json.dumps({"a": 1}).encode() * 500)[:-20])
+    with pytest.raises(DataFileError, match="cannot be read"):
+        Material([cut], [], fresh(llm).segmenter)
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"text": "too short"}\n')
+    with pytest.raises(DataFileError, match="nothing to train on"):
+        Material([], [short], fresh(llm).segmenter)
