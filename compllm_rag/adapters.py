@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,11 @@ def merge_adapter(model: Any, folder: Path) -> dict[str, str]:
                 )
             module.weight += (delta * factor).to(module.weight)
     return {name: file_digest(folder / name) for name in (_CONFIG, _WEIGHTS)}
+
+
+def adapter_digests(folder: Path) -> dict[str, str]:
+    """What a merged adapter adds to the digests of its target."""
+    return {f"reader/{name}": file_digest(folder / name) for name in (_CONFIG, _WEIGHTS)}
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -110,7 +116,10 @@ def inject_lora(decoder: Any, *, rank: int, alpha: int, modules: tuple[str, ...]
     from peft import LoraConfig, inject_adapter_in_model
 
     try:
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(modules)), decoder, name)
+        with warnings.catch_warnings():
+            # A second adapter on one tree is what a reader trained along with a compressor is.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(modules)), decoder, name)
     except ValueError as error:
         raise ConfigurationError(
             "LoRA fits no module of this LLM",
@@ -129,7 +138,7 @@ def lora_state(decoder: Any, name: str = "default") -> dict[str, torch.Tensor]:
     return {
         key.replace(marker, ".weight"): tensor.detach()
         for key, tensor in decoder.state_dict().items()
-        if ".lora_A." in key or ".lora_B." in key
+        if key.endswith((f".lora_A{marker}", f".lora_B{marker}"))
     }
 
 
@@ -139,10 +148,11 @@ def load_lora_state(decoder: Any, state: dict[str, torch.Tensor], name: str = "d
     Raises:
         UnsupportedFormatError: Tensors are missing, superfluous or of another shape.
     """
+    marker = f".{name}.weight"
     own = {
-        key.replace(f".{name}.weight", ".weight"): parameter
+        key.replace(marker, ".weight"): parameter
         for key, parameter in decoder.named_parameters()
-        if ".lora_A." in key or ".lora_B." in key
+        if key.endswith((f".lora_A{marker}", f".lora_B{marker}"))
     }
     wrong = sorted(set(own) ^ set(state)) or sorted(k for k in own if own[k].shape != state[k].shape)
     if wrong:

@@ -170,6 +170,9 @@ def compressor(
     reader_adapter: Annotated[
         str, typer.Option("--reader", help="Folder of a reader adapter; auto: the shipped one; none.")
     ] = "auto",
+    reader_rank: Annotated[
+        int, typer.Option(help="LoRA rank of a reader trained along, for small LLMs; 0: the LLM stays as it is.", min=0)
+    ] = 0,
     init: Annotated[Path | None, typer.Option(help="A compressor to go on from; its settings are kept.")] = None,
     layers: Annotated[int, typer.Option(help="First layers of the LLM that compress; 0: all.", min=0)] = 12,
     rank: Annotated[int, typer.Option(help="Of LoRA.", min=1)] = 32,
@@ -216,6 +219,7 @@ def compressor(
             CompressorOptions(
                 llm=llm,
                 reader=None if reader_adapter == "none" else reader_adapter,
+                reader_rank=reader_rank,
                 init=init,
                 config=_compressor_config(layers, rank, segment_length, queries, anchor_positions, sink),
                 objective=_objective(kl=kl, hidden=hidden, ce=ce),

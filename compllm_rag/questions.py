@@ -61,9 +61,9 @@ class QuestionFile:
 def read_questions(path: Path) -> QuestionFile:
     """Read questions from JSON lines, gzipped or not.
 
-    Rows are grouped (`{"id", "title"?, "context", "qas": [{"id", "question", "answers", "options"?, "answer_index"?}]}`),
+    Rows: grouped (`{"id", "title"?, "context", "qas": [{"id", "question", "answers", "options"?, "answer_index"?}]}`),
     flat (`{"context", "question", "answers", "options"?}`) or of several documents (`{"question", "answers",
-    "documents": [{"title", "text", "is_supporting"}]}`). A row without context, question or answer is left out and named.
+    "documents": [{"title", "text", "is_supporting"}]}`). One without context, question or answer is left out and named.
 
     Raises:
         DataFileError: The file cannot be read, a line is no JSON object, or no row can be used.
@@ -72,10 +72,11 @@ def read_questions(path: Path) -> QuestionFile:
     for number, row in read_rows(path):
         name = str(row.get("id", f"line {number}"))
         passages = _passages(row)
-        asked = row["qas"] if isinstance(row.get("qas"), list) else [row]
-        for place, item in enumerate(asked):
-            label = str(item.get("id", name if asked is not row.get("qas") else f"{name}#{place}"))
-            made = _question(label, passages, item)
+        grouped = isinstance(row.get("qas"), list)
+        for place, item in enumerate(row["qas"] if grouped else [row]):
+            usable = isinstance(item, dict)
+            label = str((item if usable else {}).get("id", f"{name}#{place}" if grouped else name))
+            made = _question(label, passages, item) if usable else "not an object"
             if isinstance(made, Question):
                 found.questions.append(made)
             else:
@@ -100,7 +101,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
     try:
         with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):  # noqa: B007 - named in the error below
+            for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield number, dict(json.loads(line))
     except (OSError, EOFError, ValueError, TypeError) as error:
@@ -117,7 +118,7 @@ def _passages(row: dict[str, Any]) -> tuple[SourcePassage, ...]:
         return tuple(
             SourcePassage(str(d.get("title") or ""), str(d["text"]), bool(d.get("is_supporting", True)))
             for d in row["documents"]
-            if str(d.get("text") or "").strip()
+            if isinstance(d, dict) and str(d.get("text") or "").strip()
         )
     text = row.get("context")
     return (SourcePassage(str(row.get("title") or ""), text),) if isinstance(text, str) and text.strip() else ()
@@ -125,14 +126,13 @@ def _passages(row: dict[str, Any]) -> tuple[SourcePassage, ...]:
 
 def _question(name: str, passages: tuple[SourcePassage, ...], item: dict[str, Any]) -> Question | str:
     """The question, or why it cannot be used."""
-    given = item.get("answers")
-    answers = [given] if isinstance(given, str) else list(given or [])
-    answers = [str(answer).strip() for answer in answers if str(answer).strip()]
-    options = tuple(str(option) for option in item.get("options") or ())
+    answers = [answer.strip() for answer in _texts(item.get("answers")) if answer.strip()]
+    options = tuple(_texts(item.get("options")))
     index = item.get("answer_index")
+    index = index if isinstance(index, int) and not isinstance(index, bool) else None
     if index is None and options and answers and answers[0] in options:
         index = options.index(answers[0])
-    if not answers and options and index is not None:
+    if not answers and options and index is not None and 0 <= index < len(options):
         answers = [options[index]]
     if not passages:
         return "no context"
@@ -143,6 +143,13 @@ def _question(name: str, passages: tuple[SourcePassage, ...], item: dict[str, An
     if options and (index is None or not 0 <= index < len(options)):
         return "no right option"
     return Question(name, passages, str(item["question"]).strip(), tuple(dict.fromkeys(answers)), options, index)
+
+
+def _texts(given: Any) -> list[str]:
+    """One answer or several, numbers among them, as texts; nothing for what is neither."""
+    if isinstance(given, str | int | float):
+        return [str(given)]
+    return [str(text) for text in given if isinstance(text, str | int | float)] if isinstance(given, list) else []
 
 
 class QAPrompt:

@@ -2,7 +2,7 @@
 
     python pipelines/train.py reader --data-dir data --out runs/reader
     python pipelines/train.py compressor --data-dir data --out runs/compressor --reader runs/reader/best --minutes 9
-    torchrun --nproc-per-node 4 pipelines/train.py compressor --data-dir data --out runs/compressor --llm org/name@revision
+    torchrun --nproc-per-node 4 pipelines/train.py compressor --llm org/name@revision --data-dir data --out runs/large
 
 The options are those of `compllm-rag train`; called again with the same ones, it goes on where it was. With `torchrun`
 each process reads examples of its own and the gradients are averaged; the first one validates and writes.

@@ -50,7 +50,10 @@ def write_world(folder: Path, *, rows: int = 24, bad: bool = True) -> Path:
     with gzip.open(folder / "train" / "story.jsonl.gz", "wt", encoding="utf-8") as file:
         for i in range(rows):
             context = ". ".join(sentences[i % 6 : i % 6 + 3]) + f". Page {i}."
-            qas = [{"id": f"{i}-{j}", "question": f"What is on page {i}, line {j}?", "answers": [f"line {i + j}"]} for j in range(3)]
+            qas = [
+                {"id": f"{i}-{j}", "question": f"What is on page {i}, line {j}?", "answers": [f"line {i + j}"]}
+                for j in range(3)
+            ]
             file.write(json.dumps({"id": str(i), "title": f"Page {i}", "context": context, "qas": qas}) + "\n")
         if bad:
             file.write(json.dumps({"id": "no-context", "question": "Who?", "answers": ["Ada"]}) + "\n")

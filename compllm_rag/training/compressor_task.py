@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from compllm_rag.config import Frozen
 from compllm_rag.pretrained import save_compressor
 from compllm_rag.rates import concepts_at, max_rate
 from compllm_rag.training.examples import Example, pack, targets_of
+from compllm_rag.training.live_reader import LiveReader
 from compllm_rag.training.loop import Progress, RunConfig, positions_of
 from compllm_rag.training.material import Material
 from compllm_rag.training.objective import (
@@ -54,28 +56,32 @@ class RatesConfig(Frozen):
 
 @dataclass(frozen=True)
 class Drawn:
-    """An example and the K of each of its segments."""
+    """An example and the K of each of its segments; `ks` is None where it is read as text."""
 
     example: Example
-    ks: list[list[int]]
+    ks: list[list[int]] | None
 
 
 class _Trained(nn.Module):
     """What has parameters, under stable names; the forward is the whole loss, as data-parallel runs need it."""
 
-    def __init__(self, compressor: Compressor, objective: ObjectiveConfig) -> None:
+    def __init__(self, compressor: Compressor, objective: ObjectiveConfig, live: LiveReader | None) -> None:
         super().__init__()
         self.decoder, self.head = compressor.decoder, compressor.head
-        self.__dict__["compressor"], self.__dict__["objective"] = compressor, objective
+        self.target = live.decoder if live else None
+        self.__dict__["compressor"], self.__dict__["objective"], self.__dict__["live"] = compressor, objective, live
 
     def forward(self, items: Sequence[Drawn]) -> Loss:
         compressor: Compressor = self.__dict__["compressor"]
         objective: ObjectiveConfig = self.__dict__["objective"]
         llm, examples = compressor.llm, [item.example for item in items]
         targets = targets_of(examples, prompt_weight=objective.prompt, kind_weights=objective.kinds, device=llm.device)
-        with torch.no_grad():
-            teacher = hidden_states(llm, pack(examples, llm))
-        student = hidden_states(llm, pack(examples, llm, concepts_of(compressor, items)))
+        live: LiveReader | None = self.__dict__["live"]
+        text = pack(examples, llm)
+        with torch.no_grad(), live.off() if live else nullcontext():
+            teacher = hidden_states(llm, text)
+        as_text = items[0].ks is None
+        student = hidden_states(llm, text if as_text else pack(examples, llm, concepts_of(compressor, items)))
         return distillation_loss(llm, teacher, student, targets, objective)
 
 
@@ -88,6 +94,9 @@ class CompressorTask:
         objective: What counts.
         rates: At which rates.
         validation: Held-out groups of questions to look at.
+        validation_rates: At which rates to look.
+        live: A reader to be trained along.
+        text_share: Share of batches that a live reader reads as text, so that it goes on reading text.
     """
 
     name = "compressor"
@@ -101,27 +110,37 @@ class CompressorTask:
         *,
         validation: int = 24,
         validation_rates: Sequence[float] = (2.0, 4.0),
+        live: LiveReader | None = None,
+        text_share: float = 0.2,
     ) -> None:
         self.compressor, self.material = compressor, material
+        self.live, self.text_share = live, text_share if live else 0.0
         self.rates, self.objective = rates or RatesConfig(), objective or ObjectiveConfig()
-        trainable(compressor)
-        self.module: nn.Module = _Trained(compressor, self.objective)
+        if live:
+            live.join(compressor)
+        trainable(compressor, live)
+        self.module: nn.Module = _Trained(compressor, self.objective, live)
         self.validation_rates = [r for r in validation_rates if r <= max_rate(compressor.config.segment_length)]
         rng = random.Random(0)
         groups = material.held_out or material.groups[:validation]
         chosen = rng.sample(groups, min(validation, len(groups)))
         self.validation = [material.questions(group, rng, 0, extras=False) for group in chosen]
         self._fixed: dict[str, float] = {}
+        self._begun = 0.0
 
     def parameter_groups(self, config: RunConfig) -> list[dict[str, Any]]:
-        """LoRA and head."""
-        lora = [p for name, p in self.compressor.decoder.named_parameters() if ".lora_" in name]
+        """LoRA, head, and the live reader if there is one."""
+        shared = {id(p) for p in (self.live.parameters() if self.live else ())}
+        lora = [p for name, p in self.compressor.decoder.named_parameters() if ".lora_" in name and id(p) not in shared]
         head = list(self.compressor.head.parameters())
-        return [{"params": lora, "times": 1.0}, {"params": head, "times": config.head_lr}]
+        groups = [{"params": lora, "times": 1.0}, {"params": head, "times": config.head_lr}]
+        return [*groups, {"params": self.live.parameters(), "times": 1.0}] if self.live else groups
 
     def draw(self, rng: random.Random) -> Drawn:
         """One example with its rates."""
         example = self.material.draw(rng)
+        if rng.random() < self.text_share:
+            return Drawn(example, None)
         return Drawn(example, self.rates.draw(example, rng, self.compressor.config.segment_length))
 
     def size(self, item: Drawn) -> int:
@@ -129,14 +148,18 @@ class CompressorTask:
         return positions_of(item.example)
 
     def loss(self, module: nn.Module, items: Sequence[Drawn]) -> Loss:
-        """Loss of one forward."""
+        """Loss of one forward; examples read as text and as concepts are kept apart."""
         loss: Loss = module(items)
         return loss
+
+    def alike(self, item: Drawn) -> bool:
+        """Examples that may share a forward."""
+        return item.ks is None
 
     @torch.no_grad()
     def validate(self, progress: Progress) -> dict[str, float]:
         """Recovered (DESIGN section 7) by concepts and by pruning on held-out training questions, in percent."""
-        if not self._fixed:
+        if not self._fixed or self.live:
             bare = [Example((e.prefix[0],), e.branches) for e in self.validation]
             self._fixed = {"nll_text": self._nll(self.validation, None), "nll_none": self._nll(bare, None)}
             for rate in self.validation_rates:
@@ -145,12 +168,19 @@ class CompressorTask:
         for rate in self.validation_rates:
             found[f"concepts@{rate:g}"] = self._recovered(rate, pruned=False)
         found["score"] = sum(found[f"concepts@{rate:g}"] for rate in self.validation_rates) / len(self.validation_rates)
+        if self.live:
+            # Recovered alone would reward a reader that reads text worse.
+            self._begun = min(self._begun, found["nll_text"]) if self._begun else found["nll_text"]
+            nll = [found["nll_none"] - found[f"concepts@{r:g}"] / 100 * self._gain() for r in self.validation_rates]
+            found["score"] = -sum(nll) / len(nll) - max(0.0, found["nll_text"] - self._begun)
         return found
+
+    def _gain(self) -> float:
+        return max(1e-6, self._fixed["nll_none"] - self._fixed["nll_text"])
 
     def _recovered(self, rate: float, *, pruned: bool) -> float:
         nll = self._nll(self.validation, rate, pruned=pruned)
-        none, text = self._fixed["nll_none"], self._fixed["nll_text"]
-        return 100 * (none - nll) / max(1e-6, none - text)
+        return 100 * (self._fixed["nll_none"] - nll) / self._gain()
 
     def _nll(self, examples: Sequence[Example], rate: float | None, *, pruned: bool = False) -> float:
         total, tokens = 0.0, 0
@@ -170,14 +200,18 @@ class CompressorTask:
         return total / max(1, tokens)
 
     def export(self, folder: Path) -> None:
-        """Write the compressor as `Compressor.from_pretrained` reads it."""
-        save_compressor(self.compressor, folder)
+        """Write the compressor as `Compressor.from_pretrained` reads it, and the reader that was trained along."""
+        if self.live:
+            self.live.export(folder, self.compressor)
+        else:
+            save_compressor(self.compressor, folder)
 
 
-def trainable(compressor: Compressor) -> None:
+def trainable(compressor: Compressor, live: LiveReader | None = None) -> None:
     """Let gradients into LoRA and head, and nowhere else."""
-    for name, parameter in compressor.decoder.named_parameters():
-        parameter.requires_grad_(".lora_" in name)
+    for tree in (compressor.decoder, *([live.decoder] if live else [])):
+        for name, parameter in tree.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
     compressor.head.requires_grad_(True)
 
 
@@ -186,7 +220,7 @@ def concepts_of(compressor: Compressor, items: Sequence[Drawn]) -> list[list[tor
     flat = [
         (segment, k)
         for item in items
-        for body, ks in zip(item.example.bodies, item.ks, strict=True)
+        for body, ks in zip(item.example.bodies, item.ks or (), strict=True)
         for segment, k in zip(body.segments, ks, strict=True)
     ]
     window = sorted(((i, s, k) for i, (s, k) in enumerate(flat)), key=lambda item: (len(item[1]), item[2]))
@@ -201,7 +235,7 @@ def pruned_of(compressor: Compressor, items: Sequence[Drawn]) -> list[list[torch
     """The anchors' own embeddings: hard pruning at the same K."""
     flat = []
     for item in items:
-        for body, ks in zip(item.example.bodies, item.ks, strict=True):
+        for body, ks in zip(item.example.bodies, item.ks or (), strict=True):
             for segment, k in zip(body.segments, ks, strict=True):
                 flat.append(compressor.llm.embed([segment[i] for i in compressor.anchors(segment, k)]).float())
     return _regroup(items, flat)

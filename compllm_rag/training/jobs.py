@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -23,8 +24,9 @@ from compllm_rag.training.cards import write_card
 from compllm_rag.training.compressor_task import CompressorTask, RatesConfig
 from compllm_rag.training.hub_data import fetch_dataset
 from compllm_rag.training.labels import own_answers, own_instructions
+from compllm_rag.training.live_reader import LiveReader
 from compllm_rag.training.loop import RunConfig, train
-from compllm_rag.training.material import Material, MaterialConfig
+from compllm_rag.training.material import Material, MaterialConfig, refuse_evaluation
 from compllm_rag.training.objective import ObjectiveConfig
 from compllm_rag.training.reader_task import LINEARS, ReaderTask
 
@@ -48,6 +50,17 @@ class DataOptions:
     texts: tuple[Path, ...] = ()
     hub: tuple[str, ...] = ()
     material: MaterialConfig = field(default_factory=MaterialConfig)
+
+    def check(self) -> None:
+        """Refuse what can be refused before a large model is loaded.
+
+        Raises:
+            DataFileError, EvaluationDataError: See `Material`.
+        """
+        for path in (*self.questions, *self.texts):
+            refuse_evaluation(path)
+        if self.data_dir is not None:
+            Material.files_of(self.data_dir)
 
     def load(self, segmenter: Segmenter, cache: Path, progress: Progress, **more: Any) -> Material:
         """The material.
@@ -78,6 +91,9 @@ class CompressorOptions:
         rates: At which rates.
         labels: `gold`, or `own` for the LLM's own answers to the training questions.
         label_groups: Most groups of questions that the LLM answers.
+        reader_rank: Of a LoRA on the target that learns to read concepts along with the compressor, and goes into
+            the reader adapter (`best/reader`); 0 leaves the target as it is, as in the paper.
+        text_share: Share of examples that such a reader reads as text.
         validation: Groups of questions held out.
         dtype: Compute dtype of the frozen LLM.
         device: A torch device.
@@ -85,6 +101,8 @@ class CompressorOptions:
 
     llm: str = DEFAULT_LLM
     reader: str | Path | None = AUTO
+    reader_rank: int = 0
+    text_share: float = 0.15
     init: Path | None = None
     config: CompressorConfig = field(
         default_factory=lambda: CompressorConfig(layers=12, lora_rank=32, lora_alpha=64, lora_modules=LINEARS)
@@ -125,14 +143,17 @@ def train_compressor(
     """
     options, run, progress = options or CompressorOptions(), run or RunConfig(), progress or _silent
     torch.manual_seed(run.seed)
+    data.check()
     reader = shipped_adapter(options.llm, "reader") if options.reader == AUTO else options.reader
+    former = Path(reader) if reader is not None else None
     llm = TargetLLM.from_pretrained(
         options.llm,
-        reader=Path(reader) if reader is not None else None,
+        reader=former,
         dtype=options.dtype,
         device=options.device or _local_device(),
         progress=progress,
     )
+    live = LiveReader(llm, options.reader_rank, former) if options.reader_rank else None
     if options.init is not None:
         compressor = Compressor.from_pretrained(options.init, llm)
     else:
@@ -153,9 +174,18 @@ def train_compressor(
         "objective": options.objective.model_dump(mode="json"),
         "rates": options.rates.model_dump(mode="json"),
         "labels": options.labels,
+        "reader_rank": options.reader_rank,
     }
     _same_job(out, "compressor", llm, facts)
-    task = CompressorTask(compressor, material, options.objective, options.rates, validation=options.validation)
+    task = CompressorTask(
+        compressor,
+        material,
+        options.objective,
+        options.rates,
+        validation=options.validation,
+        live=live,
+        text_share=options.text_share,
+    )
     return _run(task, run, out, progress, command, llm, material, facts)
 
 
@@ -192,6 +222,7 @@ def train_reader(
     """
     run, progress = run or RunConfig(), progress or _silent
     torch.manual_seed(run.seed)
+    data.check()
     target = TargetLLM.from_pretrained(
         llm, reader=None, dtype=dtype, device=device or _local_device(), progress=progress
     )
@@ -268,8 +299,6 @@ def _same_job(out: Path, kind: str, llm: TargetLLM, facts: dict[str, Any]) -> No
 
 def _local_device() -> str | None:
     """The GPU of this process where `torchrun` started several."""
-    import os
-
     rank = os.environ.get("LOCAL_RANK")
     return f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None
 

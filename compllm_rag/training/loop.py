@@ -88,6 +88,10 @@ class Task(Protocol):
         """Positions that the item takes."""
         ...
 
+    def alike(self, item: Any) -> bool:
+        """Items may share a forward if this is the same for both."""
+        ...
+
     def loss(self, module: nn.Module, items: Sequence[Any]) -> Loss:
         """Loss of one forward."""
         ...
@@ -207,7 +211,7 @@ class _Run:
             group["lr"] = self.config.lr * group["times"] * self.config.rate(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         parts: dict[str, float] = {}
-        micro = list(_micro_batches(items, self.task.size, self.config.micro_tokens))
+        micro = _micro_batches(items, self.task, self.config.micro_tokens)
         for number, some in enumerate(micro):
             last = number == len(micro) - 1
             with nullcontext() if last or world == 1 else self.accelerator.no_sync(self.module):
@@ -291,11 +295,12 @@ class _Run:
         return former
 
 
-def _micro_batches(items: Sequence[Any], size: Callable[[Any], int], limit: int) -> list[list[Any]]:
+def _micro_batches(items: Sequence[Any], task: Task, limit: int) -> list[list[Any]]:
     """Items sorted by size and cut so that the padded size of each part stays under the limit."""
     out: list[list[Any]] = []
-    for item in sorted(items, key=size):
-        if out and size(item) * (len(out[-1]) + 1) <= limit:
+    for item in sorted(items, key=lambda item: (task.alike(item), task.size(item))):
+        same = out and task.alike(item) == task.alike(out[-1][0])
+        if same and task.size(item) * (len(out[-1]) + 1) <= limit:
             out[-1].append(item)
         else:
             out.append([item])

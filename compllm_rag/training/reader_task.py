@@ -83,7 +83,7 @@ class ReaderTask:
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
         """Start from the tensors of an adapter, as `read_adapter` gives them."""
-        prefix = _prefix(self.llm)
+        prefix = decoder_prefix(self.llm)
         load_lora_state(decoder_of(self.llm.model), {k.removeprefix(prefix): v for k, v in state.items()})
 
     def parameter_groups(self, config: RunConfig) -> list[dict[str, Any]]:
@@ -100,6 +100,10 @@ class ReaderTask:
     def size(self, item: Example) -> int:
         """Positions."""
         return positions_of(item)
+
+    def alike(self, item: Example) -> bool:
+        """All examples may share a forward."""
+        return True
 
     def loss(self, module: nn.Module, items: Sequence[Example]) -> Loss:
         """Loss of one forward."""
@@ -123,7 +127,7 @@ class ReaderTask:
         save_reader(self.llm, folder, rank=self.rank, modules=self.modules)
 
 
-def _prefix(llm: TargetLLM) -> str:
+def decoder_prefix(llm: TargetLLM) -> str:
     """What PEFT puts in front of the names of the decoder's tensors."""
     decoder = decoder_of(llm.model)
     [path] = [name for name, module in llm.model.named_modules() if module is decoder]
@@ -132,15 +136,21 @@ def _prefix(llm: TargetLLM) -> str:
 
 def save_reader(llm: TargetLLM, folder: Path, *, rank: int, modules: tuple[str, ...]) -> None:
     """Write the live LoRA of an LLM as an adapter that PEFT, and `TargetLLM.from_pretrained`, read."""
-    decoder = decoder_of(llm.model)
-    prefix = _prefix(llm)
-    tensors = {prefix + name: t.half().cpu().contiguous() for name, t in lora_state(decoder).items()}
+    state = {decoder_prefix(llm) + name: tensor for name, tensor in lora_state(decoder_of(llm.model)).items()}
+    write_adapter(folder, state, source=llm.source, rank=rank, alpha=2 * rank, modules=modules)
+
+
+def write_adapter(
+    folder: Path, state: dict[str, torch.Tensor], *, source: str, rank: int, alpha: int, modules: tuple[str, ...]
+) -> None:
+    """Write LoRA tensors in PEFT's format, fp16; a reader of the folder sees each file whole."""
+    tensors = {name: tensor.half().cpu().contiguous() for name, tensor in state.items()}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": llm.source,
+        "base_model_name_or_path": source,
         "r": rank,
-        "lora_alpha": 2 * rank,
+        "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

@@ -17,7 +17,20 @@ from compllm_rag.compressor import Compressor
 from compllm_rag.llm import TargetLLM
 from training_samples import write_world
 
-SMALL = ["--steps", "4", "--batch", "2", "--validate-every", "2", "--validation", "2", "--max-context", "80", "--lr", "3e-3"]
+SMALL = [
+    "--steps",
+    "4",
+    "--batch",
+    "2",
+    "--validate-every",
+    "2",
+    "--validation",
+    "2",
+    "--max-context",
+    "80",
+    "--lr",
+    "3e-3",
+]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +63,7 @@ def test_reader_then_compressor_then_loading_them(world: Path, toy_folder: Path,
     llm = TargetLLM.from_pretrained(toy_folder, reader=reader)
     assert Compressor.from_pretrained(tmp_path / "run/best", llm).config.layers == 1
     card = (tmp_path / "run/best/README.md").read_text()
-    for fact in ("story.jsonl.gz", "4 steps of 2 examples", "Reproduce:", "recovered" if False else "concepts@2"):
+    for fact in ("story.jsonl.gz", "4 steps of 2 examples", "Reproduce:", "concepts@2"):
         assert fact in card
     assert (tmp_path / "run/curves.png").read_bytes()[:4] == b"\x89PNG"
     again = compressor(world, toy_folder, reader, tmp_path / "run")
@@ -119,3 +132,15 @@ def test_exported_checkpoint_is_an_ordinary_one(toy_folder: Path, reader: Path, 
     torch.testing.assert_close(exported, merged)
     assert not torch.allclose(exported, bare)
     assert "not empty" in run("models", "export", tmp_path / "out", "--llm", toy_folder, code=2).stderr
+
+
+def test_a_reader_trained_along_is_exported_with_its_compressor(
+    world: Path, toy_folder: Path, reader: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    record = json.loads(compressor(world, toy_folder, reader, out, "--reader-rank", 2, "--json").stdout)
+    assert record["finished"]
+    llm = TargetLLM.from_pretrained(toy_folder, reader=out / "best/reader")
+    assert Compressor.from_pretrained(out / "best", llm).config.lora_rank == 2
+    error = compressor(world, toy_folder, reader, out, code=2).stderr
+    assert "reader_rank: 0" in error and "reader_rank: 2" in error

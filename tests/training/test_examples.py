@@ -68,7 +68,9 @@ def test_targets_follow_the_order_of_the_predictions(llm) -> None:
 
 def test_gradient_reaches_the_concepts_and_not_the_llm(llm) -> None:
     ex = example()
-    concepts = [[torch.randn(2, llm.hidden_size, requires_grad=True), torch.randn(3, llm.hidden_size, requires_grad=True)]]
+    concepts = [
+        [torch.randn(2, llm.hidden_size, requires_grad=True), torch.randn(3, llm.hidden_size, requires_grad=True)]
+    ]
     sum(state.sum() for state in hidden_states(llm, pack([ex], llm, concepts))).backward()
     assert all(c.grad is not None and c.grad.abs().sum() > 0 for c in concepts[0])
     assert all(p.grad is None for p in llm.model.parameters())

@@ -74,7 +74,9 @@ def test_own_answers_take_the_place_of_gold_ones(llm, world: Path) -> None:
     assert "something else" in said and "line 0" not in said and "line 1" in said
 
 
-@pytest.mark.parametrize("name", ["squad_dev.jsonl", "eval/x.jsonl", "quail-test.jsonl.gz", "narrativeqa_valid.jsonl", "Dev.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["squad_dev.jsonl", "eval/x.jsonl", "quail-test.jsonl.gz", "narrativeqa_valid.jsonl", "Dev.jsonl"]
+)
 def test_evaluation_files_are_refused(llm, tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
@@ -83,7 +85,9 @@ def test_evaluation_files_are_refused(llm, tmp_path: Path, name: str) -> None:
         Material([path], [], fresh(llm).segmenter)
 
 
-@pytest.mark.parametrize("name", ["squad.jsonl", "train/device.jsonl", "contest.jsonl", "evaluate_me_not/revalued.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["squad.jsonl", "train/device.jsonl", "contest.jsonl", "evaluate_me_not/revalued.jsonl"]
+)
 def test_other_names_are_fine(tmp_path: Path, name: str) -> None:
     refuse_evaluation(tmp_path / name)
 

@@ -18,8 +18,8 @@ from compllm_rag.training.hub_data import as_row, fetch_dataset
 from compllm_rag.training.labels import own_answers, own_instructions
 from compllm_rag.training.loop import RunConfig, train
 from compllm_rag.training.reader_task import ReaderTask
-from training_samples import example, fresh, material, write_world
 from trained import randomise, trained
+from training_samples import example, fresh, material, write_world
 
 RUN = RunConfig(steps=4, batch=2, lr=1e-2, warmup=1, validate_every=4, save_minutes=9)
 
@@ -34,7 +34,9 @@ def test_concepts_in_training_are_those_of_ingestion(architecture: str) -> None:
     made = trained(toy.llm(architecture))
     segments = [tuple(range(5, 5 + n)) for n in (3, 20, 7, 1, 20)]
     ks = [2, 10, 7, 1, 4]
-    item = Drawn(Example(((1,), Body(tuple(segments[:2])), Body(tuple(segments[2:]))), example().branches), [ks[:2], ks[2:]])
+    item = Drawn(
+        Example(((1,), Body(tuple(segments[:2])), Body(tuple(segments[2:]))), example().branches), [ks[:2], ks[2:]]
+    )
     [[one, two]] = concepts_of(made, [item])
     expected = made.compress(segments, ks)
     torch.testing.assert_close(one.detach(), torch.cat(expected[:2]), atol=1e-4, rtol=1e-4)
@@ -156,7 +158,9 @@ def test_a_dataset_is_fetched_once_and_bad_ones_are_named(tmp_path: Path) -> Non
     pytest.importorskip("datasets")
     source = tmp_path / "source"
     source.mkdir()
-    rows = [{"id": str(i), "context": "Ada built it.", "question": "Who?", "answers": {"text": ["Ada"]}} for i in range(5)]
+    rows = [
+        {"id": str(i), "context": "Ada built it.", "question": "Who?", "answers": {"text": ["Ada"]}} for i in range(5)
+    ]
     (source / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path, kind = fetch_dataset(str(source), tmp_path / "out", limit=3)
     assert kind == "questions" and len(path.read_text().splitlines()) == 3
