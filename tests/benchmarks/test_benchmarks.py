@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import toy
+from training_samples import write_world
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,3 +62,59 @@ def test_query(tmp_path: Path, toy_folder: Path, texts: Path) -> None:
 def test_startup(tmp_path: Path) -> None:
     record = run("startup", tmp_path / "o.json")
     assert set(record["median_s"]) == {"empty process", "import compllm_rag", "compllm-rag --help"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_world(tmp_path_factory.mktemp("data"), rows=40)
+    (folder / "eval").mkdir()
+    rows = [
+        {
+            "id": str(i),
+            "context": toy.TEXT[i * 40 : i * 40 + 200],
+            "question": "Who?",
+            "answers": ["Ada"],
+            "options": ["Ada", "Tom"],
+        }
+        for i in range(6)
+    ]
+    for name in ("squad_dev", "race_dev"):
+        with gzip.open(folder / "eval" / f"{name}.jsonl.gz", "wt") as file:
+            file.write("\n".join(json.dumps(row) for row in rows))
+    return folder
+
+
+def test_quality_and_its_report(tmp_path: Path, toy_folder: Path, world: Path) -> None:
+    out = tmp_path / "results" / "quality"
+    words = [sys.executable, "-m", "benchmarks.quality", "--llm", toy_folder, "--data-dir", world, "--out", out]
+    words += ["--sets", "squad", "race", "probes", "--limit", "5", "--rates", "2", "4"]
+    command = list(map(str, words))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    squad = json.loads((out / "squad.json").read_text())
+    assert [(r["mode"], r["rate"]) for r in squad["results"]] == [
+        ("text", None), ("concepts", 2.0), ("concepts", 4.0), ("pruned", 2.0), ("pruned", 4.0), ("none", None)
+    ]  # fmt: skip
+    race = json.loads((out / "race.json").read_text())["results"][0]
+    assert race["f1"] is None and race["accuracy"] is not None
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert again.stderr.count("done before") == 3
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.report", "--results", tmp_path / "results", "--docs", tmp_path / "docs"],
+        cwd=ROOT, check=True, timeout=300,
+    )  # fmt: skip
+    page = (tmp_path / "docs/quality.md").read_text()
+    assert "## SQuAD v1.1 dev" in page and "## Fidelity probes" in page and "5 questions" in page
+    assert f"| {squad['results'][0]['nll']:.2f} |" in page
+    assert (tmp_path / "docs/quality.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_ablations(tmp_path: Path, toy_folder: Path, world: Path) -> None:
+    chosen = ["--choices", "as shipped: anchors, KL, 12 layers", "reader trained along", "paper's queries: EOS"]
+    options = ["--llm", toy_folder, "--data-dir", world, "--out", tmp_path / "runs", "--steps", "2", "--batch", "2"]
+    words = [sys.executable, "-m", "benchmarks.ablations", "--json", tmp_path / "o.json", *options]
+    words += ["--max-context", "80", "--validation", "2", *chosen]
+    subprocess.run(list(map(str, words)), cwd=ROOT, check=True, capture_output=True, timeout=300)
+    pruning, *rows = json.loads((tmp_path / "o.json").read_text())["rows"]
+    assert pruning["steps"] == 0 and [row["steps"] for row in rows] == [2, 2, 2]
+    assert len({row["concepts@2"] for row in rows}) == 3

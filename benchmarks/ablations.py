@@ -1,0 +1,109 @@
+"""What does each choice in the compressor bring? Small runs, all alike but for one choice, at equal short time.
+
+Every run starts anew with the same seed and data, trains for `--minutes` (or `--steps`), and is scored on the held-out
+part of the TRAINING data; runs that are done are kept in `--out` and not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import parser, progress, write
+from compllm_rag.compressor import Compressor, embedding_rms
+from compllm_rag.config import CompressorConfig
+from compllm_rag.llm import TargetLLM
+from compllm_rag.loading import shipped_adapter
+from compllm_rag.training.cards import read_log
+from compllm_rag.training.compressor_task import CompressorTask, RatesConfig
+from compllm_rag.training.live_reader import LiveReader
+from compllm_rag.training.loop import RunConfig, train
+from compllm_rag.training.material import Material, MaterialConfig
+from compllm_rag.training.objective import ObjectiveConfig
+from compllm_rag.training.reader_task import LINEARS
+
+NOTE = (
+    "Runs from nothing, all alike but for one choice, of equal time on the same machine (so a cheaper choice takes "
+    "more steps); scores are of held-out training questions, no evaluation set. They say which choice learns faster "
+    "at the start, not where it ends."
+)
+CHOICES: dict[str, dict[str, Any]] = {
+    "as shipped: anchors, KL, 12 layers": {},
+    "paper's queries: EOS": {"config": {"queries": "eos"}},
+    "no KL": {"objective": {"kl": 0.0}},
+    "no hidden states": {"objective": {"hidden": 0.0}},
+    "8 layers": {"config": {"layers": 8}},
+    "16 layers": {"config": {"layers": 16}},
+    "all layers": {"config": {"layers": None}},
+    "anchors at their source positions": {"config": {"anchor_positions": "source"}},
+    "sink token in front": {"config": {"sink": True}},
+    "no reader": {"reader": None},
+    "reader trained along": {"live": 8},
+    "segments of 40 tokens": {"config": {"segment_length": 40}},
+}
+
+
+def main() -> None:
+    """Run it."""
+    options = parser(__doc__)
+    options.add_argument("--data-dir", type=Path, required=True)
+    options.add_argument("--out", type=Path, required=True, help="folder for the runs")
+    options.add_argument("--minutes", type=float, default=10.0)
+    options.add_argument("--steps", type=int, help="equal steps in place of equal time")
+    options.add_argument("--batch", type=int, default=4)
+    options.add_argument("--max-context", type=int, default=240)
+    options.add_argument("--validation", type=int, default=24)
+    options.add_argument("--choices", nargs="+", choices=list(CHOICES), default=list(CHOICES))
+    args = options.parse_args()
+    rows = [_one(number, name, args) for number, name in enumerate(CHOICES) if name in args.choices]
+    untrained = {
+        "name": "hard pruning (no training)",
+        "steps": 0,
+        "concepts@2": rows[0]["pruned@2"],
+        "concepts@4": rows[0]["pruned@4"],
+        "nll_text": rows[0]["nll_text"],
+    }
+    write({"note": NOTE, "rows": [untrained, *rows]}, args.json)
+
+
+def _one(number: int, name: str, args: Any) -> dict[str, Any]:
+    choice = CHOICES[name]
+    out = args.out / f"{number:02d}"
+    reader = shipped_adapter(args.llm, "reader") if choice.get("reader", "auto") == "auto" else None
+    llm = TargetLLM.from_pretrained(args.llm, reader=reader)
+    live = LiveReader(llm, choice["live"], reader) if "live" in choice else None
+    depth = llm.model.config.get_text_config().num_hidden_layers
+    fields = {"layers": min(12, depth), "lora_rank": 32, "lora_alpha": 64, "lora_modules": LINEARS}
+    fields |= choice.get("config", {})
+    if fields["layers"] is not None:
+        fields["layers"] = min(fields["layers"], depth)
+    compressor = Compressor(llm, CompressorConfig(**fields, scale=embedding_rms(llm)))
+    material = Material(
+        *Material.files_of(args.data_dir), compressor.segmenter, MaterialConfig(max_context=args.max_context)
+    )
+    objective = ObjectiveConfig(**choice.get("objective", {}))
+    task = CompressorTask(compressor, material, objective, RatesConfig(), validation=args.validation, live=live)
+    steps = args.steps or 100_000
+    run = RunConfig(
+        steps=steps,
+        minutes=None if args.steps else args.minutes,
+        batch=args.batch,
+        micro_tokens=800,
+        warmup=20,
+        decay=0.0,
+        validate_every=steps,
+        save_minutes=60,
+    )
+    if not (out / "done.json").exists():
+        train(task, run, out, lambda message, share: progress(f"{name}: {message}"))
+        found = task.validate(lambda message, share: None)
+        (out / "done.json").write_text(json.dumps(found), encoding="utf-8")
+    else:
+        found = json.loads((out / "done.json").read_text(encoding="utf-8"))
+    steps_taken = read_log(out / "log.jsonl")[0][-1]["step"]
+    return {"name": name, "steps": steps_taken, **found}
+
+
+if __name__ == "__main__":
+    main()
