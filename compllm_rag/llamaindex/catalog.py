@@ -30,6 +30,7 @@ from compllm_rag.llamaindex.catalog_database import connect, connected, has_tabl
 from compllm_rag.llamaindex.catalog_faults import damaged, explained
 from compllm_rag.llamaindex.flat_vectors import FlatVectors
 from compllm_rag.llamaindex.generations import Generation, GenerationFiles, sync_folder
+from compllm_rag.store.index import make_private
 from compllm_rag.store.lock import WriterLock
 
 _DATABASE = "catalog.db"
@@ -74,8 +75,7 @@ class Catalog:
         database = folder / _DATABASE
         with explained(database, writing=True):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # Made before SQLite does, with the mode that its journals will inherit.
-            os.close(os.open(database, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+            make_private(database)
         with connected(database, writing=True) as connection:
             catalog = cls(folder, connection, read_only=False)
             with catalog.writing():

@@ -99,6 +99,22 @@ class PlainDisk(diskcache.Disk):  # type: ignore[misc, unused-ignore]
         return value
 
 
+def make_private(database: Path) -> None:
+    """Make an SQLite file before SQLite does, with the mode that its journals will inherit; one that is there stays.
+
+    It must not be opened and closed: that would drop the locks of every connection this process has to it, another
+    process would take itself for the last one and remove the journal, and what is written into it then is lost.
+
+    Raises:
+        CorruptRecordError: A link lies in its place.
+    """
+    try:
+        os.close(os.open(database, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        if database.is_symlink():
+            raise damaged_index(database, "a link to another file") from None
+
+
 def _planted(key: str, got: str) -> CorruptRecordError:
     return CorruptRecordError(
         f"a row this package does not write is in the index: {key}",
@@ -140,8 +156,7 @@ class LocationIndex:
                 got=self._folder,
                 expected="a path without the names of environment variables",
             )
-        # Made before SQLite does, with the mode that its journals will inherit.
-        os.close(os.open(self._database, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        make_private(self._database)
         return diskcache.Cache(str(self._folder), disk=PlainDisk, **_SETTINGS)
 
     def find(self, keys: Sequence[str]) -> dict[str, Location]:

@@ -143,6 +143,29 @@ def test_two_writers_in_one_process_take_turns(tmp_path: Path) -> None:
             call()
 
 
+def test_another_process_that_closes_takes_no_journal_away(tmp_path: Path) -> None:
+    """Opening and closing the file of an SQLite database drops the locks of all connections this process has to it."""
+    script = (
+        "with DiskStore(sys.argv[1], hidden_size=HIDDEN) as store:\n"
+        "    store.put(records([2])); store.flush(); print('open', flush=True); sys.stdin.read()"
+    )
+    with (
+        DiskStore(tmp_path / "store", hidden_size=HIDDEN) as store,
+        subprocess.Popen(python(script, tmp_path / "store"), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other,
+    ):
+        store.put(records([1]))
+        store.flush()
+        assert other.stdout.readline() == b"open\n"
+        DiskStore(tmp_path / "store", hidden_size=HIDDEN).close()
+        other.communicate()
+        store.put(records([3]))
+        store.flush()
+        with DiskStore(tmp_path / "store", hidden_size=HIDDEN, read_only=True) as reader:
+            assert reader.stats().records == 3
+    with DiskStore(tmp_path / "store", hidden_size=HIDDEN, read_only=True) as reader:
+        assert all(same(reader.get([key(n)])[0], n) for n in (1, 2, 3))
+
+
 def test_reader_needs_a_store_and_makes_none(tmp_path: Path) -> None:
     with pytest.raises(StorageNotFoundError):
         DiskStore(tmp_path / "none", hidden_size=HIDDEN, read_only=True)
