@@ -15,9 +15,14 @@ from dataclasses import dataclass
 
 import torch
 
-from compllm_rag.compressor import Compressor
+from compllm_rag.compressor import Compressor, embedding_rms
 from compllm_rag.config import MissingPolicy
-from compllm_rag.errors import ConfigurationError, FingerprintMismatchError, MissingConceptsError
+from compllm_rag.errors import (
+    ConfigurationError,
+    FingerprintMismatchError,
+    InvalidConceptsError,
+    MissingConceptsError,
+)
 from compllm_rag.fingerprint import record_key
 from compllm_rag.rates import FixedRate, RatePolicy
 from compllm_rag.store.base import ConceptStore
@@ -25,6 +30,8 @@ from compllm_rag.store.base import ConceptStore
 _REMEMBERED = 4096
 # Segments compressed between two writes: bounds memory, and what an interruption can lose.
 _WRITE_EVERY = 2048
+# Times the RMS of the LLM's embeddings. Concepts stay within a few; a hundred is a head that has run away, or damage.
+_MOST_RMS = 100.0
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,7 @@ class ConceptLibrary:
         self.policy: RatePolicy = FixedRate(rate, compressor.config.segment_length) if numeric else rate  # type: ignore[arg-type, assignment]
         self._known: OrderedDict[str, Passage] = OrderedDict()
         self._lock = threading.Lock()
+        self._most_rms = _MOST_RMS * embedding_rms(compressor.llm)
 
     def passage(self, text: str) -> Passage:
         """Cut a passage up; the last few thousand are remembered."""
@@ -141,6 +149,7 @@ class ConceptLibrary:
         if missing:
             items = [wanted[key] for key in missing]
             made = self.compressor.compress([s for s, _ in items], [k for _, k in items])
+            self._check_scale(torch.cat(made))
             self.store.put(zip(missing, made, strict=True))
         return len(missing)
 
@@ -155,12 +164,14 @@ class ConceptLibrary:
         Raises:
             MissingConceptsError: Concepts are missing and `missing` is "error".
             CorruptRecordError: Stored concepts fail their checksum.
+            InvalidConceptsError: Concepts, stored or made now, are far outside the scale of the LLM's embeddings.
         """
         passage = self.passage(text)
         if not passage.keys:
             return Fetched(torch.empty(0, self.compressor.hidden_size), 0, 0, 0.0)
         joined = self.store.get_joined(passage.keys)
         if joined is not None:
+            self._check_scale(joined)
             return Fetched(joined, len(passage.keys), 0, 0.0)
         found = self.store.get(passage.keys)
         misses = sum(concepts is None for concepts in found)
@@ -181,6 +192,17 @@ class ConceptLibrary:
         made = self._complete(passage, found)
         return Fetched(made, len(found) - misses, misses, time.perf_counter() - begun)
 
+    def _check_scale(self, concepts: torch.Tensor) -> None:
+        """Refuse concepts (n, hidden_size) that would drown everything else in a prompt."""
+        largest = float(concepts.float().square().mean(-1).max().sqrt())
+        if not largest <= self._most_rms:
+            raise InvalidConceptsError(
+                "concepts are far outside the scale of the LLM's embeddings",
+                got=f"an RMS of {largest:.3g}",
+                expected=f"at most {self._most_rms:.3g}, {_MOST_RMS:g} times that of the embeddings",
+                next_step="look at the compressor that made them",
+            )
+
     def _complete(self, passage: Passage, found: list[torch.Tensor | None]) -> torch.Tensor:
         absent = {passage.keys[i]: i for i, concepts in enumerate(found) if concepts is None}
         made = dict(
@@ -192,6 +214,7 @@ class ConceptLibrary:
                 strict=True,
             )
         )
+        self._check_scale(torch.cat([*made.values(), *(c.float() for c in found if c is not None)]))
         if not self.store.read_only:
             self.store.put(made.items())
             # A server that answers for weeks must not keep the writer's lock in between.

@@ -244,16 +244,16 @@ class ConceptIndex(VectorStoreIndex):
         self._held += 1
         try:
             yield
+            if self._held == 1:
+                self.commit()
         except BaseException:
-            self._held -= 1
-            if not self._held:
+            if self._held == 1:
                 self.faiss.rollback()
                 with contextlib.suppress(CompLLMError):
                     self.store.flush()
             raise
-        self._held -= 1
-        if not self._held:
-            self.commit()
+        finally:
+            self._held -= 1
 
     def commit(self) -> None:
         """Make everything durable: concepts first, then vectors and text together, in one step."""

@@ -11,6 +11,7 @@ from compllm_rag.errors import (
     EmbedderMismatchError,
     FingerprintMismatchError,
     StorageMismatchError,
+    StorageNotFoundError,
     UnsupportedFormatError,
 )
 
@@ -54,10 +55,16 @@ class Manifest(Frozen):
         """Read a manifest.
 
         Raises:
-            UnsupportedFormatError: It is missing, damaged, or of a newer format.
+            StorageNotFoundError: There is none: the making of the storage was interrupted.
+            UnsupportedFormatError: It is damaged, or of a newer format.
         """
+        if text is None:
+            raise StorageNotFoundError(
+                "there is no storage here: its making was interrupted",
+                next_step="run the same ingest again, which takes it up",
+            )
         try:
-            return cls.model_validate_json(text or "")
+            return cls.model_validate_json(text)
         except ValidationError as error:
             raise UnsupportedFormatError(
                 "storage has no manifest this release reads",

@@ -153,8 +153,7 @@ def _check_catalog(
         if fault != "ok":
             made.add("database", str(fault))
     if not has_tables(connection):
-        made.add("database", "it has no tables; its making was interrupted")
-        return None
+        Manifest.parse(None)  # refuses: the making of the storage was interrupted
     _check_vectors(folder, connection, made, progress)  # begins the transaction in which the rest is read
     made.chunks = int(connection.execute("SELECT count(*) FROM nodes").fetchone()[0])
     if made.deep:
@@ -230,7 +229,10 @@ def refuse_newer(text: str | None) -> None:
 
 
 def _check_accounts(connection: sqlite3.Connection, made: StorageCheck) -> None:
-    query = "SELECT count(*), coalesce(sum(json_extract(value, '$.chunks')), 0) FROM kv WHERE collection = ?"
+    query = (
+        "SELECT count(*), coalesce(sum(CASE WHEN json_valid(value) THEN json_extract(value, '$.chunks') END), 0)"
+        " FROM kv WHERE collection = ?"
+    )
     made.documents, chunks = connection.execute(query, ("compllm/accounts",)).fetchone()
     if chunks != made.chunks:
         made.add("counts", f"{chunks} chunks are accounted for, and {made.chunks} are there")
