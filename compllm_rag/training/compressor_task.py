@@ -16,7 +16,7 @@ from compllm_rag.compressor import Compressor, batches
 from compllm_rag.config import Frozen
 from compllm_rag.pretrained import save_compressor
 from compllm_rag.rates import concepts_at, max_rate
-from compllm_rag.training.examples import Example, pack, targets_of
+from compllm_rag.training.examples import Example, pack, targets_of, weight_of
 from compllm_rag.training.live_reader import LiveReader
 from compllm_rag.training.loop import Progress, RunConfig, positions_of
 from compllm_rag.training.material import Material
@@ -151,6 +151,10 @@ class CompressorTask:
         """Loss of one forward; examples read as text and as concepts are kept apart."""
         loss: Loss = module(items)
         return loss
+
+    def weight(self, item: Drawn) -> float:
+        """Its branches, by what their kinds count."""
+        return weight_of(item.example, self.objective.kinds)
 
     def alike(self, item: Drawn) -> bool:
         """Examples that may share a forward."""

@@ -91,7 +91,8 @@ class Targets:
 
     Attributes:
         ids: (n,) token ids.
-        weights: (n,) summing to 1.
+        weights: (n,) such that a branch's answer sums to the branch's share of the batch, and its prompt to
+            `prompt_weight` of that.
         is_answer: (n,) False where the token belongs to a branch's prompt: read, and matched, but not learned.
         kinds: Of each branch, with the slice of its answer's predictions.
     """
@@ -119,13 +120,18 @@ def targets_of(
             kinds.append((branch.kind, slice(len(weights), len(weights) + len(branch.target))))
             weights += [share / len(branch.target)] * len(branch.target)
             answers += [False] * len(asked) + [True] * len(branch.target)
-    total = torch.tensor(weights, device=device)
+    total = sum(weight_of(example, kind_weights) for example in examples)
     return Targets(
         torch.tensor(ids, device=device),
-        total / total.sum().clamp_min(1e-12),
+        torch.tensor(weights, device=device) / max(total, 1e-12),
         torch.tensor(answers, device=device),
         kinds,
     )
+
+
+def weight_of(example: Example, kind_weights: dict[str, float]) -> float:
+    """How much of a batch an example is: the sum of its branches' shares."""
+    return sum(kind_weights.get(branch.kind, 1.0) for branch in example.branches)
 
 
 def pack(

@@ -165,10 +165,11 @@ def train_compressor(
             expected="a LoRA rank of at least 1",
             next_step="set --rank",
         )
-    material = data.load(compressor.segmenter, out / "data", progress)
-    if options.labels == "own":
-        groups = material.groups[: options.label_groups]
-        material.answers.update(own_answers(llm, groups, material, out / "own_answers.jsonl", progress))
+    with _first_process_first():
+        material = data.load(compressor.segmenter, out / "data", progress)
+        if options.labels == "own":
+            groups = material.groups[: options.label_groups]
+            material.answers.update(own_answers(llm, groups, material, out / "own_answers.jsonl", progress))
     facts = {
         "compressor": compressor.config.model_dump(mode="json"),
         "objective": options.objective.model_dump(mode="json"),
@@ -176,7 +177,8 @@ def train_compressor(
         "labels": options.labels,
         "reader_rank": options.reader_rank,
     }
-    _same_job(out, "compressor", llm, facts)
+    with _first_process_first():
+        _same_job(out, "compressor", llm, facts)
     task = CompressorTask(
         compressor,
         material,
@@ -226,14 +228,17 @@ def train_reader(
     target = TargetLLM.from_pretrained(
         llm, reader=None, dtype=dtype, device=device or _local_device(), progress=progress
     )
-    material = data.load(Segmenter(target.tokenizer, 20), out / "data", progress)
-    keep = own_instructions(target, material, out / "own_instructions.jsonl", progress=progress) if keep_share else []
+    kept = out / "own_instructions.jsonl"
+    with _first_process_first():
+        material = data.load(Segmenter(target.tokenizer, 20), out / "data", progress)
+        keep = own_instructions(target, material, kept, progress=progress) if keep_share else []
     state = None
     if init is not None:
         settings, state = read_adapter(init)
         rank = int(settings["r"])
     facts = {"rank": rank, "keep_share": keep_share}
-    _same_job(out, "reader", target, facts)
+    with _first_process_first():
+        _same_job(out, "reader", target, facts)
     task = ReaderTask(target, material, keep=keep, rank=rank, keep_share=keep_share, validation=validation)
     if state is not None:
         task.load(state)
@@ -252,7 +257,7 @@ def _run(
 ) -> dict[str, Any]:
     begun = time.strftime("%Y-%m-%d", time.gmtime())
     record = train(task, run, out, progress)
-    if (out / "best").is_dir():
+    if (out / "best").is_dir() and os.environ.get("RANK", "0") == "0":
         hardware = (
             torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
         )
@@ -295,6 +300,13 @@ def _same_job(out: Path, kind: str, llm: TargetLLM, facts: dict[str, Any]) -> No
             expected=", ".join(f"{name}: {former['facts'].get(name, former['kind'])}" for name in changed),
             next_step="choose another --out, or the settings it was started with",
         )
+
+
+def _first_process_first() -> Any:
+    """What the first process fetches or answers, the others find done."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available()).main_process_first()
 
 
 def _local_device() -> str | None:

@@ -13,7 +13,6 @@ import random
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -88,6 +87,10 @@ class Task(Protocol):
         """Positions that the item takes."""
         ...
 
+    def weight(self, item: Any) -> float:
+        """How much of a batch the item is."""
+        ...
+
     def alike(self, item: Any) -> bool:
         """Items may share a forward if this is the same for both."""
         ...
@@ -130,19 +133,19 @@ class _Run:
         from accelerate import Accelerator
 
         self.task, self.config, self.out, self.progress = task, config, out, progress
-        self.accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(), mixed_precision="bf16" if torch.cuda.is_available() else "no"
+        )
         groups = task.parameter_groups(config)
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.AdamW(
             [{**group, "lr": config.lr * group["times"]} for group in groups], betas=(0.9, 0.98), weight_decay=0.0
         )
-        # Everything lies on its device already; only data-parallel runs need wrapping.
-        many = self.accelerator.num_processes > 1
-        self.module: Any = self.accelerator.prepare(task.module) if many else task.module
         self.names = {id(p): name for name, p in task.module.named_parameters()}
         self.step, self.best, self.stale, self.seconds = 0, -math.inf, 0, 0.0
         self.stopping = self.interrupted = False
         self._resume()
+        self._same_everywhere()
 
     def _resume(self) -> None:
         found = load_checkpoint(self.out / "last")
@@ -181,13 +184,14 @@ class _Run:
                 self._log(record)
                 if self.step % self.config.validate_every == 0 or self.step == self.config.steps:
                     record |= self._validate()
-                    if self.config.patience and self.stale >= self.config.patience:
+                    if self.config.patience and self._any(self.stale >= self.config.patience):
                         record["stopped"] = "no better score"
                         break
                 if time.monotonic() - saved > 60 * self.config.save_minutes:
                     self._save()
                     saved = time.monotonic()
-                self.stopping |= self.config.minutes is not None and time.monotonic() - begun > 60 * self.config.minutes
+                over = self.config.minutes is not None and time.monotonic() - begun > 60 * self.config.minutes
+                self.stopping = self._any(self.stopping or over)
             self._save()
         finally:
             for number, handler in former.items():
@@ -212,14 +216,16 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         parts: dict[str, float] = {}
         micro = _micro_batches(items, self.task, self.config.micro_tokens)
-        for number, some in enumerate(micro):
-            last = number == len(micro) - 1
-            with nullcontext() if last or world == 1 else self.accelerator.no_sync(self.module):
-                with self.accelerator.autocast():
-                    loss = self.task.loss(self.module, some)
-                self.accelerator.backward(loss.total * (len(some) / batch))
+        weight = self._mean(sum(map(self.task.weight, items)))
+        for some in micro:
+            with self.accelerator.autocast():
+                loss = self.task.loss(self.task.module, some)
+            # As one forward over the examples of all processes would weigh them, however they are cut up.
+            share = sum(map(self.task.weight, some)) / weight
+            self.accelerator.backward(loss.total * share)
             for name, value in loss.parts.items():
-                parts[name] = parts.get(name, 0.0) + value * len(some) / batch
+                parts[name] = parts.get(name, 0.0) + value * share
+        self._average_gradients()
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip))
         if not math.isfinite(norm) or not math.isfinite(parts["loss"]):
             raise DivergedError(
@@ -237,6 +243,37 @@ class _Run:
             "norm": round(norm, 4),
             **{name: round(value, 5) for name, value in parts.items()},
         }
+
+    def _average_gradients(self) -> None:
+        """One sum over all processes; LoRA is small, and which parts of it a batch reaches differs between them."""
+        if self.accelerator.num_processes == 1:
+            return
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters])
+        torch.distributed.all_reduce(flat)
+        flat /= self.accelerator.num_processes
+        taken = 0
+        for parameter in self.parameters:
+            parameter.grad = flat[taken : taken + parameter.numel()].view_as(parameter)
+            taken += parameter.numel()
+
+    def _same_everywhere(self) -> None:
+        """Every process starts from the weights of the first."""
+        if self.accelerator.num_processes > 1:
+            for parameter in self.parameters:
+                torch.distributed.broadcast(parameter.data, 0)
+
+    def _any(self, flag: bool) -> bool:
+        """Whether the flag is up in any process: they must all leave the loop at the same step."""
+        return self._mean(float(flag)) > 0
+
+    def _mean(self, value: float) -> float:
+        """Mean over all processes."""
+        if self.accelerator.num_processes == 1:
+            return value
+        shared = torch.tensor([value], device=self.parameters[0].device)
+        torch.distributed.all_reduce(shared)
+        total: float = shared.item()
+        return total / self.accelerator.num_processes
 
     def _validate(self) -> dict[str, Any]:
         if not self.accelerator.is_main_process:

@@ -115,7 +115,6 @@ def distillation_loss(
             theirs = log_probabilities(llm, teacher[-1])
         kl = (F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1) * targets.weights).sum()
         answer = targets.weights * targets.is_answer
-        answer = answer / answer.sum().clamp_min(1e-12)
         ce = -(ours.gather(1, targets.ids[:, None])[:, 0] * answer).sum()
         parts |= {"kl": float(kl.detach()), "ce": float(ce.detach())}
         total = total + config.kl * kl + config.ce * ce
@@ -126,8 +125,7 @@ def distillation_loss(
 def answer_loss(llm: TargetLLM, hidden: torch.Tensor, targets: Targets) -> torch.Tensor:
     """The reader's loss: cross-entropy on the answer tokens, weighted by branch."""
     logp = log_probabilities(llm, hidden).gather(1, targets.ids[:, None])[:, 0]
-    weights = targets.weights * targets.is_answer
-    loss: torch.Tensor = -(logp * weights).sum() / weights.sum().clamp_min(1e-12)
+    loss: torch.Tensor = -(logp * targets.weights * targets.is_answer).sum()
     return loss
 
 

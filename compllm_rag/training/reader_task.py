@@ -20,7 +20,7 @@ from torch import nn
 
 from compllm_rag.adapters import inject_lora, load_lora_state, lora_state
 from compllm_rag.llm import TargetLLM, decoder_of
-from compllm_rag.training.examples import Branch, Example, pack, targets_of
+from compllm_rag.training.examples import Branch, Example, pack, targets_of, weight_of
 from compllm_rag.training.loop import Progress, RunConfig, positions_of
 from compllm_rag.training.material import Material
 from compllm_rag.training.objective import Loss, answer_loss, last_hidden_state, nll_by_kind
@@ -100,6 +100,10 @@ class ReaderTask:
     def size(self, item: Example) -> int:
         """Positions."""
         return positions_of(item)
+
+    def weight(self, item: Example) -> float:
+        """Its branches."""
+        return weight_of(item, {})
 
     def alike(self, item: Example) -> bool:
         """All examples may share a forward."""

@@ -144,3 +144,21 @@ def test_a_reader_trained_along_is_exported_with_its_compressor(
     assert Compressor.from_pretrained(out / "best", llm).config.lora_rank == 2
     error = compressor(world, toy_folder, reader, out, code=2).stderr
     assert "reader_rank: 0" in error and "reader_rank: 2" in error
+
+
+def test_two_processes_train_one_compressor(world: Path, toy_folder: Path, tmp_path: Path) -> None:
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d"]
+    words += ["--rdzv-endpoint", "localhost:0", "pipelines/train.py", "compressor", "--data-dir", world]
+    words += ["--llm", toy_folder, "--reader", "none", "--out", tmp_path / "two", "--layers", 1, "--rank", 2]
+    words += [*SMALL, "--batch", "1", "--reader-rank", "2"]
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    compressor(world, toy_folder, "none", tmp_path / "one", "--reader-rank", 2)
+    steps = [
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").open() if "norm" in line]
+        for name in ("one", "two")
+    ]
+    assert [len(s) for s in steps] == [4, 4], "only the first process writes"
+    # Two processes with one example each do what one process does with two, but for the unit of the hidden states,
+    # the standard deviation over one forward.
+    assert [s["norm"] for s in steps[1]] == pytest.approx([s["norm"] for s in steps[0]], rel=1e-2)

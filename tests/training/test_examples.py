@@ -59,7 +59,7 @@ def test_targets_follow_the_order_of_the_predictions(llm) -> None:
     assert len(targets.ids) == len(packed.rows) == len(packed.columns) == 2 * (2 + 2 + 3 + 1)
     assert targets.ids.tolist()[:8] == [31, 32, 40, 41, 50, 51, 52, 60]
     assert targets.is_answer.tolist()[:8] == [False, False, True, True, True, True, True, True]
-    assert targets.weights.sum() == pytest.approx(1.0)
+    assert targets.weights[targets.is_answer].sum() == pytest.approx(1.0)
     per = targets.weights[:8] / targets.weights[2]
     assert per.tolist() == pytest.approx([0.5, 0.5, 1, 1, 2 / 3, 2 / 3, 2 / 3, 4])
     assert [kind for kind, _ in targets.kinds] == ["qa", "continue", "copy"] * 2
