@@ -20,9 +20,13 @@ if TYPE_CHECKING:
     from compllm_rag.llamaindex.index import ConceptIndex as ConceptIndex
     from compllm_rag.llamaindex.llm import ConceptLLM as ConceptLLM
     from compllm_rag.llamaindex.node_parser import ConceptNodeParser as ConceptNodeParser
+    from compllm_rag.llamaindex.repair import repair_storage as repair_storage
     from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer as ConceptSynthesizer
     from compllm_rag.llamaindex.transform import ConceptTransform as ConceptTransform
+    from compllm_rag.llamaindex.upkeep import compact_storage as compact_storage
+    from compllm_rag.llamaindex.upkeep import migrate_storage as migrate_storage
     from compllm_rag.llamaindex.vector_store import FaissTextVectorStore as FaissTextVectorStore
+    from compllm_rag.llamaindex.verification import verify_storage as verify_storage
     from compllm_rag.llm import TargetLLM as TargetLLM
     from compllm_rag.store import DiskStore as DiskStore
     from compllm_rag.store import MemoryStore as MemoryStore
@@ -42,7 +46,11 @@ _HOME = {
     "LocalGenerator": "generation.local",
     "MemoryStore": "store",
     "TargetLLM": "llm",
+    "compact_storage": "llamaindex.upkeep",
     "load_embedder": "llamaindex.embedding",
+    "migrate_storage": "llamaindex.upkeep",
+    "repair_storage": "llamaindex.repair",
+    "verify_storage": "llamaindex.verification",
 }
 
 __all__ = [*sorted(_HOME), "__version__"]

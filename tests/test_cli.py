@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,38 @@ def test_ingest_query_stats(storage: Path, corpus: Path) -> None:
     assert "achieved_rate" in run("stats", "--storage", storage).stdout
 
 
+def test_looking_after_a_storage(corpus: Path, toy_folder: Path, embedder_folder: Path, tmp_path: Path) -> None:
+    docs, storage = tmp_path / "docs", tmp_path / "storage"
+    shutil.copytree(corpus, docs)
+    (docs / "otter.txt").write_text("An otter lives under the stair. It comes out at night.")
+    run("ingest", docs, "--storage", storage, "--llm", toy_folder, "--embedder", embedder_folder)
+    (docs / "otter.txt").unlink()
+    assert "1 deleted" in run("ingest", docs, "--storage", storage, "--prune").stdout
+    found = json.loads(run("verify", storage, "--deep", "--json").stdout)
+    assert (found["sound"], found["findings"], found["documents"]) == (True, [], 2)
+    assert found["dead_records"] > 0
+    assert run("verify", storage).stdout.startswith("sound: 2 documents")
+    compacted = json.loads(run("compact", storage, "--json").stdout)
+    assert compacted["records_dropped"] == found["dead_records"]
+    assert "0 of" in run("compact", storage).stdout
+    assert "nothing to do" in run("migrate", storage).stdout
+    assert json.loads(run("migrate", storage, "--json").stdout)["changed"] is False
+    assert "nothing to repair" in run("repair", storage).stdout
+    (pack,) = (storage / "concepts" / "packs").iterdir()
+    data = bytearray(pack.read_bytes())
+    data[200] ^= 1
+    pack.write_bytes(data)
+    told = run("verify", storage, "--deep", code=1).stdout
+    assert "concepts: record " in told
+    assert "Next step: compllm-rag repair" in told
+    assert "repair" in refused("query", QUESTION, "--storage", storage, "--top-k", 9)
+    assert "1 segments compressed again" in run("repair", storage).stdout
+    assert json.loads(run("repair", storage, "--json").stdout)["findings"] == 0
+    run("verify", storage, "--deep")
+    for command in ("verify", "repair", "compact", "migrate"):
+        assert "no storage here" in refused(command, tmp_path / "none")
+
+
 def test_streaming_prints_the_same(storage: Path) -> None:
     options = ("--storage", storage, "--max-new-tokens", 8)
     plain = run("query", QUESTION, *options).stdout
@@ -161,7 +194,12 @@ def test_models_list() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [(), ("ingest",), ("query",), ("stats",), ("demo",), ("models",), ("models", "fetch")]
+    "words",
+    [
+        (),
+        ("models", "fetch"),
+        *((name,) for name in ["ingest", "query", "stats", "demo", "models", "verify", "repair", "compact", "migrate"]),
+    ],
 )
 def test_every_command_explains_itself(words: tuple[str, ...]) -> None:
     assert "Usage:" in run(*words, "--help").stdout

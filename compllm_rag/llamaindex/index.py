@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from llama_index.core import StorageContext, VectorStoreIndex
 from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -17,7 +17,7 @@ from llama_index.core.storage.docstore.keyval_docstore import KVDocumentStore
 
 from compllm_rag.compressor import Compressor
 from compllm_rag.config import GenerationConfig, IngestConfig
-from compllm_rag.errors import CompLLMError
+from compllm_rag.errors import CompLLMError, ConfigurationError
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.accounts import Accounts, stats_fields
@@ -30,6 +30,10 @@ from compllm_rag.llamaindex.origins import Origins
 from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 from compllm_rag.store.base import ConceptStore
+
+if TYPE_CHECKING:
+    from compllm_rag.llamaindex.upkeep import StorageCompaction
+    from compllm_rag.llamaindex.verification import StorageCheck
 
 
 class ConceptIndex(VectorStoreIndex):
@@ -259,6 +263,34 @@ class ConceptIndex(VectorStoreIndex):
         """Make everything durable: concepts first, then vectors and text together, in one step."""
         self.store.flush()
         self.faiss.commit()
+
+    def verify(
+        self, *, deep: bool = False, progress: Callable[[str, float | None], None] | None = None
+    ) -> StorageCheck:
+        """Look for damage in the storage, as committed; see `verify_storage`.
+
+        Raises:
+            ConfigurationError: The index lies in memory.
+        """
+        from compllm_rag.llamaindex.verification import verify_storage
+
+        return verify_storage(self._folder(), deep=deep, progress=progress)
+
+    def compact(self, *, progress: Callable[[str, float | None], None] | None = None) -> StorageCompaction:
+        """Reclaim what was deleted; see `compact_storage`.
+
+        Raises:
+            ConfigurationError: The index lies in memory.
+            StoreLockedError: There is uncommitted work, here or elsewhere.
+        """
+        from compllm_rag.llamaindex.upkeep import compact_storage
+
+        return compact_storage(self._folder(), progress=progress)
+
+    def _folder(self) -> Path:
+        if self.storage_dir is None:
+            raise ConfigurationError("this index lies in memory", next_step="give it a storage_dir")
+        return self.storage_dir
 
     def stats(self) -> dict[str, Any]:
         """What the storage holds, as plain values."""

@@ -8,6 +8,7 @@ and everything is counted anew. What is not damaged is left as it is.
 
 from __future__ import annotations
 
+import functools
 import shutil
 import sqlite3
 import time
@@ -102,11 +103,14 @@ def repair_storage(
     manifest = read_manifest(path)
     own = compressor or load_own_compressor(path, manifest, llm, progress, model_options)
     manifest.check_compressor(own.fingerprint, own.llm.source)
-    embed = load_embedder_of(manifest, embedder, progress, model_options)
+    embed = functools.partial(load_embedder_of, manifest, embedder, progress, model_options)
     with _rows(path) as connection:
         chunks_lost, reembedded = _repair_rows(path, manifest, connection, embed, progress)
+    known = {name: value for name, value in model_options.items() if name in ("device", "cache_dir", "offline")}
     dropped = _repair_store(path, own.hidden_size)
-    with load_index(ConceptIndex, path, compressor=own, embedder=embed, progress=progress, complete=False) as index:
+    with load_index(
+        ConceptIndex, path, compressor=own, embedder=embedder, progress=progress, complete=False, **known
+    ) as index:
         lost, compressed = _complete(index, progress)
     for aside in path.glob(f"{_ASIDE}*"):
         shutil.rmtree(aside)
@@ -147,7 +151,11 @@ def _rows(folder: Path) -> Iterator[sqlite3.Connection]:
 
 
 def _repair_rows(
-    folder: Path, manifest: Manifest, connection: sqlite3.Connection, embed: BaseEmbedding, progress: Progress | None
+    folder: Path,
+    manifest: Manifest,
+    connection: sqlite3.Connection,
+    load_embed: Callable[[], BaseEmbedding],
+    progress: Progress | None,
 ) -> tuple[int, int]:
     """Drop damaged rows; make vectors again unless they belong to the rows. Gives how many of each."""
     files = GenerationFiles(folder)
@@ -162,7 +170,7 @@ def _repair_rows(
     node_rows.delete_rows(connection, bad)
     made = 0
     if vectors is None:
-        vectors = FlatVectors(manifest.dimension)
+        vectors, embed = FlatVectors(manifest.dimension), load_embed()
         for page in _pages(connection):
             _embed(vectors, page, embed, manifest.dimension)
             made += len(page)
