@@ -12,8 +12,9 @@ import pytest
 from llama_index.core import Document
 
 import toy
-from compllm_rag import Compressor
+from compllm_rag import Compressor, ConceptIndex
 from compllm_rag.errors import (
+    ConfigurationError,
     CorruptRecordError,
     FingerprintMismatchError,
     StorageMismatchError,
@@ -211,6 +212,25 @@ def test_compaction_reclaims_what_no_chunk_refers_to(tmp_path: Path, compressor:
         assert compact_storage(path).concepts.records_dropped == 0
         assert index.as_query_engine().query(QUESTION).metadata["compllm"]["store"]["misses"] == 0
     assert b"otter" not in b"".join(file.read_bytes() for file in path.rglob("*") if file.is_file())
+
+
+def test_an_open_index_verifies_and_compacts_itself(tmp_path: Path, compressor: Compressor) -> None:
+    with load(filled(tmp_path / "s", compressor), compressor) as index:
+        index.delete_ref_doc("d0")
+        assert index.verify(deep=True).dead_records > 0
+        with pytest.raises(StoreLockedError), index.bulk():
+            index.delete_ref_doc("d1")
+            index.compact()
+        assert set(texts(index)) == {f"d{i}" for i in range(1, 6)}
+        assert index.compact().concepts.records_dropped > 0
+        assert index.verify(deep=True).dead_records == 0
+        assert index.as_query_engine(missing="error").query(QUESTION).source_nodes
+        assert index.ingest(documents()).documents_changed == 1
+        check_whole(index)
+    in_memory = ConceptIndex.create(None, compressor=compressor, embedder=HashEmbedder())
+    for call in (in_memory.verify, in_memory.compact):
+        with pytest.raises(ConfigurationError, match="memory"):
+            call()
 
 
 def test_compaction_needs_counts_and_the_lock(tmp_path: Path, compressor: Compressor) -> None:
