@@ -60,9 +60,8 @@ def main() -> None:
     untrained = {
         "name": "hard pruning (no training)",
         "steps": 0,
-        "concepts@2": rows[0]["pruned@2"],
-        "concepts@4": rows[0]["pruned@4"],
         "nll_text": rows[0]["nll_text"],
+        **{f"concepts@{rate}": rows[0].get(f"pruned@{rate}") for rate in (2, 4)},
     }
     write({"note": NOTE, "rows": [untrained, *rows]}, args.json)
 

@@ -195,7 +195,7 @@ def compressor(
     batch: Batch = 8,
     micro_tokens: MicroTokens = 2048,
     lr: Lr = 4e-4,
-    head_lr: Annotated[float, typer.Option(help="Learning rate of the head, as a factor.")] = 0.5,
+    head_lr: Annotated[float, typer.Option(help="Learning rate of the head, as a factor.")] = 2.0,
     warmup: Warmup = 50,
     decay: Decay = 0.25,
     seed: Seed = 0,

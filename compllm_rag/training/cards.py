@@ -45,14 +45,15 @@ def plot_curves(out: Path) -> Path | None:
     left.plot([r["step"] for r in steps], smooth, color="tab:blue", label="running mean")
     left.set(xlabel="step", ylabel="loss", title="Training")
     left.legend(frameon=False)
-    shown = [name for name in (looks[0]["validation"] if looks else {}) if "@" in name] or ["nll_text"]
+    names = list(looks[0]["validation"]) if looks else []
+    percent = [name for name in names if "@" in name and not name.startswith("nll")]
+    shown = percent or [name for name in names if name.startswith("nll")]
     for name in shown:
         values = [look["validation"].get(name) for look in looks]
         dashed = name.startswith("pruned")
         right.plot(
             [look["step"] for look in looks], values, "--" if dashed else "o-", markersize=3, linewidth=1.2, label=name
         )
-    percent = shown != ["nll_text"]
     right.set(xlabel="step", ylabel="recovered (%)" if percent else "NLL (nats per token)", title="Held-out questions")
     right.legend(frameon=False, fontsize="small")
     figure.savefig(out / "curves.png", dpi=130)

@@ -28,9 +28,12 @@ from compllm_rag.training.objective import (
     last_hidden_state,
     nll_by_kind,
 )
+from compllm_rag.training.standardised import plain_head, standardise
 
 # Positions of one compressing forward under gradient.
 _SEGMENT_POSITIONS = 4096
+# Below this many nats between no passages and text there is nothing to recover (DESIGN section 7).
+_LEAST_GAIN = 0.3
 
 
 class RatesConfig(Frozen):
@@ -118,6 +121,7 @@ class CompressorTask:
         self.rates, self.objective = rates or RatesConfig(), objective or ObjectiveConfig()
         if live:
             live.join(compressor)
+        standardise(compressor, *self._some_segments())
         trainable(compressor, live)
         self.module: nn.Module = _Trained(compressor, self.objective, live)
         self.validation_rates = [r for r in validation_rates if r <= max_rate(compressor.config.segment_length)]
@@ -127,6 +131,15 @@ class CompressorTask:
         self.validation = [material.questions(group, rng, 0, extras=False) for group in chosen]
         self._fixed: dict[str, float] = {}
         self._begun = 0.0
+
+    def _some_segments(self) -> tuple[list[tuple[int, ...]], list[int]]:
+        """A few hundred segments with their K, the same whenever the run is started again."""
+        rng = random.Random(0)
+        segments: list[tuple[int, ...]] = []
+        while len(segments) < 400:
+            segments += [segment for body in self.material.draw(rng).bodies for segment in body.segments]
+        segments = segments[:400]
+        return segments, [concepts_at(2.0, len(segment)) for segment in segments]
 
     def parameter_groups(self, config: RunConfig) -> list[dict[str, Any]]:
         """LoRA, head, and the live reader if there is one."""
@@ -167,24 +180,22 @@ class CompressorTask:
             bare = [Example((e.prefix[0],), e.branches) for e in self.validation]
             self._fixed = {"nll_text": self._nll(self.validation, None), "nll_none": self._nll(bare, None)}
             for rate in self.validation_rates:
-                self._fixed[f"pruned@{rate:g}"] = self._recovered(rate, pruned=True)
+                self._fixed |= self._look(rate, pruned=True)
         found = dict(self._fixed)
         for rate in self.validation_rates:
-            found[f"concepts@{rate:g}"] = self._recovered(rate, pruned=False)
-        found["score"] = sum(found[f"concepts@{rate:g}"] for rate in self.validation_rates) / len(self.validation_rates)
-        if self.live:
-            # Recovered alone would reward a reader that reads text worse.
-            self._begun = min(self._begun, found["nll_text"]) if self._begun else found["nll_text"]
-            nll = [found["nll_none"] - found[f"concepts@{r:g}"] / 100 * self._gain() for r in self.validation_rates]
-            found["score"] = -sum(nll) / len(nll) - max(0.0, found["nll_text"] - self._begun)
+            found |= self._look(rate, pruned=False)
+        # The likelihood, not recovered: that would reward a reader that reads text worse, and may be undefined.
+        self._begun = self._begun or found["nll_text"]
+        mean = sum(found[f"nll_concepts@{rate:g}"] for rate in self.validation_rates) / len(self.validation_rates)
+        found["score"] = -mean - max(0.0, found["nll_text"] - self._begun)
         return found
 
-    def _gain(self) -> float:
-        return max(1e-6, self._fixed["nll_none"] - self._fixed["nll_text"])
-
-    def _recovered(self, rate: float, *, pruned: bool) -> float:
+    def _look(self, rate: float, *, pruned: bool) -> dict[str, float]:
+        name = f"{'pruned' if pruned else 'concepts'}@{rate:g}"
         nll = self._nll(self.validation, rate, pruned=pruned)
-        return 100 * (self._fixed["nll_none"] - nll) / self._gain()
+        gain = self._fixed["nll_none"] - self._fixed["nll_text"]
+        found = {f"nll_{name}": nll}
+        return found | {name: 100 * (self._fixed["nll_none"] - nll) / gain} if gain >= _LEAST_GAIN else found
 
     def _nll(self, examples: Sequence[Example], rate: float | None, *, pruned: bool = False) -> float:
         total, tokens = 0.0, 0
@@ -205,10 +216,12 @@ class CompressorTask:
 
     def export(self, folder: Path) -> None:
         """Write the compressor as `Compressor.from_pretrained` reads it, and the reader that was trained along."""
-        if self.live:
-            self.live.export(folder, self.compressor)
-        else:
-            save_compressor(self.compressor, folder)
+        with plain_head(self.compressor):
+            if self.live:
+                self.live.export(folder, self.compressor)
+            else:
+                save_compressor(self.compressor, folder)
+        self.compressor.refresh_fingerprint()
 
 
 def trainable(compressor: Compressor, live: LiveReader | None = None) -> None:

@@ -53,7 +53,7 @@ class RunConfig(Frozen):
     batch: int = Field(default=8, ge=1)
     micro_tokens: int = Field(default=1024, ge=1)
     lr: float = Field(default=4e-4, gt=0, allow_inf_nan=False)
-    head_lr: float = Field(default=0.5, gt=0, allow_inf_nan=False)
+    head_lr: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     warmup: int = Field(default=50, ge=0)
     decay: float = Field(default=0.25, ge=0, le=1)
     clip: float = Field(default=1.0, gt=0)
@@ -272,8 +272,7 @@ class _Run:
             return value
         shared = torch.tensor([value], device=self.parameters[0].device)
         torch.distributed.all_reduce(shared)
-        total: float = shared.item()
-        return total / self.accelerator.num_processes
+        return float(shared) / int(self.accelerator.num_processes)
 
     def _validate(self) -> dict[str, Any]:
         if not self.accelerator.is_main_process:

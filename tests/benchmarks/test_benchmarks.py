@@ -117,4 +117,4 @@ def test_ablations(tmp_path: Path, toy_folder: Path, world: Path) -> None:
     subprocess.run(list(map(str, words)), cwd=ROOT, check=True, capture_output=True, timeout=300)
     pruning, *rows = json.loads((tmp_path / "o.json").read_text())["rows"]
     assert pruning["steps"] == 0 and [row["steps"] for row in rows] == [2, 2, 2]
-    assert len({row["concepts@2"] for row in rows}) == 3
+    assert len({row["nll_concepts@2"] for row in rows}) == 3

@@ -194,5 +194,5 @@ def test_random_weights_change_the_score(world: Path) -> None:
     before = task.validate(print)
     randomise(made, seed=1)
     after = task.validate(print)
-    assert after["concepts@2"] != pytest.approx(before["concepts@2"], abs=1e-3)
-    assert after["pruned@2"] == before["pruned@2"] and after["nll_text"] == before["nll_text"]
+    assert after["nll_concepts@2"] != pytest.approx(before["nll_concepts@2"], abs=1e-3)
+    assert after["nll_pruned@2"] == before["nll_pruned@2"] and after["nll_text"] == before["nll_text"]
