@@ -9,6 +9,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,20 @@ def verify_storage(folder: str | Path, *, deep: bool = False, progress: Progress
         UnsupportedFormatError: It was written in a newer format.
         UnreadableFileError: It may not be read.
     """
-    begun, path, made = time.perf_counter(), Path(folder).absolute(), StorageCheck(deep)
+    begun, path = time.perf_counter(), Path(folder).absolute()
     require_storage(path)
+    for _ in range(_RETRIES):
+        before = _written(path)
+        made = _verify(path, deep, progress)
+        # What a writer moved while we looked at it may seem damaged. Where nobody writes, it is.
+        if made.sound or _written(path) == before:
+            break
+    made.seconds = time.perf_counter() - begun
+    return made
+
+
+def _verify(path: Path, deep: bool, progress: Progress | None) -> StorageCheck:
+    made = StorageCheck(deep)
     manifest = None
     try:
         with connected(path / CATALOG, writing=False) as connection:
@@ -125,8 +138,18 @@ def verify_storage(folder: str | Path, *, deep: bool = False, progress: Progress
                 connection.close()
     except CorruptRecordError as error:
         made.add("database", error.what if error.got is None else f"{error.what}: {error.got}")
-    made.seconds = time.perf_counter() - begun
     return made
+
+
+def _written(folder: Path) -> list[tuple[str, int, int]]:
+    """What changes whenever somebody writes to a storage."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        with suppress(FileNotFoundError):
+            if not path.name.endswith("-shm"):  # readers write to it, too
+                state = path.stat()
+                found.append((path.name, state.st_size, state.st_mtime_ns))
+    return found
 
 
 def require_storage(folder: Path) -> None:

@@ -13,6 +13,7 @@ import re
 import sqlite3
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,20 @@ class LocationIndex:
                 raise damaged_index(self._database, f"a run of {len(value)} bytes")
             found.append(Run(int(name[1]), int(name[2]), *_RUN.unpack(value)))
         return sorted(found, key=lambda run: (run.pack, run.start))
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """One state of all rows for a block, whatever is written meanwhile."""
+        self.totals()
+        reader = self._reader
+        if reader is None:  # on a medium that nobody can write
+            yield
+            return
+        reader.execute("BEGIN")
+        try:
+            yield
+        finally:
+            reader.execute("ROLLBACK")
 
     def check_count(self) -> None:
         """Compare the rows there are with the totals, at the cost of one row.

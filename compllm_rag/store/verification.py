@@ -61,11 +61,16 @@ def check_store(parts: StoreParts, *, deep: bool, progress: Progress | None = No
         deep: Read every payload: checksum, finite values, and SHA-256 of every run of payloads.
         progress: Called with a message and a share from 0 to 1.
     """
-    made = StoreCheck()
-    sizes = pack_sizes(parts.folder)
+    with parts.index.snapshot():
+        return _check(parts, deep, progress)
+
+
+def _check(parts: StoreParts, deep: bool, progress: Progress | None) -> StoreCheck:
+    made, totals = StoreCheck(), parts.index.totals()
+    sizes = pack_sizes(parts.folder)  # after the first look at the rows: packs only grow
     made.packs, made.pack_bytes = len(sizes), sum(sizes.values())
     made.damage += [Damage(f"index: {fault}") for fault in parts.index.faults(deep=deep)]
-    made.index_damaged, totals = bool(made.damage), parts.index.totals()
+    made.index_damaged = bool(made.damage)
     usable = {number: size for number, size in sizes.items() if _header_is_sound(parts, number, made)}
     seen, bad = 0, set[int]()
     for page in _pages(parts.index.scan()):

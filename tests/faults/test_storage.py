@@ -219,6 +219,7 @@ def test_readers_see_one_generation_and_never_wait(tmp_path: Path, compressor: C
             assert said(process) == "ready"
         for version in range(1, 13):
             assert said(writer) == str(version)
+            sound(path)  # however much is written meanwhile
         assert writer.wait(timeout=60) == 0
         stop.touch()
         for reader in (one, two):

@@ -300,6 +300,28 @@ def test_records_taken_away_behind_our_back_are_noticed_at_once(folder: Path) ->
             opened(folder, read_only=read_only)
 
 
+def test_verification_is_not_misled_by_a_writer(folder: Path) -> None:
+    script = (
+        "for start in range(200, 10**6, 20):\n"
+        "    with DiskStore(sys.argv[1], hidden_size=HIDDEN, pack_bytes=2000) as store:\n"
+        "        store.put(records(range(start, start + 20)))\n"
+        "    if start == 200: print('go', flush=True)\n"
+    )
+    writer = subprocess.Popen(python(script, folder), stdout=subprocess.PIPE, text=True)
+    try:
+        assert writer.stdout.readline() == "go\n"
+        seen = []
+        while len(seen) < 15 or seen[-1] == seen[0]:
+            assert writer.poll() is None
+            check = checked(folder)
+            assert check.damage == []
+            seen.append(check.sound.records)
+        assert seen == sorted(seen)
+    finally:
+        writer.kill()
+        writer.communicate()
+
+
 def test_verification_writes_nothing(folder: Path) -> None:
     def state() -> dict[str, bytes]:
         files = (p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(("-wal", "-shm")))
