@@ -49,6 +49,7 @@ def register(app: typer.Typer, models_app: typer.Typer) -> None:
     """Add the commands of this module."""
     app.add_typer(train_app, name="train")
     models_app.command("export")(reported(export_model))
+    models_app.command("push")(reported(push_model))
 
 
 def _run(**fields: Any) -> RunConfig:
@@ -304,3 +305,22 @@ def export_model(
         print_json({"path": str(path)})
         return
     typer.echo(f"written: {path}")
+
+
+def push_model(
+    folder: Annotated[Path, typer.Argument(help="The best/ folder of a training run.")],
+    repo_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Where on the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a trained reader or compressor with its model card to the hub, with your own token.
+
+    Example: compllm-rag models push runs/compressor/best me/my-compressor
+    """
+    from compllm_rag.pretrained import push_folder
+
+    commit = push_folder(folder, repo_id, private=private)
+    if as_json:
+        print_json({"repo_id": repo_id, "commit": commit})
+        return
+    typer.echo(f"uploaded: {repo_id}@{commit}")

@@ -106,13 +106,32 @@ def push_compressor(compressor: Compressor, repo_id: str, *, private: bool = Fal
     Returns:
         The commit's id, which `load_compressor` takes as `revision`.
     """
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    api.create_repo(repo_id, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         save_compressor(compressor, Path(scratch))
-        commit = api.upload_folder(repo_id=repo_id, folder_path=scratch, commit_message="Add concept compressor")
+        return push_folder(Path(scratch), repo_id, private=private)
+
+
+def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
+    """Upload the folder of a trained reader or compressor with its model card; needs the user's own token.
+
+    Returns:
+        The commit's id.
+
+    Raises:
+        UnsupportedFormatError: The folder holds neither.
+    """
+    from huggingface_hub import HfApi
+
+    if not any((folder / name).exists() for name in (_WEIGHTS, "adapter_model.safetensors")):
+        raise UnsupportedFormatError(
+            "nothing here to upload",
+            got=str(folder),
+            expected=f"a folder with {_WEIGHTS} or adapter_model.safetensors",
+            next_step="name the best/ folder of a training run",
+        )
+    api = HfApi()
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Add adapter of compllm-rag")
     return str(commit.oid)
 
 

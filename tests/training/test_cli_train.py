@@ -162,3 +162,31 @@ def test_two_processes_train_one_compressor(world: Path, toy_folder: Path, tmp_p
     # Two processes with one example each do what one process does with two, but for the unit of the hidden states,
     # the standard deviation over one forward.
     assert [s["norm"] for s in steps[1]] == pytest.approx([s["norm"] for s in steps[0]], rel=1e-2)
+
+
+def test_what_is_pushed_is_the_folder_with_its_card(
+    world: Path, toy_folder: Path, reader: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    uploaded: dict[str, list[str]] = {}
+
+    class Hub:
+        """Stands for the hub's service, which no test may reach."""
+
+        def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> None:
+            uploaded[repo_id] = []
+
+        def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str):
+            uploaded[repo_id] = sorted(path.name for path in Path(folder_path).iterdir())
+            return type("Commit", (), {"oid": "0123456789abcdef"})
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    compressor(world, toy_folder, reader, tmp_path / "run")
+    run("models", "push", reader, "me/reader")
+    assert "me/compressor@0123456789abcdef" in run("models", "push", tmp_path / "run/best", "me/compressor").stdout
+    assert uploaded == {
+        "me/reader": ["README.md", "adapter_config.json", "adapter_model.safetensors"],
+        "me/compressor": ["README.md", "compressor.safetensors", "config.json"],
+    }
+    assert "nothing here to upload" in run("models", "push", tmp_path, "me/nothing", code=2).stderr

@@ -66,7 +66,9 @@ def test_training_lowers_the_loss_from_that_of_pruning(world: Path, tmp_path: Pa
     made = task(world, rates=RatesConfig(rates=(2.0,), mixed=0.0))
     train(made, RUN.model_copy(update={"steps": 40, "validate_every": 40, "lr": 1e-2}), tmp_path)
     first, *_, last = [r["validation"] for r in map(json.loads, (tmp_path / "log.jsonl").open()) if "validation" in r]
-    assert first["nll_concepts@2"] == pytest.approx(first["nll_pruned@2"], abs=1e-3), "training starts from hard pruning"
+    assert first["nll_concepts@2"] == pytest.approx(first["nll_pruned@2"], abs=1e-3), (
+        "training starts from hard pruning"
+    )
     losses = [r["loss"] for r in curve(tmp_path)]
     assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
     assert last["nll_pruned@2"] == first["nll_pruned@2"]
