@@ -22,11 +22,12 @@ from compllm_rag.loading import AUTO, shipped_adapter
 from compllm_rag.segmentation import Segmenter
 from compllm_rag.training.cards import write_card
 from compllm_rag.training.compressor_task import CompressorTask, RatesConfig
+from compllm_rag.training.evaluation_guard import refuse_evaluation
 from compllm_rag.training.hub_data import fetch_dataset
 from compllm_rag.training.labels import own_answers, own_instructions
 from compllm_rag.training.live_reader import LiveReader
 from compllm_rag.training.loop import RunConfig, train
-from compllm_rag.training.material import Material, MaterialConfig, refuse_evaluation
+from compllm_rag.training.material import Material, MaterialConfig
 from compllm_rag.training.objective import ObjectiveConfig
 from compllm_rag.training.reader_task import LINEARS, ReaderTask
 

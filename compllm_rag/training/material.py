@@ -9,20 +9,18 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from compllm_rag.config import Frozen
-from compllm_rag.errors import DataFileError, EvaluationDataError
+from compllm_rag.errors import DataFileError
 from compllm_rag.questions import QAPrompt, Question, SourcePassage, read_questions, read_rows
 from compllm_rag.segmentation import Segmenter
+from compllm_rag.training.evaluation_guard import refuse_evaluation, without_evaluation
 from compllm_rag.training.examples import Body, Branch, Example
 
-_EVALUATION = re.compile(r"(^|[^a-z])(eval|evaluation|dev|val|valid|validation|test)([^a-z]|$)", re.IGNORECASE)
-_EVALUATION_FOLDERS = {"eval", "evaluation", "dev", "valid", "validation", "test"}
 _HELD_OUT = 40  # one group of passages in this many is never trained on
 COPY = "Repeat the passage word for word."
 _REMEMBERED = 20_000
@@ -68,7 +66,7 @@ class Material:
         answers: By question id, answers of the target LLM's own (the paper's label-free way) in place of gold ones.
 
     Raises:
-        EvaluationDataError: A file looks like one kept for evaluation.
+        EvaluationDataError: A file is one kept for evaluation, by its name or by what is in it.
         DataFileError: A file cannot be read, or there is nothing to train on.
     """
 
@@ -91,7 +89,9 @@ class Material:
         for path in question_files:
             found = read_questions(path)
             self.skipped += [(f"{path.name}: {name}", why) for name, why in found.skipped]
-            groups += [Group(p, tuple(q)) for p, q in groupby(found.questions, key=lambda question: question.passages)]
+            kept, refused = without_evaluation(found.questions, path)
+            self.skipped += [(f"{path.name}: {name}", "in an evaluation set") for name in refused]
+            groups += [Group(p, tuple(q)) for p, q in groupby(kept, key=lambda question: question.passages)]
         texts = [
             (f"{path.name}/{row.get('id', n)}", str(row["text"]))
             for path in text_files
@@ -217,22 +217,6 @@ class Material:
         for number, (title, body) in enumerate(passages, 1):
             prefix += [self.prompt.marker(number, title), body, self.prompt.gap]
         return Example(tuple(prefix), tuple(branches))
-
-
-def refuse_evaluation(path: Path) -> None:
-    """Raise if a file's name, or its folder's, says that it is kept for evaluation.
-
-    Raises:
-        EvaluationDataError: It does.
-    """
-    folder = path.resolve().parent.name.lower()
-    if _EVALUATION.search(path.name) or folder in _EVALUATION_FOLDERS:
-        raise EvaluationDataError(
-            "training on evaluation data is refused",
-            got=str(path),
-            expected="files of the training parts only",
-            next_step="name other files; rename the file if it truly is training data",
-        )
 
 
 def _held_out(name: str) -> bool:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from compllm_rag.errors import DataFileError, EvaluationDataError
+from compllm_rag.training.evaluation_guard import refuse_evaluation
 from compllm_rag.training.examples import Body
-from compllm_rag.training.material import Material, refuse_evaluation
+from compllm_rag.training.material import Material
 from training_samples import fresh, material, write_world
 
 
@@ -105,3 +106,25 @@ def test_broken_files_and_empty_folders_are_typed_errors(llm, tmp_path: Path) ->
     short.write_text('{"text": "too short"}\n')
     with pytest.raises(DataFileError, match="nothing to train on"):
         Material([], [short], fresh(llm).segmenter)
+
+
+# Questions of SQuAD v1.1 dev with their first answers (CC BY-SA 4.0).
+PUBLISHED = [
+    ("Which NFL team represented the AFC at Super Bowl 50?", "Denver Broncos"),
+    ("Where did Super Bowl 50 take place?", "Santa Clara, California"),
+    ("What color was used to emphasize the 50th anniversary of the Super Bowl?", "gold"),
+]
+
+
+def test_renamed_evaluation_files_are_known_by_what_is_in_them(llm, world: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "mine.jsonl"
+    rows = [{"context": "Denver.", "question": f" {q.upper()}", "answers": [a]} for q, a in PUBLISHED]
+    copied.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(EvaluationDataError, match="3 of 3 questions"):
+        Material([copied], [], fresh(llm).segmenter)
+    other = [
+        {"id": f"o{i}", "context": "Denver.", "question": f"How old is {i}?", "answers": ["4"]} for i in range(200)
+    ]
+    copied.write_text("".join(json.dumps(row) + "\n" for row in [*other, {"id": "x", **rows[0]}]))
+    mine = Material([copied], [], fresh(llm).segmenter)
+    assert mine.skipped == [("mine.jsonl: x", "in an evaluation set")]
