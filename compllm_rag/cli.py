@@ -81,6 +81,8 @@ def ingest(
         ) as index,
     ):
         report = index.ingest(documents, progress=show.ingested, within=paths, prune=prune)
+        if len(index.awaiting):  # uploads that a server left unfinished
+            index.uploads.wait()
     fields = report_fields(report)
     if as_json:
         print_json(fields)

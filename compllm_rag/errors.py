@@ -141,6 +141,10 @@ class StoreFullError(CompLLMError, OSError):
     """The disk or the size limit of the store is reached; nothing was evicted."""
 
 
+class UploadQueueFullError(CompLLMError, BlockingIOError):
+    """The upload queue has no room for more documents now."""
+
+
 class StoreLockedError(CompLLMError, OSError):
     """Another process writes to this storage."""
 

@@ -195,6 +195,28 @@ class Catalog:
         with self.writing():
             pass
 
+    @contextmanager
+    def at_once(self) -> Iterator[sqlite3.Connection | None]:
+        """A change of rows that commits at the end of the block, for threads whose work is nobody else's.
+
+        Yields:
+            The connection to write with; None while there is uncommitted work, which is not ours to commit.
+
+        Raises:
+            StoreLockedError, StoreReadOnlyError, StoreFullError: See `writing`.
+        """
+        with self._guard:
+            if self._uncommitted:
+                yield None
+                return
+            try:
+                with self.writing() as connection:
+                    yield connection
+                self.commit()
+            except BaseException:
+                self.rollback()
+                raise
+
     def vectors(self, *, changing: bool = False) -> FlatVectors:
         """The vectors that belong to the rows; only within `reading` or `writing`.
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from llama_index.core import StorageContext, VectorStoreIndex
 from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -21,6 +21,8 @@ from compllm_rag.errors import CompLLMError, ConfigurationError
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.accounts import Accounts, stats_fields
+from compllm_rag.llamaindex.awaiting import Awaiting
+from compllm_rag.llamaindex.bookkeeping import Bookkeeper
 from compllm_rag.llamaindex.embedding import embedder_identity
 from compllm_rag.llamaindex.ingest import IngestReport, Progress, ingest_documents
 from compllm_rag.llamaindex.kvstore import CatalogKVStore
@@ -28,6 +30,8 @@ from compllm_rag.llamaindex.manifest import Manifest
 from compllm_rag.llamaindex.node_parser import ConceptNodeParser
 from compllm_rag.llamaindex.origins import Origins
 from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer
+from compllm_rag.llamaindex.turns import Turns
+from compllm_rag.llamaindex.uploads import UploadQueue, UploadReceipt
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 from compllm_rag.store.base import ConceptStore
 
@@ -71,8 +75,10 @@ class ConceptIndex(VectorStoreIndex):
         self.faiss = vector_store
         self.parser = ConceptNodeParser(compressor.segmenter, self.config.chunk_size)
         kvstore = CatalogKVStore(vector_store.catalog)
-        self.accounts, self.origins = Accounts(kvstore), Origins(kvstore)
-        self._held = 0
+        self.accounts, self.origins, self.awaiting = Accounts(kvstore), Origins(kvstore), Awaiting(kvstore)
+        vector_store.watched_by(Bookkeeper(self.library, self.accounts, self.awaiting))
+        self._turns = Turns()
+        self._uploads: UploadQueue | None = None
         super().__init__(
             nodes=[],
             embed_model=embedder,
@@ -152,6 +158,27 @@ class ConceptIndex(VectorStoreIndex):
         """
         return ingest_documents(self, documents, progress=progress, within=within, prune=prune)
 
+    @property
+    def uploads(self) -> UploadQueue:
+        """The queue of this index; started on first use, with what earlier processes left to do."""
+        if self._uploads is None:
+            UploadQueue(self)
+        return cast(UploadQueue, self._uploads)
+
+    def attach(self, queue: UploadQueue) -> None:
+        """Make a queue the one of this index; it does so itself.
+
+        Raises:
+            ConfigurationError: There is another.
+        """
+        if self._uploads is not None:
+            raise ConfigurationError("this index has an upload queue already", next_step="use `index.uploads`")
+        self._uploads = queue
+
+    def upload(self, documents: Iterable[Document]) -> UploadReceipt:
+        """Bring documents in without waiting for their concepts; see `UploadQueue.put`."""
+        return self.uploads.put(documents)
+
     def as_query_engine(self, llm: Any = None, **kwargs: Any) -> RetrieverQueryEngine:
         """A query engine that reads concepts.
 
@@ -170,21 +197,24 @@ class ConceptIndex(VectorStoreIndex):
 
     def as_synthesizer(self, **options: Any) -> ConceptSynthesizer:
         """The synthesizer of this index; options as of `ConceptSynthesizer`."""
-        return ConceptSynthesizer(self.library, self.generator, **options)
+        return ConceptSynthesizer(self.library, self.generator, queued=self.awaiting.among, **options)
 
     def _add_nodes_to_index(
-        self, index_struct: IndexDict, nodes: Sequence[BaseNode], show_progress: bool = False, **insert_kwargs: Any
+        self,
+        index_struct: IndexDict,
+        nodes: Sequence[BaseNode],
+        show_progress: bool = False,
+        later: bool = False,
+        **insert_kwargs: Any,
     ) -> None:
-        """Every node that comes in, whatever the way: concepts first, then vector and text."""
+        """Concepts first, unless they are to be made `later`; then vector and text."""
         nodes = list({node.node_id: node for node in nodes}.values())
         with self.bulk():
             if nodes:
                 self.faiss.catalog.claim()  # see `ingest._ingest_batch`
-            self.library.ensure(node.get_content(MetadataMode.NONE) for node in nodes)
-            replaced = self.faiss.get_nodes([node.node_id for node in nodes]) if nodes else []
-            self.accounts.change(self.library, replaced, -1)
+            if not later:
+                self.library.ensure(node.get_content(MetadataMode.NONE) for node in nodes)
             super()._add_nodes_to_index(index_struct, nodes, show_progress, **insert_kwargs)
-            self.accounts.change(self.library, nodes, 1)
 
     async def _async_add_nodes_to_index(
         self, index_struct: IndexDict, nodes: Sequence[BaseNode], show_progress: bool = False, **insert_kwargs: Any
@@ -204,7 +234,6 @@ class ConceptIndex(VectorStoreIndex):
     def delete_nodes(self, node_ids: list[str], delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
         """Delete nodes: vector and text are gone; concepts that others share stay."""
         with self.bulk():
-            self.accounts.change(self.library, self.faiss.get_nodes(node_ids) if node_ids else [], -1)
             super().delete_nodes(node_ids, delete_from_docstore, **delete_kwargs)
 
     async def adelete_nodes(
@@ -243,21 +272,19 @@ class ConceptIndex(VectorStoreIndex):
         """Commit once for everything inside; on an error nothing since the last commit is kept, concepts excepted.
 
         Concepts are known by their content, so those made before an error or a Ctrl-C are right, and save the next
-        run their work.
+        run their work. Threads take turns; what is called from within the block belongs to it.
         """
-        self._held += 1
-        try:
-            yield
-            if self._held == 1:
-                self.commit()
-        except BaseException:
-            if self._held == 1:
-                self.faiss.rollback()
-                with contextlib.suppress(CompLLMError):
-                    self.store.flush()
-            raise
-        finally:
-            self._held -= 1
+        with self._turns.taken() as outermost:
+            try:
+                yield
+                if outermost:
+                    self.commit()
+            except BaseException:
+                if outermost:
+                    self.faiss.rollback()
+                    with contextlib.suppress(CompLLMError):
+                        self.store.flush()
+                raise
 
     def commit(self) -> None:
         """Make everything durable: concepts first, then vectors and text together, in one step."""
@@ -297,8 +324,14 @@ class ConceptIndex(VectorStoreIndex):
         documents, total = self.accounts.total()
         return stats_fields(documents, total, self.store.stats(), self.manifest)
 
-    def close(self) -> None:
-        """Close files; what was not committed is dropped."""
+    def close(self, *, drain: bool = False) -> None:
+        """Close files; what was not committed is dropped.
+
+        Args:
+            drain: Wait until all that was uploaded has its concepts; else the next open goes on with it.
+        """
+        if self._uploads is not None:
+            self._uploads.close(drain=drain)
         self.faiss.close()
         self.store.close()
 

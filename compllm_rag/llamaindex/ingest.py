@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -112,7 +112,7 @@ def _ingest_batch(index: ConceptIndex, documents: list[Document], report: Ingest
         index.faiss.catalog.claim()
     nodes = index.parser.get_nodes_from_documents(changed)
     made = index.library.ensure(node.get_content(MetadataMode.NONE) for node in nodes)
-    _replace(index, changed, nodes)
+    replace_documents(index, changed, nodes)
     for document in documents:
         index.origins.record(document)
     totals = [index.accounts.of_document(d.id_) for d in documents]
@@ -130,12 +130,23 @@ def _ingest_batch(index: ConceptIndex, documents: list[Document], report: Ingest
     )
 
 
-def _replace(index: ConceptIndex, changed: list[Document], nodes: list[BaseNode]) -> None:
-    """Nodes carry the identity of their text, so those of a changed document that stayed are left alone."""
+def replace_documents(
+    index: ConceptIndex, changed: Sequence[Document], nodes: Sequence[BaseNode], *, later: bool = False
+) -> None:
+    """Put nodes in the place of those their documents had, and remember the documents' hashes.
+
+    Nodes carry the identity of their text, so those of a changed document that stayed are left alone.
+
+    Args:
+        index: Where they lie.
+        changed: The documents, new or changed.
+        nodes: Their nodes.
+        later: Leave the concepts to be made later.
+    """
     keep = {node.node_id for node in nodes}
     present = {node_id for d in changed for node_id in index.faiss.node_ids(d.id_)}
     index.delete_nodes(sorted(present - keep))
-    index.insert_nodes([node for node in nodes if node.node_id not in present])
+    index.insert_nodes([node for node in nodes if node.node_id not in present], later=later)
     for document in changed:
         index.docstore.set_document_hash(document.id_, document.hash)
 

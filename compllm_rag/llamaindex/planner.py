@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llama_index.core.llms.llm import LLM
 
 Chooser = Callable[[NodeWithScore], Mode]
+Queued = Callable[[Sequence[str]], Collection[str]]
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Planner:
         missing: What to do when concepts are not stored.
         overflow: Drop the nodes of lowest rank that do not fit (and say so), or raise.
         choose: Decides for each node by itself.
+        queued: Tells which of some node ids have concepts in the making; those are read as text meanwhile.
     """
 
     def __init__(
@@ -100,8 +102,10 @@ class Planner:
         missing: MissingPolicy = "recompress",
         overflow: OverflowPolicy = "drop",
         choose: Chooser | None = None,
+        queued: Queued | None = None,
     ) -> None:
         self.library, self.mode, self.missing, self.overflow, self.choose = library, mode, missing, overflow, choose
+        self.queued = queued
         self.template = PromptTemplate(library.compressor.llm.tokenizer)
 
     def plan(self, messages: Sequence[Message], nodes: Sequence[NodeWithScore], budget: int) -> PlannedPrompt:
@@ -127,8 +131,10 @@ class Planner:
             )
         spans: list[Span] = []
         facts: list[NodeFacts] = []
+        queued = self.queued([node.node.node_id for node in nodes]) if self.queued else ()
         for i, node in enumerate(nodes):
-            passage, fact = self._passage(node, i, clock)
+            missing: MissingPolicy = "text" if node.node.node_id in queued else self.missing
+            passage, fact = self._passage(node, i, clock, missing)
             if fact.positions > left:
                 break
             left -= fact.positions
@@ -146,14 +152,16 @@ class Planner:
         used = list(nodes[: len(facts)])
         return PlannedPrompt(plan, used, facts, dropped, clock.fetch_s, clock.compress_s, clock.layout_s())
 
-    def _passage(self, node: NodeWithScore, i: int, clock: _Clock) -> tuple[list[Span], NodeFacts]:
+    def _passage(
+        self, node: NodeWithScore, i: int, clock: _Clock, missing: MissingPolicy
+    ) -> tuple[list[Span], NodeFacts]:
         text = node.node.get_content(metadata_mode=MetadataMode.NONE)
         mode = self.choose(node) if self.choose else self.mode
         hits = misses = 0
         body: Span | None = None
         if mode == "concepts":
             begun = time.perf_counter()
-            fetched = self.library.fetch(text, missing=self.missing)
+            fetched = self.library.fetch(text, missing=missing)
             clock.fetch_s += time.perf_counter() - begun - fetched.compress_s
             clock.compress_s += fetched.compress_s
             hits, misses = fetched.hits, fetched.misses

@@ -247,6 +247,7 @@ def _complete(index: ConceptIndex, progress: Progress | None) -> tuple[list[str]
             index.delete_ref_doc(doc_id)
         total, done, compressed = index.faiss.n_nodes, 0, 0
         index.accounts.clear()
+        index.awaiting.clear()
         for nodes in index.faiss.iter_pages():
             compressed += index.library.ensure(node.get_content(MetadataMode.NONE) for node in nodes).compressed
             index.accounts.change(index.library, nodes, 1)

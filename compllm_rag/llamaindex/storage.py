@@ -20,12 +20,14 @@ from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM, GenerationConfig, 
 from compllm_rag.errors import CompLLMError, ConfigurationError, StorageMismatchError, StorageNotFoundError
 from compllm_rag.llamaindex.accounts import Accounts, stats_fields
 from compllm_rag.llamaindex.adapter_files import COMPRESSOR, FILES_KEY, READER, adapter_digests
+from compllm_rag.llamaindex.awaiting import count_awaited
 from compllm_rag.llamaindex.catalog_database import connected
 from compllm_rag.llamaindex.catalog_faults import damaged
 from compllm_rag.llamaindex.embedding import embedder_identity, load_embedder
 from compllm_rag.llamaindex.kvstore import CatalogKVStore
 from compllm_rag.llamaindex.manifest import META_KEY, Manifest
 from compllm_rag.llamaindex.references import count_keys
+from compllm_rag.llamaindex.uploads import UploadQueue
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 from compllm_rag.llamaindex.verification import CATALOG, CONCEPTS, require_storage
 from compllm_rag.loading import AUTO, load_compressor_for, shipped_adapter
@@ -51,6 +53,7 @@ def create_index(
     namespace: str | None = None,
     generation: GenerationConfig | None = None,
     progress: Callable[[str, float | None], None] | None = None,
+    resume: bool = True,
     **model_options: Any,
 ) -> Index:
     """Make an empty storage, or open an existing one for writing.
@@ -67,6 +70,7 @@ def create_index(
         namespace: Tenant.
         generation: Limits of the answers.
         progress: Called with messages while models are fetched.
+        resume: See `load_index`.
         **model_options: `dtype`, `device`, `cache_dir`, `offline` of `TargetLLM.from_pretrained`.
 
     Raises:
@@ -87,6 +91,7 @@ def create_index(
             compressor=compressor if isinstance(compressor, Compressor) else None,
             generation=generation,
             progress=progress,
+            resume=resume,
             expect={"rate": rate, "chunk_size": chunk_size, "namespace": namespace},
             **model_options,
         )
@@ -126,6 +131,7 @@ def load_index(
     progress: Callable[[str, float | None], None] | None = None,
     expect: dict[str, Any] | None = None,
     complete: bool = True,
+    resume: bool = True,
     **model_options: Any,
 ) -> Index:
     """Open a storage that exists.
@@ -141,6 +147,7 @@ def load_index(
         progress: Called with messages while models are fetched.
         expect: Settings that must be the storage's own.
         complete: Refuse a concept store that holds fewer records than text refers to; repair does not.
+        resume: Go on, in the background, with uploads that an earlier process left without concepts.
         **model_options: `dtype`, `device`, `cache_dir`, `offline` of `TargetLLM.from_pretrained`.
 
     Raises:
@@ -162,7 +169,10 @@ def load_index(
     except CompLLMError:
         vectors.close()
         raise
-    return _join(cls, made, store, vectors, embed, manifest, generation, folder)
+    index = _join(cls, made, store, vectors, embed, manifest, generation, folder)
+    if resume and complete and not read_only and len(index.awaiting):
+        UploadQueue(index)
+    return index
 
 
 def storage_stats(folder: Path) -> dict[str, Any]:
@@ -198,7 +208,7 @@ def read_manifest(folder: Path) -> Manifest:
 def _check_complete(vectors: FaissTextVectorStore, store: DiskStore) -> None:
     for _ in range(_LOOKS):
         with vectors.catalog.reading() as connection:
-            referred = count_keys(connection)
+            referred = count_keys(connection) - count_awaited(connection)
         records = store.stats().records
         if records >= referred:
             return

@@ -33,7 +33,7 @@ from compllm_rag.generation.base import Generation, TokenStream
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.llm import ConceptLLM
-from compllm_rag.llamaindex.planner import Chooser, PlannedPrompt, Planner, messages_of
+from compllm_rag.llamaindex.planner import Chooser, PlannedPrompt, Planner, Queued, messages_of
 from compllm_rag.llamaindex.streams import in_thread
 from compllm_rag.questions import SYSTEM
 
@@ -62,6 +62,7 @@ class ConceptSynthesizer(BaseSynthesizer):
         missing: What to do when concepts are not stored: `recompress`, `text` or `error`.
         overflow: What to do when passages do not fit the window: `drop` the last ones and report it, or `error`.
         choose: Decides text or concepts for each node by itself.
+        queued: Tells which of some node ids have concepts in the making; those are read as text meanwhile.
         streaming: Give out a stream.
         generation: Limits of the answer; None takes the generator's.
         callback_manager: LlamaIndex's.
@@ -77,13 +78,14 @@ class ConceptSynthesizer(BaseSynthesizer):
         missing: MissingPolicy = "recompress",
         overflow: OverflowPolicy = "drop",
         choose: Chooser | None = None,
+        queued: Queued | None = None,
         streaming: bool = False,
         generation: GenerationConfig | None = None,
         callback_manager: CallbackManager | None = None,
     ) -> None:
         self._generator = generator or LocalGenerator(library.compressor.llm)
         super().__init__(llm=ConceptLLM(self._generator), callback_manager=callback_manager, streaming=streaming)
-        self._planner = Planner(library, mode=mode, missing=missing, overflow=overflow, choose=choose)
+        self._planner = Planner(library, mode=mode, missing=missing, overflow=overflow, choose=choose, queued=queued)
         self._template = text_qa_template or DEFAULT_TEMPLATE
         self._generation = generation or self._generator.config
 

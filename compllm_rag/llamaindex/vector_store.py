@@ -10,7 +10,7 @@ import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import fsspec  # type: ignore[import-untyped, unused-ignore]
 import numpy as np
@@ -31,6 +31,20 @@ from compllm_rag.llamaindex.catalog import Catalog
 from compllm_rag.llamaindex.filters import matches
 from compllm_rag.llamaindex.flat_vectors import FlatVectors, unit_vector
 from compllm_rag.llamaindex.node_rows import StoredNode, encode_node
+
+
+class NodeWatch(Protocol):
+    """Told of every node that comes or goes, in the step that writes it; what it raises undoes the step."""
+
+    def coming(self, nodes: Sequence[BaseNode]) -> None:
+        """Nodes are added."""
+
+    def going(self, nodes: Sequence[BaseNode]) -> None:
+        """Nodes are deleted or replaced."""
+
+    def cleared(self) -> None:
+        """All nodes are deleted."""
+
 
 _WIDEN = 4  # how much further each search looks while filters leave too few
 
@@ -54,6 +68,7 @@ class FaissTextVectorStore(BasePydanticVectorStore):
     is_embedding_query: bool = True
     dim: int
     _catalog: Catalog = PrivateAttr()
+    _watch: NodeWatch | None = PrivateAttr(default=None)
 
     def __init__(self, dim: int = 384, *, catalog: Catalog | None = None) -> None:
         made = Catalog.in_memory(dim) if catalog is None else catalog
@@ -101,6 +116,10 @@ class FaissTextVectorStore(BasePydanticVectorStore):
         """How many documents they come from."""
         return self._count("count(DISTINCT ref_doc_id)")
 
+    def watched_by(self, watch: NodeWatch) -> None:
+        """From now on tell `watch` of every node that comes or goes."""
+        self._watch = watch
+
     def add(self, nodes: Sequence[BaseNode], **add_kwargs: Any) -> list[str]:
         """Add nodes with their embeddings, all or none. A node whose id is there already is replaced.
 
@@ -118,8 +137,10 @@ class FaissTextVectorStore(BasePydanticVectorStore):
             units = np.stack([self._unit(node) for node in latest])
             with self._catalog.writing() as connection:
                 replaced = node_rows.ids_where(connection, "node_id", [row.node_id for row in rows])
-                node_rows.delete_rows(connection, replaced)
+                self._take_away(connection, replaced)
                 ids = node_rows.write_rows(connection, rows)
+                if self._watch is not None:
+                    self._watch.coming(latest)
                 vectors = self._catalog.vectors(changing=True)
                 vectors.remove(replaced)
                 vectors.add(ids, units)
@@ -149,6 +170,8 @@ class FaissTextVectorStore(BasePydanticVectorStore):
         """Delete all nodes. Settings and other collections of the catalog stay; ids are not used again."""
         with self._catalog.writing() as connection:
             connection.execute("DELETE FROM nodes")
+            if self._watch is not None:
+                self._watch.cleared()
             self._catalog.vectors(changing=True).clear()
 
     def get_nodes(self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None) -> list[BaseNode]:
@@ -298,8 +321,13 @@ class FaissTextVectorStore(BasePydanticVectorStore):
 
     def _drop(self, connection: sqlite3.Connection, ids: Sequence[int]) -> None:
         if ids:
-            node_rows.delete_rows(connection, ids)
+            self._take_away(connection, ids)
             self._catalog.vectors(changing=True).remove(ids)
+
+    def _take_away(self, connection: sqlite3.Connection, ids: Sequence[int]) -> None:
+        if ids and self._watch is not None:
+            self._watch.going([row.node() for row in node_rows.read_ids(connection, ids).values()])
+        node_rows.delete_rows(connection, ids)
 
     def _select(
         self, connection: sqlite3.Connection, node_ids: list[str] | None, filters: MetadataFilters | None

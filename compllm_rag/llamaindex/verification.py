@@ -19,6 +19,7 @@ import numpy as np
 from compllm_rag.errors import CompLLMError, CorruptRecordError, StorageNotFoundError, UnsupportedFormatError
 from compllm_rag.llamaindex import node_rows
 from compllm_rag.llamaindex.adapter_files import FILES_KEY, damaged_adapters
+from compllm_rag.llamaindex.awaiting import awaited_keys
 from compllm_rag.llamaindex.catalog_database import connected, has_tables, read_state
 from compllm_rag.llamaindex.generations import GenerationFiles
 from compllm_rag.llamaindex.manifest import META_KEY, Manifest
@@ -65,6 +66,7 @@ class StorageCheck:
         findings: The first hundred things that are wrong.
         n_findings: How many there are.
         seconds: Wall time.
+        segments_awaiting: Segments of uploads that are still to be compressed.
     """
 
     deep: bool
@@ -79,6 +81,7 @@ class StorageCheck:
     findings: list[Finding] = field(default_factory=list)
     n_findings: int = 0
     seconds: float = 0.0
+    segments_awaiting: int = 0
 
     @property
     def sound(self) -> bool:
@@ -275,7 +278,7 @@ def _check_concepts(
                 made.add("concepts", damage.what, damage.key)
             missing = _check_references(connection, store, made)
             if is_counted(connection) and not check.damage:
-                made.dead_records = made.records - made.segments + missing
+                made.dead_records = made.records - made.segments + missing + made.segments_awaiting
     except UnsupportedFormatError:
         raise
     except CompLLMError as error:
@@ -287,9 +290,12 @@ def _check_references(connection: sqlite3.Connection, store: ConceptStore, made:
     missing, first = 0, None
     if not is_counted(connection):
         return 0
+    awaited = awaited_keys(connection)
     for keys in referred_keys(connection):
         absent = [key for key, there in zip(keys, store.contains(keys), strict=True) if not there]
-        missing, first = missing + len(absent), first or next(iter(absent), None)
+        lost = [key for key in absent if key not in awaited]
+        made.segments_awaiting += len(absent) - len(lost)
+        missing, first = missing + len(lost), first or next(iter(lost), None)
     if missing:
         made.add("concepts", f"{missing} segments that text refers to have no record", first)
     return missing

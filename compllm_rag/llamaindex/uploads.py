@@ -1,0 +1,278 @@
+"""Uploads: documents that are searchable at once and get their concepts in the background.
+
+A document's text and vectors are committed before `put` returns, with a note of the chunks that lack concepts (see
+`awaiting`). Workers make these; a query that comes first reads such a chunk as text. The queue holds ids only, and
+nothing that the catalog does not know: a process may end at any time, and the next one to open the storage goes on.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llama_index.core.schema import Document, MetadataMode
+
+from compllm_rag.errors import (
+    CompLLMError,
+    ConfigurationError,
+    StoreLockedError,
+    StoreReadOnlyError,
+    UploadQueueFullError,
+)
+from compllm_rag.llamaindex.ingest import replace_documents
+
+if TYPE_CHECKING:
+    from compllm_rag.llamaindex.index import ConceptIndex
+
+logger = logging.getLogger(__name__)
+
+_AT_ONCE = 32  # chunks compressed between two flushes: fills batches, and bounds how long a stop takes
+_RETRY_S = 0.2  # another process writes: it will be done some time
+
+
+@dataclass(frozen=True)
+class UploadReceipt:
+    """What an upload brought in.
+
+    Attributes:
+        documents: Documents met.
+        documents_changed: Those that were new or differed.
+        chunks: Chunks of those.
+        chunks_queued: Chunks that are read as text until their concepts are made.
+    """
+
+    documents: int
+    documents_changed: int
+    chunks: int
+    chunks_queued: int
+
+
+@dataclass(frozen=True)
+class UploadStatus:
+    """How far the queue is.
+
+    Attributes:
+        documents: Documents that wait, wholly or in part.
+        chunks: Chunks that wait or are being compressed.
+        chunks_done: Chunks that got their concepts from this queue.
+        failed: Why chunks could not be compressed, by node id; the next open tries them again.
+    """
+
+    documents: int
+    chunks: int
+    chunks_done: int
+    failed: dict[str, Exception]
+
+
+class UploadQueue:
+    """A bounded queue of documents with threads that compress. An index has one at most: `ConceptIndex.uploads`.
+
+    It begins with what earlier processes left to do.
+
+    Args:
+        index: Where documents go.
+        workers: Threads that compress. One keeps a CPU or a GPU busy.
+        max_documents: Most documents that may wait for their concepts.
+
+    Raises:
+        ConfigurationError: A number makes no sense, or the index has a queue already.
+        StoreReadOnlyError: The storage was opened for reading.
+    """
+
+    def __init__(self, index: ConceptIndex, *, workers: int = 1, max_documents: int = 1000) -> None:
+        for name, value in (("workers", workers), ("max_documents", max_documents)):
+            if value < 1:
+                raise ConfigurationError(f"{name} makes no sense", got=value, expected="at least 1")
+        if index.faiss.catalog.read_only:
+            raise StoreReadOnlyError("uploads need a storage that can be written", next_step="open it for writing")
+        self._index, self._max = index, max_documents
+        self._changed = threading.Condition()
+        self._waiting: deque[tuple[str, list[str]]] = deque()  # document and nodes
+        self._left: dict[str, int] = {}  # nodes of each document, those being compressed included
+        self._done = 0
+        self._finished: set[str] = set()  # have their concepts; the catalog is still to be told
+        self._failed: dict[str, Exception] = {}
+        self._stopping = self._draining = False
+        index.attach(self)
+        awaiting = index.awaiting.nodes()
+        self._finished.update(node_id for node_id, doc_id in awaiting.items() if doc_id is None)
+        self._enqueue((doc_id, node_id) for node_id, doc_id in awaiting.items() if doc_id is not None)
+        self._running = workers
+        self._threads = [
+            threading.Thread(target=self._work, name=f"compllm-upload-{number}", daemon=True)
+            for number in range(workers)
+        ]
+        atexit.register(self.close)
+        for thread in self._threads:
+            thread.start()
+
+    def put(self, documents: Iterable[Document]) -> UploadReceipt:
+        """Bring documents in; they are found from now on, and read as text until their concepts are made.
+
+        All of them or, when this raises, none. Of several with the same id the last one counts.
+
+        Raises:
+            UploadQueueFullError: More documents would wait than `max_documents`; nothing was brought in.
+            ConfigurationError: The queue is closed.
+            StoreLockedError: Another process writes.
+            StoreReadOnlyError: The storage was opened for reading.
+        """
+        index, given = self._index, {document.id_: document for document in documents}
+        with index.bulk():
+            changed = [d for d in given.values() if index.docstore.get_document_hash(d.id_) != d.hash]
+            self._check_room(len(changed))
+            nodes = index.parser.get_nodes_from_documents(changed)
+            if changed:
+                replace_documents(index, changed, nodes, later=True)
+            queued = index.awaiting.among([node.node_id for node in nodes])
+            # Still in our turn: nobody else must find room that is taken.
+            self._enqueue((n.ref_doc_id or n.node_id, n.node_id) for n in nodes if n.node_id in queued)
+        return UploadReceipt(len(given), len(changed), len(nodes), len(queued))
+
+    def _check_room(self, documents: int) -> None:
+        with self._changed:
+            waiting = len(self._left)
+            if self._stopping:
+                raise ConfigurationError("the upload queue is closed", next_step="open the storage again")
+            if documents and waiting + documents > self._max:
+                raise UploadQueueFullError(
+                    "the upload queue is full; nothing was brought in",
+                    got=f"{documents} documents while {waiting} wait for their concepts",
+                    expected=f"at most {self._max} in all (max_documents)",
+                    next_step="upload again later or fewer at once, wait() until the queue is done, or use ingest()",
+                )
+
+    def _enqueue(self, nodes: Iterable[tuple[str, str]]) -> None:
+        by_document: dict[str, list[str]] = {}
+        for doc_id, node_id in nodes:
+            by_document.setdefault(doc_id, []).append(node_id)
+        with self._changed:
+            for doc_id, node_ids in by_document.items():
+                self._waiting.append((doc_id, node_ids))
+                self._left[doc_id] = self._left.get(doc_id, 0) + len(node_ids)
+            self._changed.notify_all()
+
+    def status(self) -> UploadStatus:
+        """How far the queue is."""
+        with self._changed:
+            return UploadStatus(len(self._left), sum(self._left.values()), self._done, dict(self._failed))
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until nothing waits any more.
+
+        Args:
+            timeout: Seconds to wait at most; None for no limit.
+
+        Returns:
+            Whether every chunk has its concepts: false when time ran out, or chunks failed (see `status`).
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            idle = self._changed.wait_for(
+                lambda: not self._left or not self._running, None if deadline is None else deadline - time.monotonic()
+            )
+            whole = idle and not self._left and not self._failed
+        self._tell_catalog()
+        return whole
+
+    def close(self, *, drain: bool = False) -> None:
+        """Stop the workers. What was not compressed is found again when the storage is opened next.
+
+        Args:
+            drain: Let them finish what waits; else only what they are at.
+        """
+        with self._changed:
+            self._stopping, self._draining = True, drain
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        atexit.unregister(self.close)
+        self._tell_catalog()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                # Not for ever where the catalog could not be told yet.
+                patience = _RETRY_S if self._finished else None
+                if not self._changed.wait_for(lambda: self._waiting or self._stopping, patience):
+                    taken = []
+                elif self._stopping and not (self._draining and self._waiting):
+                    self._running -= 1
+                    self._changed.notify_all()
+                    return
+                else:
+                    taken = self._take()
+            if not taken:
+                self._tell_catalog()
+                continue
+            self._compress([node_id for _, node_ids in taken for node_id in node_ids])
+            with self._changed:
+                for doc_id, node_ids in taken:
+                    self._left[doc_id] -= len(node_ids)
+                    if not self._left[doc_id]:
+                        del self._left[doc_id]
+                self._changed.notify_all()
+
+    def _take(self) -> list[tuple[str, list[str]]]:
+        taken, room = list[tuple[str, list[str]]](), _AT_ONCE
+        while self._waiting and room:
+            doc_id, node_ids = self._waiting.popleft()
+            if len(node_ids) > room:
+                self._waiting.appendleft((doc_id, node_ids[room:]))
+            taken.append((doc_id, node_ids[:room]))
+            room -= len(taken[-1][1])
+        return taken
+
+    def _compress(self, node_ids: Sequence[str]) -> None:
+        """Make concepts of some nodes; what fails is tried alone, and noted when it fails again."""
+        try:
+            while not self._make(node_ids):
+                with self._changed:
+                    if self._stopping and not self._draining:
+                        return
+                    self._changed.wait(_RETRY_S)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the worker has to go on with the next
+            if len(node_ids) > 1:
+                for node_id in node_ids:
+                    self._compress([node_id])
+                return
+            logger.warning("concepts of chunk %s could not be made, it is read as text: %s", node_ids[0], error)
+            with self._changed:
+                self._failed[node_ids[0]] = error
+            return
+        with self._changed:
+            self._finished.update(node_ids)
+            self._done += len(node_ids)
+            for node_id in node_ids:
+                self._failed.pop(node_id, None)
+        self._tell_catalog()
+
+    def _make(self, node_ids: Sequence[str]) -> bool:
+        """Compress and flush; false when another process writes."""
+        try:
+            nodes = self._index.faiss.get_nodes(list(node_ids))  # those that were deleted meanwhile are left out
+            self._index.library.ensure(node.get_content(metadata_mode=MetadataMode.NONE) for node in nodes)
+            self._index.store.flush()
+        except StoreLockedError:
+            return False
+        return True
+
+    def _tell_catalog(self) -> None:
+        """Take the notes of finished nodes out of the catalog, unless somebody writes: then at some later time."""
+        with self._changed:
+            finished = set(self._finished)
+        if not finished:
+            return
+        try:
+            told = self._index.awaiting.forget_at_once(finished)
+        except CompLLMError:  # the notes do no harm: who finds them finds the concepts as well
+            return
+        if told:
+            with self._changed:
+                self._finished -= finished
