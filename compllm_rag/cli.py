@@ -49,6 +49,9 @@ def ingest(
     embedder: Annotated[str | None, typer.Option(help=f"Retrieval embedder. Default: {DEFAULT_EMBEDDER}.")] = None,
     rate: Annotated[float | None, typer.Option(help="Compression rate: source tokens per concept. Default: 2.")] = None,
     chunk_size: Annotated[int | None, typer.Option(help="Tokens per chunk, about. Default: 200.")] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="How concepts are kept: fp16, int8 (half the bytes) or int4 (a quarter) [fp16].")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     prune: Annotated[
         bool, typer.Option("--prune", help="Delete documents ingested from these paths that are not there any more.")
@@ -76,6 +79,7 @@ def ingest(
             embedder=embedder,
             rate=rate,
             chunk_size=chunk_size,
+            encoding=encoding,
             dtype=dtype,
             offline=offline,
         ) as index,

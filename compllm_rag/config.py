@@ -17,6 +17,7 @@ DEFAULT_EMBEDDER = "all-minilm-l6-v2"
 Mode = Literal["concepts", "text"]
 MissingPolicy = Literal["recompress", "text", "error"]
 OverflowPolicy = Literal["drop", "error"]
+EncodingName = Literal["fp16", "int8", "int4"]
 
 
 Settings = TypeVar("Settings", bound="Frozen")
@@ -75,6 +76,7 @@ class IngestConfig(Frozen):
     rate: float = Field(default=2.0, ge=1.0, description="source tokens per concept")
     chunk_size: int = Field(default=200, ge=20, description="target tokens of a chunk, about")
     namespace: str = Field(default="default", min_length=1, max_length=200)
+    encoding: EncodingName = Field(default="fp16", description="how the store writes concepts")
 
 
 class GenerationConfig(Frozen):

@@ -222,12 +222,12 @@ class ConceptLibrary:
             self.store.put(made.items())
             # A server that answers for weeks must not keep the writer's lock in between.
             self.store.flush()
-        parts = [
-            made[key] if concepts is None else concepts.float()
-            for key, concepts in zip(passage.keys, found, strict=True)
-        ]
         # Through the storage's precision, so that the answer is the same now and when read back next time.
-        return torch.cat(parts).half()
+        rounded = {key: self.store.encoding.rounded(concepts) for key, concepts in made.items()}
+        parts = [
+            rounded[key] if concepts is None else concepts for key, concepts in zip(passage.keys, found, strict=True)
+        ]
+        return torch.cat(parts)
 
 
 def _largest(concepts: torch.Tensor) -> float:

@@ -32,6 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--embedder", help=f"the same for the embedder (default: {DEFAULT_EMBEDDER})")
     parser.add_argument("--rate", type=float, help="source tokens per concept (default: 2)")
     parser.add_argument("--chunk-size", type=int, help="tokens per chunk, about (default: 200)")
+    parser.add_argument("--encoding", choices=("fp16", "int8", "int4"), help="how concepts are kept (default: fp16)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", help="a torch device (default: a GPU where there is one)")
     parser.add_argument("--log", type=Path, help="append one line of JSON after each batch")
@@ -64,6 +65,7 @@ def run(args: argparse.Namespace) -> IngestReport:
             embedder=args.embedder,
             rate=args.rate,
             chunk_size=args.chunk_size,
+            encoding=args.encoding,
             dtype=args.dtype,
             device=args.device,
             progress=show.fetching,

@@ -102,6 +102,7 @@ def stats_fields(documents: int, total: Account, stored: StoreStats, manifest: M
         "concepts": total.concepts,
         "achieved_rate": total.source_tokens / total.concepts if total.concepts else None,
         "concept_bytes": stored.payload_bytes,
+        "encoding": stored.encoding,
         "bytes_per_source_token": stored.payload_bytes / total.source_tokens if total.source_tokens else None,
         "fingerprint": manifest.fingerprint,
         "llm": manifest.llm,

@@ -107,7 +107,7 @@ def repair_storage(
     with _rows(path) as connection:
         chunks_lost, reembedded = _repair_rows(path, manifest, connection, embed, progress)
     known = {name: value for name, value in model_options.items() if name in ("device", "cache_dir", "offline")}
-    dropped = _repair_store(path, own.hidden_size)
+    dropped = _repair_store(path, manifest)
     with load_index(
         ConceptIndex, path, compressor=own, embedder=embedder, progress=progress, complete=False, **known
     ) as index:
@@ -217,11 +217,11 @@ def _embed(vectors: FlatVectors, page: list[StoredNode], embed: BaseEmbedding, d
     vectors.add([row.id for row in page], np.stack(made))
 
 
-def _repair_store(folder: Path, hidden_size: int) -> int:
+def _repair_store(folder: Path, manifest: Manifest) -> int:
     """Drop damaged concept records; a store that cannot be opened is put aside for a new one."""
-    concepts = folder / CONCEPTS
+    concepts, encoding = folder / CONCEPTS, manifest.ingest.encoding
     try:
-        with DiskStore(concepts, hidden_size=hidden_size, counted=False) as store:
+        with DiskStore(concepts, hidden_size=manifest.hidden_size, encoding=encoding, counted=False) as store:
             check = store.verify(deep=True)
             if check.index_damaged:
                 raise CorruptRecordError("the index of the concept store is damaged")
@@ -233,7 +233,7 @@ def _repair_store(folder: Path, hidden_size: int) -> int:
         number = len(list(folder.glob(f"{_ASIDE}*")))
         if concepts.exists():
             concepts.rename(folder / f"{_ASIDE}{number}")
-        DiskStore(concepts, hidden_size=hidden_size).close()
+        DiskStore(concepts, hidden_size=manifest.hidden_size, encoding=encoding).close()
         return 0
 
 

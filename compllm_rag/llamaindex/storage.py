@@ -51,6 +51,7 @@ def create_index(
     rate: float | None = None,
     chunk_size: int | None = None,
     namespace: str | None = None,
+    encoding: str | None = None,
     generation: GenerationConfig | None = None,
     progress: Callable[[str, float | None], None] | None = None,
     resume: bool = True,
@@ -68,6 +69,7 @@ def create_index(
         rate: Source tokens per concept; None takes 2.
         chunk_size: Target tokens per chunk, about; None takes 200.
         namespace: Tenant.
+        encoding: How concepts are kept: `fp16`, `int8` or `int4`; None takes fp16. No part of their identity.
         generation: Limits of the answers.
         progress: Called with messages while models are fetched.
         resume: See `load_index`.
@@ -92,10 +94,10 @@ def create_index(
             generation=generation,
             progress=progress,
             resume=resume,
-            expect={"rate": rate, "chunk_size": chunk_size, "namespace": namespace},
+            expect={"rate": rate, "chunk_size": chunk_size, "namespace": namespace, "encoding": encoding},
             **model_options,
         )
-    config = _config(rate=rate, chunk_size=chunk_size, namespace=namespace)
+    config = _config(rate=rate, chunk_size=chunk_size, namespace=namespace, encoding=encoding)
     made = (
         compressor
         if isinstance(compressor, Compressor)
@@ -108,11 +110,12 @@ def create_index(
     dimension = len(embed.get_text_embedding("dimension"))
     manifest = Manifest.of(made, source, identity, dimension, config)
     if folder is None:
-        vectors, store = FaissTextVectorStore(dim=dimension), MemoryStore(made.hidden_size)
-        return _join(cls, made, store, vectors, embed, manifest, generation, None)
+        memory = MemoryStore(made.hidden_size, encoding=config.encoding)
+        vectors = FaissTextVectorStore(dim=dimension)
+        return _join(cls, made, memory, vectors, embed, manifest, generation, None)
     vectors = _new_vectors(folder, dimension)
     _keep_adapters(folder, made, llm or DEFAULT_LLM, reader)
-    disk = DiskStore(folder / CONCEPTS, hidden_size=made.hidden_size)
+    disk = DiskStore(folder / CONCEPTS, hidden_size=made.hidden_size, encoding=config.encoding)
     vectors.catalog.set_meta(FILES_KEY, adapter_digests(folder))
     vectors.catalog.set_meta(META_KEY, manifest.model_dump_json())
     vectors.commit()
@@ -163,7 +166,12 @@ def load_index(
         made = compressor or load_own_compressor(folder, manifest, llm, progress, model_options)
         manifest.check_compressor(made.fingerprint, made.llm.source)
         embed = load_embedder_of(manifest, embedder, progress, model_options)
-        store = DiskStore(folder / CONCEPTS, hidden_size=made.hidden_size, read_only=read_only)
+        store = DiskStore(
+            folder / CONCEPTS,
+            hidden_size=made.hidden_size,
+            read_only=read_only,
+            encoding=manifest.ingest.encoding,
+        )
         if complete:
             _check_complete(vectors, store)
     except CompLLMError:

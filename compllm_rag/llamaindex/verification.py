@@ -271,7 +271,13 @@ def _check_concepts(
 ) -> None:
     made.segments = count_keys(connection)
     try:
-        with DiskStore(folder / CONCEPTS, hidden_size=manifest.hidden_size, read_only=True, counted=False) as store:
+        with DiskStore(
+            folder / CONCEPTS,
+            hidden_size=manifest.hidden_size,
+            read_only=True,
+            encoding=manifest.ingest.encoding,
+            counted=False,
+        ) as store:
             check: StoreCheck = store.verify(deep=made.deep, progress=progress)
             made.records, made.pack_bytes, made.dead_bytes = check.sound.records, check.pack_bytes, check.dead_bytes
             for damage in check.damage:

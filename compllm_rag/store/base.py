@@ -17,6 +17,7 @@ import torch
 
 from compllm_rag.errors import ConfigurationError, InvalidConceptsError
 from compllm_rag.store.codec import Encoding
+from compllm_rag.store.encodings import FP16
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 
@@ -31,6 +32,7 @@ class StoreStats:
         payload_bytes: Bytes of their encoded concepts, headers and index not counted.
         hits: Keys found by `get` and `get_joined` of this instance.
         misses: Keys they did not find.
+        encoding: How concepts are written.
     """
 
     records: int
@@ -38,6 +40,7 @@ class StoreStats:
     payload_bytes: int
     hits: int
     misses: int
+    encoding: str = FP16.name
 
 
 class ConceptStore(ABC):
@@ -46,10 +49,12 @@ class ConceptStore(ABC):
     Attributes:
         hidden_size: Width of every concept, that of the target LLM's input embeddings.
         read_only: Whether `put` is refused.
+        encoding: How concepts are written, and what precision that leaves them.
     """
 
     hidden_size: int
     read_only: bool = False
+    encoding: Encoding = FP16
 
     @abstractmethod
     def contains(self, keys: Sequence[str]) -> list[bool]:

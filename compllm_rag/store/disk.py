@@ -32,6 +32,7 @@ from compllm_rag.errors import (
     StoreReadOnlyError,
 )
 from compllm_rag.store.base import ConceptStore, StoreStats, check_hidden_size, check_keys, encode_record
+from compllm_rag.store.encodings import FP16, encoding_named
 from compllm_rag.store.faults import explained
 from compllm_rag.store.index import LocationIndex, Totals
 from compllm_rag.store.lock import WriterLock
@@ -66,12 +67,14 @@ class DiskStore(ConceptStore):
         read_only: Take no lock and write nothing. A reader sees what the writer flushes after it opened.
         max_bytes: Most bytes all packs together may take; None for no limit. Nothing is ever evicted.
         pack_bytes: A pack of at least this size gets no more payloads.
+        encoding: `fp16`, `int8` or `int4`; an existing store must have been made with the same. None takes the store's
+            own, and fp16 for a new one.
         counted: Refuse an index that holds more or fewer records than were written; repair does not.
 
     Raises:
         ConfigurationError: An argument makes no sense.
         StorageNotFoundError: `read_only`, and there is no store.
-        StorageMismatchError: The store has another hidden_size, or the folder holds something else.
+        StorageMismatchError: The store has another hidden_size or encoding, or the folder holds something else.
         UnsupportedFormatError: The store was written by another format version.
         CorruptRecordError: The manifest or the index is damaged.
         StoreLockedError: Another process is making the store at this moment.
@@ -86,12 +89,15 @@ class DiskStore(ConceptStore):
         read_only: bool = False,
         max_bytes: int | None = None,
         pack_bytes: int = PACK_BYTES,
+        encoding: str | None = None,
         counted: bool = True,
     ) -> None:
         self.hidden_size = check_hidden_size(hidden_size)
         for name, value in (("max_bytes", max_bytes), ("pack_bytes", pack_bytes)):
             if value is not None and value < 1:
                 raise ConfigurationError(f"{name} makes no sense", got=value, expected="at least 1")
+        if encoding is not None:
+            encoding_named(encoding)  # before anything is made
         self.path, self.read_only, self._max_bytes = Path(path).absolute(), read_only, max_bytes
         self._guard = threading.RLock()
         self._pending: dict[str, Location] = {}
@@ -110,20 +116,21 @@ class DiskStore(ConceptStore):
                 if not (self.path / MANIFEST_NAME).exists():
                     raise
         try:
-            self._open(counted=counted)
+            self._open(encoding, counted=counted)
         finally:
             self._let_go()
 
-    def _open(self, *, counted: bool) -> None:
+    def _open(self, encoding: str | None, *, counted: bool) -> None:
         new = not self.read_only and not (self.path / MANIFEST_NAME).exists()
         if new:
-            manifest = StoreManifest(hidden_size=self.hidden_size)
+            chosen = FP16 if encoding is None else encoding_named(encoding)
+            manifest = StoreManifest(hidden_size=self.hidden_size, encoding=chosen.tag)
             with explained(self.path, writing=True):
                 for name in ("packs", "index"):
                     (self.path / name).mkdir(mode=0o700, exist_ok=True)
         else:
-            manifest = StoreManifest.load(self.path, hidden_size=self.hidden_size)
-        self._encoding = manifest.codec
+            manifest = StoreManifest.load(self.path, hidden_size=self.hidden_size, encoding=encoding)
+        self.encoding = manifest.codec
         self._header = pack_header(self.hidden_size, manifest.encoding)
         self._packs = PackReader(self.path / "packs", self._header)
         self._index = LocationIndex(self.path / "index", writable=not self.read_only, create=new)
@@ -155,7 +162,7 @@ class DiskStore(ConceptStore):
             try:
                 # Not under the lock: what makes the records may be slow, or itself read from this store.
                 for key, concepts in islice(stream, _RECORDS_PER_WRITE):
-                    payload = encode_record(key, concepts, self.hidden_size, self._encoding)
+                    payload = encode_record(key, concepts, self.hidden_size, self.encoding)
                     batch.setdefault(key, (concepts.shape[0], payload))
             finally:
                 written += self._append(batch)
@@ -262,7 +269,8 @@ class DiskStore(ConceptStore):
         with self._guard:
             self._require_open()
             totals = self._totals()
-            return StoreStats(totals.records, totals.concepts, totals.payload_bytes, self._hits, self._misses)
+            sums = (totals.records, totals.concepts, totals.payload_bytes)
+            return StoreStats(*sums, self._hits, self._misses, self.encoding.name)
 
     def iter_records(self) -> Iterator[tuple[str, Location]]:
         """Go through all flushed records in the order they were put, without reading their payloads.
@@ -335,7 +343,7 @@ class DiskStore(ConceptStore):
             return compact_packs(self._parts(), writer, live, progress)
 
     def _parts(self) -> StoreParts:
-        return StoreParts(self.path / "packs", self._header, self._index, self._packs, self._encoding, self.hidden_size)
+        return StoreParts(self.path / "packs", self._header, self._index, self._packs, self.encoding, self.hidden_size)
 
     @contextmanager
     def _alone(self) -> Iterator[PackWriter]:
@@ -407,18 +415,18 @@ class DiskStore(ConceptStore):
 
     def _read(self, keys: Sequence[str], locations: Sequence[Location]) -> torch.Tensor:
         """Concepts (sum of n_concepts, hidden_size) of located records, checked."""
-        sizes = [self._encoding.nbytes(location.n_concepts, self.hidden_size) for location in locations]
+        sizes = [self.encoding.nbytes(location.n_concepts, self.hidden_size) for location in locations]
         data = self._packs.read(keys, locations, sizes)
         try:
-            return self._encoding.decode(data, sum(location.n_concepts for location in locations), self.hidden_size)
+            return self.encoding.decode(data, sum(location.n_concepts for location in locations), self.hidden_size)
         except InvalidConceptsError as error:
             raise self._name_invalid(keys, locations) from error
 
     def _name_invalid(self, keys: Sequence[str], locations: Sequence[Location]) -> InvalidConceptsError:
         for key, location in zip(keys, locations, strict=True):
-            data = self._packs.read([key], [location], [self._encoding.nbytes(location.n_concepts, self.hidden_size)])
+            data = self._packs.read([key], [location], [self.encoding.nbytes(location.n_concepts, self.hidden_size)])
             try:
-                self._encoding.decode(data, location.n_concepts, self.hidden_size)
+                self.encoding.decode(data, location.n_concepts, self.hidden_size)
             except InvalidConceptsError as error:
                 return InvalidConceptsError(f"record {key} holds values no concept can have", got=error.got)
         return InvalidConceptsError("records hold values no concept can have")

@@ -16,7 +16,8 @@ from compllm_rag.errors import (
     StoreReadOnlyError,
     UnsupportedFormatError,
 )
-from compllm_rag.store.codec import Encoding, encoding_named
+from compllm_rag.store.codec import Encoding
+from compllm_rag.store.encodings import FP16, encoding_named, encoding_tagged
 from compllm_rag.store.faults import explained
 from compllm_rag.store.packs import FORMAT_VERSION, sync_folder
 
@@ -32,7 +33,7 @@ class StoreManifest(BaseModel):
         kind: Says what the file is.
         format_version: Version of manifest, packs and index rows.
         hidden_size: Width of every concept.
-        encoding: Name of the encoding of the payloads.
+        encoding: Tag of the encoding of the payloads.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -40,7 +41,7 @@ class StoreManifest(BaseModel):
     kind: Literal["compllm-rag concept store"] = "compllm-rag concept store"
     format_version: Literal[1] = FORMAT_VERSION
     hidden_size: int
-    encoding: str = "fp16"
+    encoding: str = FP16.tag
 
     @property
     def codec(self) -> Encoding:
@@ -49,17 +50,18 @@ class StoreManifest(BaseModel):
         Raises:
             UnsupportedFormatError: This release has no such encoding.
         """
-        return encoding_named(self.encoding)
+        return encoding_tagged(self.encoding)
 
     @classmethod
-    def load(cls, folder: Path, *, hidden_size: int) -> Self:
+    def load(cls, folder: Path, *, hidden_size: int, encoding: str | None = None) -> Self:
         """Read the manifest of a store and compare it with what is asked for.
 
         Raises:
             StorageNotFoundError: There is none.
             UnsupportedFormatError: It has another format version or encoding.
             CorruptRecordError: It cannot be parsed.
-            StorageMismatchError: It has another hidden_size.
+            StorageMismatchError: It has another hidden_size, or an encoding other than the one asked for.
+            ConfigurationError: There is no encoding of that name.
         """
         path = folder / MANIFEST_NAME
         try:
@@ -70,13 +72,20 @@ class StoreManifest(BaseModel):
                 "no concept store lies here", got=folder, next_step="check the path, or ingest into it first"
             ) from error
         manifest = cls._parse(text, path)
-        encoding_named(manifest.encoding)
+        own = manifest.codec
         if manifest.hidden_size != hidden_size:
             raise StorageMismatchError(
                 "the concept store was made for a target LLM of another width",
                 got=f"hidden_size {manifest.hidden_size} in {path}",
                 expected=f"hidden_size {hidden_size}",
                 next_step="use the LLM it was made with, or ingest into another folder",
+            )
+        if encoding is not None and encoding_named(encoding) is not own:
+            raise StorageMismatchError(
+                "the concept store was made with another encoding",
+                got=f"{own.name} in {path}",
+                expected=encoding,
+                next_step="leave the encoding out to use the store's own, or ingest into another folder",
             )
         return manifest
 

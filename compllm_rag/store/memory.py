@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from compllm_rag.store.base import ConceptStore, StoreStats, check_hidden_size, check_keys, encode_record
-from compllm_rag.store.codec import encoding_named
+from compllm_rag.store.encodings import FP16, encoding_named
 
 
 class MemoryStore(ConceptStore):
@@ -17,14 +17,15 @@ class MemoryStore(ConceptStore):
 
     Args:
         hidden_size: Width of every concept.
+        encoding: `fp16`, `int8` or `int4`.
 
     Raises:
-        ConfigurationError: `hidden_size` is not a positive integer.
+        ConfigurationError: `hidden_size` is not a positive integer, or there is no such encoding.
     """
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, *, encoding: str = FP16.name) -> None:
         self.hidden_size = check_hidden_size(hidden_size)
-        self._encoding = encoding_named("fp16")
+        self.encoding = encoding_named(encoding)
         self._records: dict[str, bytes] = {}
         self._payload_bytes = self._hits = self._misses = 0
         self._guard = threading.RLock()
@@ -39,7 +40,7 @@ class MemoryStore(ConceptStore):
         """Store concepts (n_concepts, hidden_size) by key; see `ConceptStore.put`."""
         written = 0
         for key, concepts in records:
-            payload = encode_record(key, concepts, self.hidden_size, self._encoding)
+            payload = encode_record(key, concepts, self.hidden_size, self.encoding)
             with self._guard:
                 if key not in self._records:
                     self._records[key] = payload
@@ -63,8 +64,9 @@ class MemoryStore(ConceptStore):
     def stats(self) -> StoreStats:
         """Count what is stored and what was asked for."""
         with self._guard:
-            concepts = self._payload_bytes // self._encoding.nbytes(1, self.hidden_size)
-            return StoreStats(len(self._records), concepts, self._payload_bytes, self._hits, self._misses)
+            concepts = self._payload_bytes // self.encoding.nbytes(1, self.hidden_size)
+            sums = (len(self._records), concepts, self._payload_bytes)
+            return StoreStats(*sums, self._hits, self._misses, self.encoding.name)
 
     def close(self) -> None:
         """Keep everything: the records go when the store goes."""
@@ -81,4 +83,4 @@ class MemoryStore(ConceptStore):
     def _decode(self, payloads: Sequence[bytes]) -> torch.Tensor:
         data = np.empty(sum(map(len, payloads)), dtype=np.uint8)
         data.data[:] = b"".join(payloads)
-        return self._encoding.decode(data, data.size // self._encoding.nbytes(1, self.hidden_size), self.hidden_size)
+        return self.encoding.decode(data, data.size // self.encoding.nbytes(1, self.hidden_size), self.hidden_size)

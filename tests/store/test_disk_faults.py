@@ -309,7 +309,7 @@ def test_pack_of_another_width_or_version_is_refused(folder: Path) -> None:
 
 def test_values_that_are_no_concepts_are_refused_on_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("compllm_rag.store.codec._check_finite", lambda half: None)
+        patch.setattr("compllm_rag.store.codec.check_finite", lambda half: None)
         with DiskStore(tmp_path / "store", hidden_size=HIDDEN) as store:
             store.put([*records([1]), (key(2), torch.full((1, HIDDEN), float("nan")))])
     with _reader(tmp_path / "store") as store:
