@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compllm_rag import cli_eval, cli_store, cli_train
+from compllm_rag import cli_eval, cli_namespace, cli_store, cli_train
 from compllm_rag.cli_base import AsJson, Offline, print_json, progress_show, reported
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
 from compllm_rag.errors import ConfigurationError
@@ -32,10 +32,14 @@ app = typer.Typer(
 models_app = typer.Typer(no_args_is_help=True, help="The models that answer to an alias: list them, fetch them.")
 app.add_typer(models_app, name="models")
 cli_eval.register(app)
+cli_namespace.register(app)
 cli_store.register(app)
 cli_train.register(app, models_app)
 
 Storage = Annotated[Path, typer.Option("--storage", help="Folder of the storage.")]
+TenantName = Annotated[
+    str | None, typer.Option("--namespace", help="Tenant, one of several in this folder that share nothing.")
+]
 
 
 @app.command()
@@ -56,6 +60,7 @@ def ingest(
     prune: Annotated[
         bool, typer.Option("--prune", help="Delete documents ingested from these paths that are not there any more.")
     ] = False,
+    namespace: TenantName = None,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
@@ -75,6 +80,7 @@ def ingest(
             storage,
             create=True,
             show=show,
+            namespace=namespace,
             llm=llm,
             embedder=embedder,
             rate=rate,
@@ -119,6 +125,7 @@ def query(
     top_k: Annotated[int, typer.Option(min=1, help="Chunks to retrieve.")] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it is made.")] = False,
+    namespace: TenantName = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     offline: Offline = False,
     as_json: AsJson = False,
@@ -147,6 +154,7 @@ def query(
             storage,
             create=False,
             show=show,
+            namespace=namespace,
             read_only=True,
             dtype=dtype,
             offline=offline,
@@ -170,17 +178,33 @@ def query(
 
 @app.command()
 @reported
-def stats(storage: Storage, as_json: AsJson = False) -> None:
-    """Tell what a storage holds.
+def stats(
+    storage: Storage,
+    prometheus: Annotated[bool, typer.Option("--prometheus", help="Print Prometheus text.")] = False,
+    namespace: TenantName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what a storage holds, and what was measured as it was made.
 
     Example: compllm-rag stats --storage storage
     """
+    from compllm_rag.llamaindex.measures import storage_families
+    from compllm_rag.llamaindex.namespaces import existing_namespace
     from compllm_rag.llamaindex.storage import storage_stats
+    from compllm_rag.prometheus import exposition
 
-    found = storage_stats(storage)
+    if prometheus and as_json:
+        raise ConfigurationError(
+            "--prometheus and --json exclude each other", got="both", expected="one", next_step="leave one out"
+        )
+    found = storage_stats(existing_namespace(storage, namespace))
+    if prometheus:
+        typer.echo(exposition(storage_families(found), {"namespace": found["namespace"]}), nl=False)
+        return
     if as_json:
         print_json(found)
         return
+    found |= found.pop("metrics")
     width = max(map(len, found))
     for name, value in found.items():
         typer.echo(f"{name:<{width}}  {value:.3f}" if isinstance(value, float) else f"{name:<{width}}  {value}")

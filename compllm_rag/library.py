@@ -25,7 +25,9 @@ from compllm_rag.errors import (
     MissingConceptsError,
 )
 from compllm_rag.fingerprint import record_key
+from compllm_rag.metrics import Metrics
 from compllm_rag.rates import FixedRate, RatePolicy
+from compllm_rag.reconstruction import sample
 from compllm_rag.store.base import ConceptStore
 
 _REMEMBERED = 4096
@@ -43,6 +45,11 @@ class Passage:
     segments: tuple[tuple[int, ...], ...]
     n_concepts: tuple[int, ...]
     keys: tuple[str, ...]
+
+    @property
+    def achieved_rate(self) -> float:
+        """Source tokens per concept; of a passage that has any."""
+        return len(self.ids) / sum(self.n_concepts)
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,7 @@ class ConceptLibrary:
         store: Keeps them.
         rate: Source tokens per concept, or a policy of your own.
         namespace: Tenant; part of every key.
+        metrics: Counts what is done; None makes one.
 
     Raises:
         FingerprintMismatchError: The store keeps concepts of another width.
@@ -89,7 +97,13 @@ class ConceptLibrary:
     """
 
     def __init__(
-        self, compressor: Compressor, store: ConceptStore, *, rate: float | RatePolicy = 2.0, namespace: str = "default"
+        self,
+        compressor: Compressor,
+        store: ConceptStore,
+        *,
+        rate: float | RatePolicy = 2.0,
+        namespace: str = "default",
+        metrics: Metrics | None = None,
     ) -> None:
         if store.hidden_size != compressor.hidden_size:
             raise FingerprintMismatchError(
@@ -99,6 +113,8 @@ class ConceptLibrary:
                 next_step="use the LLM it was made for, or another storage",
             )
         self.compressor, self.store, self.namespace = compressor, store, namespace
+        self.metrics = metrics or Metrics()
+        self.metrics.traffic = store.traffic
         numeric = isinstance(rate, int | float)
         self.policy: RatePolicy = FixedRate(rate, compressor.config.segment_length) if numeric else rate  # type: ignore[arg-type, assignment]
         self._known: OrderedDict[str, Passage] = OrderedDict()
@@ -134,10 +150,11 @@ class ConceptLibrary:
         begun = time.perf_counter()
         total = compressed = tokens = concepts = 0
         for group in _groups(map(self.passage, texts)):
-            total += sum(len(p.keys) for p in group)
+            segments, made = sum(len(p.keys) for p in group), self._ensure_group(group)
+            total, compressed = total + segments, compressed + made
             tokens += sum(len(p.ids) for p in group)
             concepts += sum(sum(p.n_concepts) for p in group)
-            compressed += self._ensure_group(group)
+            self.metrics.ensured(segments, made, (p.achieved_rate for p in group if p.keys))
         return EnsureReport(total, compressed, total - compressed, tokens, concepts, time.perf_counter() - begun)
 
     def _ensure_group(self, passages: Sequence[Passage]) -> int:
@@ -149,10 +166,17 @@ class ConceptLibrary:
         missing = [key for key, there in zip(keys, self.store.contains(keys), strict=True) if not there]
         if missing:
             items = [wanted[key] for key in missing]
-            made = self.compressor.compress([s for s, _ in items], [k for _, k in items])
+            made = self._compress([s for s, _ in items], [k for _, k in items])
             self._check_scale(torch.cat(made))
             self.store.put(zip(missing, made, strict=True))
+            sample(self.compressor, self.store, missing, [s for s, _ in items], made, self.metrics)
         return len(missing)
+
+    def _compress(self, segments: Sequence[tuple[int, ...]], n_concepts: Sequence[int]) -> list[torch.Tensor]:
+        begun = time.perf_counter()
+        made = self.compressor.compress(segments, n_concepts)
+        self.metrics.compressed(len(segments), time.perf_counter() - begun)
+        return made
 
     def fetch(self, text: str, *, missing: MissingPolicy = "recompress") -> Fetched:
         """Concepts of one passage.
@@ -172,10 +196,12 @@ class ConceptLibrary:
             return Fetched(torch.empty(0, self.compressor.hidden_size), 0, 0, 0.0)
         joined = self.store.get_joined(passage.keys)
         if joined is not None:
+            self.metrics.fetched(len(passage.keys), 0)
             self._check_scale(joined)
             return Fetched(joined, len(passage.keys), 0, 0.0)
         found = self.store.get(passage.keys)
         misses = sum(concepts is None for concepts in found)
+        self.metrics.fetched(len(found) - misses, misses)
         if missing == "text":
             return Fetched(None, len(found) - misses, misses, 0.0)
         if missing == "error":
@@ -211,7 +237,7 @@ class ConceptLibrary:
         made = dict(
             zip(
                 absent,
-                self.compressor.compress(
+                self._compress(
                     [passage.segments[i] for i in absent.values()], [passage.n_concepts[i] for i in absent.values()]
                 ),
                 strict=True,

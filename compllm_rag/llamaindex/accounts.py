@@ -11,6 +11,7 @@ from llama_index.core.schema import BaseNode, MetadataMode
 from compllm_rag.library import ConceptLibrary, Passage
 from compllm_rag.llamaindex.kvstore import CatalogKVStore
 from compllm_rag.llamaindex.manifest import Manifest
+from compllm_rag.llamaindex.measures import Measures
 from compllm_rag.llamaindex.references import References
 from compllm_rag.store.base import StoreStats
 
@@ -40,17 +41,19 @@ class Accounts:
 
     Attributes:
         references: How often chunks refer to each segment, changed along with the accounts.
+        measures: Achieved rates of chunks, likewise.
     """
 
     def __init__(self, kvstore: CatalogKVStore) -> None:
         self._kv = kvstore
-        self.references = References(kvstore.catalog)
+        self.references, self.measures = References(kvstore.catalog), Measures(kvstore)
 
     def change(self, library: ConceptLibrary, nodes: Sequence[BaseNode], sign: int) -> None:
         """Add (1) or take away (-1) nodes, counted by how the library cuts them up."""
         groups: dict[str, list[BaseNode]] = {}
         for node in nodes:
             groups.setdefault(node.ref_doc_id or "", []).append(node)
+        rates: list[float] = []
         for doc_id, group in groups.items():
             passages = [library.passage(node.get_content(metadata_mode=MetadataMode.NONE)) for node in group]
             self.references.change((key for passage in passages for key in passage.keys), sign)
@@ -59,6 +62,8 @@ class Accounts:
                 self._kv.put(doc_id, asdict(account), collection=_COLLECTION)
             else:
                 self._kv.delete(doc_id, collection=_COLLECTION)
+            rates += [passage.achieved_rate for passage in passages if passage.keys]
+        self.measures.change(rates, sign)
 
     def of_document(self, doc_id: str) -> Account:
         """Counts of one document; zeros when it is not there."""
@@ -70,6 +75,7 @@ class Accounts:
         for doc_id in self._kv.get_all(collection=_COLLECTION):
             self._kv.delete(doc_id, collection=_COLLECTION)
         self.references.clear()
+        self.measures.clear()
 
     def of_documents(self) -> dict[str, Account]:
         """The account of every document."""
@@ -91,8 +97,9 @@ def _of_passages(passages: Iterable[Passage]) -> Account:
     return total
 
 
-def stats_fields(documents: int, total: Account, stored: StoreStats, manifest: Manifest) -> dict[str, Any]:
+def stats_fields(accounts: Accounts, awaiting: int, stored: StoreStats, manifest: Manifest) -> dict[str, Any]:
     """Counts, rates and identities as plain values."""
+    documents, total = accounts.total()
     return {
         "documents": documents,
         "chunks": total.chunks,
@@ -110,4 +117,5 @@ def stats_fields(documents: int, total: Account, stored: StoreStats, manifest: M
         "rate": manifest.ingest.rate,
         "chunk_size": manifest.ingest.chunk_size,
         "namespace": manifest.ingest.namespace,
+        "metrics": accounts.measures.fields(total.chunks, awaiting),
     }

@@ -13,7 +13,6 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.data_structs.data_structs import IndexDict
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import BaseNode, Document, MetadataMode
-from llama_index.core.storage.docstore.keyval_docstore import KVDocumentStore
 
 from compllm_rag.compressor import Compressor
 from compllm_rag.config import GenerationConfig, IngestConfig
@@ -23,16 +22,20 @@ from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.accounts import Accounts, stats_fields
 from compllm_rag.llamaindex.awaiting import Awaiting
 from compllm_rag.llamaindex.bookkeeping import Bookkeeper
+from compllm_rag.llamaindex.docstore import CatalogDocumentStore
 from compllm_rag.llamaindex.embedding import embedder_identity
 from compllm_rag.llamaindex.ingest import IngestReport, Progress, ingest_documents
 from compllm_rag.llamaindex.kvstore import CatalogKVStore
 from compllm_rag.llamaindex.manifest import Manifest
+from compllm_rag.llamaindex.measures import storage_families
 from compllm_rag.llamaindex.node_parser import ConceptNodeParser
 from compllm_rag.llamaindex.origins import Origins
 from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer
 from compllm_rag.llamaindex.turns import Turns
 from compllm_rag.llamaindex.uploads import UploadQueue, UploadReceipt
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
+from compllm_rag.metrics import Metrics, Work
+from compllm_rag.prometheus import exposition
 from compllm_rag.store.base import ConceptStore
 
 if TYPE_CHECKING:
@@ -77,13 +80,13 @@ class ConceptIndex(VectorStoreIndex):
         kvstore = CatalogKVStore(vector_store.catalog)
         self.accounts, self.origins, self.awaiting = Accounts(kvstore), Origins(kvstore), Awaiting(kvstore)
         vector_store.watched_by(Bookkeeper(self.library, self.accounts, self.awaiting))
-        self._turns = Turns()
+        self._turns, self._kept = Turns(), Work()
         self._uploads: UploadQueue | None = None
         super().__init__(
             nodes=[],
             embed_model=embedder,
             storage_context=StorageContext.from_defaults(
-                vector_store=vector_store, docstore=KVDocumentStore(kvstore, namespace="compllm")
+                vector_store=vector_store, docstore=CatalogDocumentStore(kvstore)
             ),
             transformations=[self.parser],
         )
@@ -108,18 +111,36 @@ class ConceptIndex(VectorStoreIndex):
         return index
 
     @classmethod
-    def create(cls, storage_dir: str | Path | None = None, **options: Any) -> Self:
-        """Make an empty storage, or open an existing one for writing; see `storage.create_index`."""
+    def create(cls, storage_dir: str | Path | None = None, *, namespace: str | None = None, **options: Any) -> Self:
+        """Make an empty storage, or open an existing one for writing.
+
+        Args:
+            storage_dir: A folder; None keeps everything in memory.
+            namespace: Tenant; those of one folder share nothing. None takes the folder's own.
+            **options: See `storage.create_index`, and for what it raises.
+        """
+        from compllm_rag.llamaindex.namespaces import namespace_folder, prepare_namespace
         from compllm_rag.llamaindex.storage import create_index
 
-        return create_index(cls, None if storage_dir is None else Path(storage_dir), **options)
+        if storage_dir is None:
+            return create_index(cls, None, namespace=namespace, **options)
+        folder = namespace_folder(storage_dir, namespace)
+        prepare_namespace(Path(storage_dir), folder)
+        return create_index(cls, folder, namespace=namespace, **options)
 
     @classmethod
-    def load(cls, storage_dir: str | Path, **options: Any) -> Self:
-        """Open a storage that exists; see `storage.load_index`."""
+    def load(cls, storage_dir: str | Path, *, namespace: str | None = None, **options: Any) -> Self:
+        """Open a storage that exists.
+
+        Args:
+            storage_dir: Its folder.
+            namespace: Tenant; None takes the folder's own.
+            **options: See `storage.load_index`, and for what it raises.
+        """
+        from compllm_rag.llamaindex.namespaces import existing_namespace
         from compllm_rag.llamaindex.storage import load_index
 
-        return load_index(cls, Path(storage_dir), **options)
+        return load_index(cls, existing_namespace(storage_dir, namespace), **options)
 
     @property
     def compressor(self) -> Compressor:
@@ -289,7 +310,11 @@ class ConceptIndex(VectorStoreIndex):
     def commit(self) -> None:
         """Make everything durable: concepts first, then vectors and text together, in one step."""
         self.store.flush()
+        work = self.metrics.work
+        if self.faiss.catalog.pending and work != self._kept:
+            self.accounts.measures.add(work.plus(self._kept, -1))
         self.faiss.commit()
+        self._kept = work
 
     def verify(
         self, *, deep: bool = False, progress: Callable[[str, float | None], None] | None = None
@@ -321,8 +346,17 @@ class ConceptIndex(VectorStoreIndex):
 
     def stats(self) -> dict[str, Any]:
         """What the storage holds, as plain values."""
-        documents, total = self.accounts.total()
-        return stats_fields(documents, total, self.store.stats(), self.manifest)
+        return stats_fields(self.accounts, len(self.awaiting), self.store.stats(), self.manifest)
+
+    @property
+    def metrics(self) -> Metrics:
+        """What this process measured; `metrics` in `stats` is what the storage keeps."""
+        return self.library.metrics
+
+    def to_prometheus(self) -> str:
+        """Both as Prometheus text."""
+        families = self.metrics.families() + storage_families(self.stats())
+        return exposition(families, {"namespace": self.config.namespace})
 
     def close(self, *, drain: bool = False) -> None:
         """Close files; what was not committed is dropped.
@@ -332,8 +366,17 @@ class ConceptIndex(VectorStoreIndex):
         """
         if self._uploads is not None:
             self._uploads.close(drain=drain)
+            self._keep_work()
         self.faiss.close()
         self.store.close()
+
+    def _keep_work(self) -> None:
+        """Note what workers did since the last commit, if nobody is in the way: it is worth no error."""
+        work = self.metrics.work
+        with contextlib.suppress(CompLLMError), self.faiss.catalog.at_once() as connection:
+            if connection is not None and work != self._kept:
+                self.accounts.measures.add(work.plus(self._kept, -1))
+                self._kept = work
 
     def __enter__(self) -> Self:
         return self

@@ -20,7 +20,7 @@ from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM, GenerationConfig, 
 from compllm_rag.errors import CompLLMError, ConfigurationError, StorageMismatchError, StorageNotFoundError
 from compllm_rag.llamaindex.accounts import Accounts, stats_fields
 from compllm_rag.llamaindex.adapter_files import COMPRESSOR, FILES_KEY, READER, adapter_digests
-from compllm_rag.llamaindex.awaiting import count_awaited
+from compllm_rag.llamaindex.awaiting import Awaiting, count_awaited
 from compllm_rag.llamaindex.catalog_database import connected
 from compllm_rag.llamaindex.catalog_faults import damaged
 from compllm_rag.llamaindex.embedding import embedder_identity, load_embedder
@@ -192,9 +192,9 @@ def storage_stats(folder: Path) -> dict[str, Any]:
     """
     with _open_vectors(folder, read_only=True) as vectors:
         manifest = Manifest.parse(vectors.catalog.get_meta(META_KEY))
-        documents, total = Accounts(CatalogKVStore(vectors.catalog)).total()
-    with DiskStore(folder / CONCEPTS, hidden_size=manifest.hidden_size, read_only=True) as store:
-        return stats_fields(documents, total, store.stats(), manifest)
+        kvstore = CatalogKVStore(vectors.catalog)
+        with DiskStore(folder / CONCEPTS, hidden_size=manifest.hidden_size, read_only=True) as store:
+            return stats_fields(Accounts(kvstore), len(Awaiting(kvstore)), store.stats(), manifest)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -13,6 +13,7 @@ from compllm_rag.llamaindex.accounts import Accounts
 from compllm_rag.llamaindex.catalog import Catalog
 from compllm_rag.llamaindex.kvstore import CatalogKVStore
 from compllm_rag.llamaindex.manifest import META_KEY, Manifest
+from compllm_rag.llamaindex.namespaces import FOLDER
 from compllm_rag.llamaindex.storage import read_manifest
 from compllm_rag.llamaindex.verification import CONCEPTS, require_storage
 from compllm_rag.store.compaction import CompactReport
@@ -134,4 +135,5 @@ def migrate_storage(folder: str | Path) -> Migration:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    others = folder / FOLDER  # storages of their own
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and others not in path.parents)

@@ -16,6 +16,7 @@ from typing import Self
 import torch
 
 from compllm_rag.errors import ConfigurationError, InvalidConceptsError
+from compllm_rag.metrics import Traffic
 from compllm_rag.store.codec import Encoding
 from compllm_rag.store.encodings import FP16
 
@@ -50,11 +51,15 @@ class ConceptStore(ABC):
         hidden_size: Width of every concept, that of the target LLM's input embeddings.
         read_only: Whether `put` is refused.
         encoding: How concepts are written, and what precision that leaves them.
+        traffic: Bytes of payloads read and written so far.
     """
 
     hidden_size: int
     read_only: bool = False
     encoding: Encoding = FP16
+
+    def __init__(self) -> None:
+        self.traffic = Traffic()
 
     @abstractmethod
     def contains(self, keys: Sequence[str]) -> list[bool]:

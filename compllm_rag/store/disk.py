@@ -92,6 +92,7 @@ class DiskStore(ConceptStore):
         encoding: str | None = None,
         counted: bool = True,
     ) -> None:
+        super().__init__()
         self.hidden_size = check_hidden_size(hidden_size)
         for name, value in (("max_bytes", max_bytes), ("pack_bytes", pack_bytes)):
             if value is not None and value < 1:
@@ -192,6 +193,7 @@ class DiskStore(ConceptStore):
                     self._pending[key] = Location(pack, offset, n_concepts, record_checksum(key, payload))
                     offset += len(payload)
                 self._pending_bytes += len(run)
+                self.traffic.bytes_written += len(run)
             if len(taken) < len(fresh):
                 raise StoreFullError(
                     "the concept store has reached its size limit; nothing was evicted",
@@ -417,6 +419,7 @@ class DiskStore(ConceptStore):
         """Concepts (sum of n_concepts, hidden_size) of located records, checked."""
         sizes = [self.encoding.nbytes(location.n_concepts, self.hidden_size) for location in locations]
         data = self._packs.read(keys, locations, sizes)
+        self.traffic.bytes_read += sum(sizes)
         try:
             return self.encoding.decode(data, sum(location.n_concepts for location in locations), self.hidden_size)
         except InvalidConceptsError as error:

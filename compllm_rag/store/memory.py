@@ -24,6 +24,7 @@ class MemoryStore(ConceptStore):
     """
 
     def __init__(self, hidden_size: int, *, encoding: str = FP16.name) -> None:
+        super().__init__()
         self.hidden_size = check_hidden_size(hidden_size)
         self.encoding = encoding_named(encoding)
         self._records: dict[str, bytes] = {}
@@ -45,6 +46,7 @@ class MemoryStore(ConceptStore):
                 if key not in self._records:
                     self._records[key] = payload
                     self._payload_bytes += len(payload)
+                    self.traffic.bytes_written += len(payload)
                     written += 1
         return written
 
@@ -81,6 +83,8 @@ class MemoryStore(ConceptStore):
             return found
 
     def _decode(self, payloads: Sequence[bytes]) -> torch.Tensor:
+        with self._guard:
+            self.traffic.bytes_read += sum(map(len, payloads))
         data = np.empty(sum(map(len, payloads)), dtype=np.uint8)
         data.data[:] = b"".join(payloads)
         return self.encoding.decode(data, data.size // self.encoding.nbytes(1, self.hidden_size), self.hidden_size)

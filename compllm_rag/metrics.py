@@ -1,0 +1,255 @@
+"""What a running process measures as it compresses, stores and reads: counters that threads share, and their account.
+
+A few additions under one lock per batch or passage; nothing is kept per event.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from compllm_rag.prometheus import Family, Sample, exposition
+
+logger = logging.getLogger(__name__)
+
+# Upper bounds of the histogram of compress times, in seconds per segment.
+BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+QUANTILES = (0.1, 0.5, 0.9)
+_BINS = 100  # bins of the achieved rate per unit
+_QUIET_S = 60.0  # between two warnings: a slow machine is slow all the time
+
+
+class RateSpread:
+    """Achieved rates of chunks, counted in bins of a hundredth: exact to that, and chunks can be taken away again.
+
+    Args:
+        bins: Chunks by rate in hundredths.
+    """
+
+    def __init__(self, bins: Mapping[int, int] | None = None) -> None:
+        self.bins = dict(bins or {})
+
+    def change(self, rates: Iterable[float], sign: int = 1) -> None:
+        """Add (1) or take away (-1) chunks."""
+        for rate in rates:
+            at = round(rate * _BINS)
+            left = self.bins.get(at, 0) + sign
+            if left:
+                self.bins[at] = left
+            else:
+                self.bins.pop(at, None)
+
+    @property
+    def chunks(self) -> int:
+        """How many there are."""
+        return sum(self.bins.values())
+
+    def fields(self) -> dict[str, float | None]:
+        """Mean and quantiles; None when there are no chunks."""
+        names = [f"achieved_rate_p{round(q * 100)}" for q in QUANTILES]
+        total = self.chunks
+        if total <= 0:
+            return dict.fromkeys(["achieved_rate_mean", *names])
+        mean = sum(at * n for at, n in self.bins.items()) / total / _BINS
+        return {"achieved_rate_mean": mean, **{n: self._quantile(q) for n, q in zip(names, QUANTILES, strict=True)}}
+
+    def _quantile(self, q: float) -> float:
+        wanted, seen = q * (self.chunks - 1), 0
+        for at in sorted(self.bins):
+            seen += self.bins[at]
+            if seen > wanted:
+                return at / _BINS
+        return max(self.bins) / _BINS
+
+
+@dataclass(frozen=True)
+class Work:
+    """What compression did; sums, so that those of several processes add up.
+
+    Attributes:
+        segments: Segments compressed.
+        seconds: What that took.
+        samples: Segments read back from the store right after, and compared.
+        loss: Sum over samples of the distance between what the store gave back and what the compressor made: RMS of
+            the difference over the RMS of the concepts.
+        anchored: Samples whose concepts start from anchors.
+        cosine: Sum over those of the mean cosine between a concept and its anchor's embedding.
+    """
+
+    segments: int = 0
+    seconds: float = 0.0
+    samples: int = 0
+    loss: float = 0.0
+    anchored: int = 0
+    cosine: float = 0.0
+
+    def plus(self, other: Work, sign: int = 1) -> Work:
+        """Field by field."""
+        return Work(**{name: value + sign * getattr(other, name) for name, value in asdict(self).items()})
+
+    def fields(self) -> dict[str, float | int | None]:
+        """Plain values, with means in place of sums."""
+        return {
+            "segments_compressed": self.segments,
+            "compress_seconds": self.seconds,
+            "compress_s_per_segment": self.seconds / self.segments if self.segments else None,
+            "reconstruction_samples": self.samples,
+            "reconstruction_loss": self.loss / self.samples if self.samples else None,
+            "anchor_cosine": self.cosine / self.anchored if self.anchored else None,
+        }
+
+
+@dataclass
+class _Counts:
+    hits: int = 0
+    misses: int = 0
+    reused: int = 0
+    slow: int = 0
+    buckets: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_S) + 1))
+
+
+@dataclass
+class Traffic:
+    """Bytes of payloads that a store read and wrote; the store counts, under its own lock."""
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+
+
+class Metrics:
+    """Counters of one library. Safe to share between threads.
+
+    Args:
+        compress_limit_s: Seconds per segment beyond which a batch is reported as a warning of the logger
+            `compllm_rag.metrics`, at most once a minute; None never warns.
+        sample_every: One of so many compressed segments is read back and compared, and the first of each batch.
+        traffic: Of the store.
+    """
+
+    def __init__(
+        self, *, compress_limit_s: float | None = 1.0, sample_every: int = 512, traffic: Traffic | None = None
+    ) -> None:
+        self.compress_limit_s, self.sample_every = compress_limit_s, sample_every
+        self.traffic = traffic or Traffic()
+        self._guard = threading.Lock()
+        self._counts, self._work, self._rates = _Counts(), Work(), RateSpread()
+        self._warned = -_QUIET_S
+
+    def fetched(self, hits: int, misses: int) -> None:
+        """Segments of a passage that a query found in the store, and did not."""
+        with self._guard:
+            self._counts.hits += hits
+            self._counts.misses += misses
+
+    def ensured(self, segments: int, compressed: int, rates: Iterable[float]) -> None:
+        """Passages of an ingest: their segments, how many of those had to be compressed, and achieved rates."""
+        with self._guard:
+            self._counts.reused += segments - compressed
+            self._rates.change(rates)
+
+    def compressed(self, segments: int, seconds: float) -> None:
+        """A batch of segments was compressed; each is counted with the mean of its batch."""
+        if not segments:
+            return
+        each, limit, now = seconds / segments, self.compress_limit_s, time.monotonic()
+        with self._guard:
+            self._work = replace(
+                self._work, segments=self._work.segments + segments, seconds=self._work.seconds + seconds
+            )
+            self._counts.buckets[bisect.bisect_left(BUCKETS_S, each)] += segments
+            slow = limit is not None and each > limit
+            self._counts.slow += segments if slow else 0
+            warn = slow and now - self._warned >= _QUIET_S
+            self._warned = now if warn else self._warned
+        if warn:
+            logger.warning(
+                "compressing takes %.3g s per segment (%d segments in %.3g s), more than the limit of %.3g s",
+                each, segments, seconds, limit,
+            )  # fmt: skip
+
+    def sampled(self, loss: float, cosine: float | None) -> None:
+        """A segment was read back from the store; see `Work`."""
+        with self._guard:
+            anchored, similar = (1, cosine) if cosine is not None else (0, 0.0)
+            self._work = self._work.plus(Work(samples=1, loss=loss, anchored=anchored, cosine=similar))
+
+    @property
+    def work(self) -> Work:
+        """What compression did so far."""
+        with self._guard:
+            return self._work
+
+    def snapshot(self) -> dict[str, Any]:
+        """All of it as plain values, of one moment."""
+        with self._guard:
+            counts, rates = self._counts, RateSpread(self._rates.bins)
+            asked = counts.hits + counts.misses
+            return {
+                "hits": counts.hits,
+                "misses": counts.misses,
+                "hit_share": counts.hits / asked if asked else None,
+                "segments_reused": counts.reused,
+                "bytes_read": self.traffic.bytes_read,
+                "bytes_written": self.traffic.bytes_written,
+                **self._work.fields(),
+                "segments_beyond_limit": counts.slow,
+                "chunks": rates.chunks,
+                **rates.fields(),
+            }
+
+    def families(self) -> list[Family]:
+        """All of it for Prometheus."""
+        found = self.snapshot()
+        with self._guard:
+            buckets, work = list(self._counts.buckets), self._work
+        counters = [
+            ("fetch_hits_total", "Segments that queries found in the store.", found["hits"]),
+            ("fetch_misses_total", "Segments that queries did not find in the store.", found["misses"]),
+            ("ingest_segments_reused_total", "Segments that needed no compression.", found["segments_reused"]),
+            ("store_read_bytes_total", "Bytes of concepts read.", found["bytes_read"]),
+            ("store_written_bytes_total", "Bytes of concepts written.", found["bytes_written"]),
+            (
+                "compress_slow_segments_total",
+                "Segments that took longer than the limit.",
+                found["segments_beyond_limit"],
+            ),
+            ("reconstruction_samples_total", "Segments read back and compared.", found["reconstruction_samples"]),
+        ]
+        made = [Family(name, "counter", text, [Sample(value)]) for name, text, value in counters]
+        seen, rows = 0, []
+        for bound, n in zip([*map(str, BUCKETS_S), "+Inf"], buckets, strict=True):
+            seen += n
+            rows.append(Sample(seen, {"le": bound}, "_bucket"))
+        rows += [Sample(work.seconds, suffix="_sum"), Sample(seen, suffix="_count")]
+        name = "compress_segment_seconds"
+        made.append(Family(name, "histogram", "Seconds to compress a segment, mean of its batch.", rows))
+        return made + spread_families(found) + quality_families(found)
+
+    def to_prometheus(self, labels: Mapping[str, str] | None = None) -> str:
+        """Prometheus text format 0.0.4; `labels` go to every sample."""
+        return exposition(self.families(), labels)
+
+
+def spread_families(found: Mapping[str, Any], prefix: str = "") -> list[Family]:
+    """Achieved rates of chunks, of a snapshot or a storage."""
+    mean = [Sample(found["achieved_rate_mean"])]
+    spread = [Sample(found[f"achieved_rate_p{round(q * 100)}"], {"quantile": str(q)}) for q in QUANTILES]
+    text = "Source tokens per concept, over chunks"
+    return [
+        Family(f"{prefix}achieved_rate_mean", "gauge", f"{text}: mean.", mean),
+        Family(f"{prefix}achieved_rate", "gauge", f"{text}: quantiles.", spread),
+    ]
+
+
+def quality_families(found: Mapping[str, Any], prefix: str = "") -> list[Family]:
+    """Sampled reconstruction, of a snapshot or a storage."""
+    loss, cosine = [Sample(found["reconstruction_loss"])], [Sample(found["anchor_cosine"])]
+    return [
+        Family(f"{prefix}reconstruction_loss", "gauge", "What storing loses of concepts, relative to their RMS.", loss),
+        Family(f"{prefix}anchor_cosine", "gauge", "Mean cosine between concepts and their anchors.", cosine),
+    ]
