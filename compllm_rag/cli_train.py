@@ -184,6 +184,10 @@ def compressor(
     anchor_positions: Annotated[str, typer.Option(help="Rotary positions of the anchors: continue or source.")] = (
         "continue"
     ),
+    anchor_words: Annotated[bool, typer.Option(help="Choose the tokens of a word together.")] = True,
+    answer_weight: Annotated[
+        float, typer.Option(help="How much tokens that answers are made of count where anchors are chosen.", min=0)
+    ] = 2.0,
     sink: Annotated[bool, typer.Option("--sink", help="Put the beginning-of-sequence token in front.")] = False,
     rates: Annotated[list[float] | None, typer.Option(help="A rate to train at; may be repeated.")] = None,
     labels: Annotated[str, typer.Option(help="gold answers, or own: the LLM's answers to the questions.")] = "gold",
@@ -220,9 +224,18 @@ def compressor(
             CompressorOptions(
                 llm=llm,
                 reader=None if reader_adapter == "none" else reader_adapter,
+                answer_weight=answer_weight,
                 reader_rank=reader_rank,
                 init=init,
-                config=_compressor_config(layers, rank, segment_length, queries, anchor_positions, sink),
+                config=_compressor_config(
+                    layers=layers or None,
+                    rank=rank,
+                    segment_length=segment_length,
+                    queries=queries,
+                    anchor_positions=anchor_positions,
+                    anchor_words=anchor_words,
+                    sink=sink,
+                ),
                 objective=_objective(kl=kl, hidden=hidden, ce=ce),
                 rates=_rates(rates),
                 labels=labels,
@@ -249,21 +262,11 @@ def compressor(
     _report(record, as_json)
 
 
-def _compressor_config(layers: int, rank: int, length: int, queries: str, positions: str, sink: bool) -> Any:
+def _compressor_config(*, rank: int, **fields: Any) -> Any:
     from compllm_rag.config import CompressorConfig
     from compllm_rag.training.reader_task import LINEARS
 
-    return checked(
-        CompressorConfig,
-        layers=layers or None,
-        lora_rank=rank,
-        lora_alpha=2 * rank,
-        lora_modules=LINEARS,
-        segment_length=length,
-        queries=queries,
-        anchor_positions=positions,
-        sink=sink,
-    )
+    return checked(CompressorConfig, lora_rank=rank, lora_alpha=2 * rank, lora_modules=LINEARS, **fields)
 
 
 def _objective(**weights: float) -> Any:

@@ -32,6 +32,8 @@ from compllm_rag.segmentation import Segmenter
 BATCH_POSITIONS = {"cpu": 4096, "cuda": 65536}
 # Segments read ahead and sorted by length, so that batches are nearly rectangular and memory stays bounded.
 _READ_AHEAD = 2048
+# Tokens; a longer run without white space is no word.
+_LONGEST_WORD = 8
 
 
 class Compressor:
@@ -66,6 +68,8 @@ class Compressor:
         rows = llm.embedding.weight.shape[0]
         # fp16 is what is saved: a table kept finer than its file would choose other anchors after a reload.
         self.information = _fit(table, rows).half().float().to(llm.device)
+        # Where a word begins; without words every token is one.
+        self._begins = word_begins(llm.tokenizer, rows).to(llm.device) if self.config.anchor_words else None
         self.decoder = _own_tree(llm.model, self.config.layers)
         if self.config.lora_rank:
             inject_lora(
@@ -130,9 +134,28 @@ class Compressor:
 
     def anchors(self, segment: Sequence[int], n_concepts: int) -> list[int]:
         """Indices of a segment's K most informative tokens, in order; among equals the earlier one."""
-        table = self.information[torch.tensor(list(segment), device=self.information.device)]
-        order = torch.argsort(table, descending=True, stable=True)[:n_concepts]
+        ids = torch.tensor([list(segment)], device=self.information.device)
+        scores = self._scores(ids, torch.ones_like(ids, dtype=torch.bool))[0]
+        order = torch.argsort(scores, descending=True, stable=True)[:n_concepts]
         return sorted(order.tolist())
+
+    def _scores(self, ids: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
+        """How informative each token is where it stands, (batch, n_tokens); minus infinity for padding."""
+        scores = self.information[ids].masked_fill(~is_token, -math.inf)
+        if self._begins is None:
+            return scores
+        # A name or a number that is kept in part tells nothing, so a word's tokens stand and fall together.
+        first = torch.zeros_like(is_token)
+        first[:, 1:] = is_token[:, 1:] & ~is_token[:, :-1]
+        word = (self._begins[ids] | first).long().cumsum(1)
+        best = torch.full((ids.shape[0], ids.shape[1] + 1), -math.inf, device=ids.device)
+        best = best.scatter_reduce(1, word, scores, "amax").gather(1, word)
+        length = (
+            torch.zeros_like(best[:, :1]).expand(-1, ids.shape[1] + 1).scatter_add(1, word, torch.ones_like(scores))
+        )
+        # Scripts without blanks have no words to go by.
+        best = torch.where(length.gather(1, word) <= _LONGEST_WORD, best, scores)
+        return best.masked_fill(~is_token, -math.inf)
 
     def compress(self, segments: Sequence[Sequence[int]], n_concepts: Sequence[int]) -> list[torch.Tensor]:
         """Compress segments, all at once.
@@ -236,8 +259,7 @@ class Compressor:
     ) -> torch.Tensor:
         """Indices (batch, max K) of each row's anchors in order of place; padding repeats the last slot."""
         n = ids.shape[1]
-        table = self.information[ids].masked_fill(~is_token, -math.inf)
-        order = torch.argsort(table, dim=1, descending=True, stable=True)
+        order = torch.argsort(self._scores(ids, is_token), dim=1, descending=True, stable=True)
         slots = torch.arange(n, device=ids.device).expand_as(ids)
         rank = torch.empty_like(order).scatter_(1, order, slots)
         return torch.where(rank < counts, slots, n).sort(dim=1).values[:, :k].clamp_max(n - 1)
@@ -255,6 +277,22 @@ def _own_tree(model: Any, layers: int | None) -> Any:
     tree.layers = tree.layers[: layers or len(tree.layers)]
     tree.norm = nn.Identity()
     return tree.requires_grad_(False).eval()
+
+
+def word_begins(tokenizer: Any, rows: int) -> torch.Tensor:
+    """Which tokens begin a word: those with white space in front, and all that are not letters or digits.
+
+    Returns:
+        Boolean (rows,); what is beyond the vocabulary begins one.
+    """
+    begins = torch.ones(rows, dtype=torch.bool)
+    names = tokenizer.convert_ids_to_tokens(list(range(min(rows, len(tokenizer)))))
+    for index, name in enumerate(names):
+        # Letters of a byte-level vocabulary that stand for blanks and line breaks, and SentencePiece's mark, count as
+        # white space; so does whatever the decoder turns into it.
+        if name and name[0].isalnum() and name[0] not in "\u0120\u010a\u2581":
+            begins[index] = False
+    return begins
 
 
 def _fit(table: torch.Tensor, rows: int) -> torch.Tensor:

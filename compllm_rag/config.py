@@ -61,6 +61,9 @@ class CompressorConfig(Frozen):
     anchor_positions: Literal["continue", "source"] = Field(
         default="continue", description="rotary positions of the anchors: after the segment, or their own"
     )
+    anchor_words: bool = Field(
+        default=False, description="tokens of one word count as informative as the most informative of them"
+    )
     sink: bool = Field(default=False, description="put the beginning-of-sequence token in front of each segment")
     scale: float = Field(
         default=1.0, gt=0.0, description="factor of the head's output, the RMS of embeddings if trained"

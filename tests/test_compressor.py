@@ -83,6 +83,45 @@ def test_anchors_are_the_most_informative_tokens_in_order_and_the_earlier_of_equ
     assert torch.equal(together[1], llm.embed([53, 50, 51, 50, 52]))
 
 
+def words_of(llm: TargetLLM, segment: list[int]) -> list[list[int]]:
+    """Indices of the tokens of each word: letters and digits with nothing between them."""
+    out: list[list[int]] = []
+    for i, name in enumerate(llm.tokenizer.convert_ids_to_tokens(segment)):
+        goes_on = name[0].isalnum() and name[0] not in "\u0120\u010a"
+        out[-1].append(i) if goes_on and out else out.append([i])
+    return out
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_tokens_of_a_word_stand_and_fall_together(llm: TargetLLM, padded: bool) -> None:
+    table = information(llm)
+    compressor = Compressor(llm, CompressorConfig(anchor_words=True, sink=padded), information=table)
+    segments = compressor.segmenter.split(toy.TEXT)
+    several = 0
+    for segment in segments:
+        scores = {}
+        for word in words_of(llm, segment):
+            several += len(word) > 1
+            for i in word:
+                kept = word if len(word) <= 8 else [i]
+                scores[i] = max(float(table[segment[j]]) for j in kept)
+        for k in (1, max(1, len(segment) // 2), len(segment)):
+            expected = sorted(sorted(range(len(segment)), key=lambda i: (-scores[i], i))[:k])
+            assert compressor.anchors(segment, k) == expected
+    assert several > 20
+    ks = [max(1, len(segment) // 2) for segment in segments]
+    for segment, k, concepts in zip(segments, ks, compressor.compress(segments, ks), strict=True):
+        assert torch.equal(concepts, llm.embed([segment[i] for i in compressor.anchors(segment, k)]))
+
+
+def test_text_without_blanks_has_no_words_to_go_by(llm: TargetLLM) -> None:
+    [letters] = llm.tokenizer(["lmnopqrstuvwxyzl"], add_special_tokens=False)["input_ids"]
+    table = torch.arange(400).float()
+    by_word = Compressor(llm, CompressorConfig(anchor_words=True), information=table)
+    assert len(words_of(llm, letters)) == 1 and len(letters) > 8
+    assert by_word.anchors(letters, 3) == Compressor(llm, information=table).anchors(letters, 3)
+
+
 def test_a_table_shorter_than_the_embedding_counts_the_rest_as_never_seen(llm: TargetLLM) -> None:
     compressor = Compressor(llm, information=torch.linspace(0, 1, 300))
     assert compressor.anchors([200, 350, 299, 100], 2) == [1, 2]

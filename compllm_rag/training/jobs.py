@@ -17,6 +17,7 @@ from compllm_rag.adapters import read_adapter
 from compllm_rag.compressor import Compressor, embedding_rms
 from compllm_rag.config import DEFAULT_LLM, CompressorConfig
 from compllm_rag.errors import ConfigurationError, FingerprintMismatchError
+from compllm_rag.information import information_for
 from compllm_rag.llm import TargetLLM
 from compllm_rag.loading import AUTO, shipped_adapter
 from compllm_rag.segmentation import Segmenter
@@ -24,6 +25,7 @@ from compllm_rag.training.cards import write_card
 from compllm_rag.training.compressor_task import CompressorTask, RatesConfig
 from compllm_rag.training.evaluation_guard import refuse_evaluation
 from compllm_rag.training.hub_data import fetch_dataset
+from compllm_rag.training.importance import answer_odds
 from compllm_rag.training.labels import own_answers, own_instructions
 from compllm_rag.training.live_reader import LiveReader
 from compllm_rag.training.loop import RunConfig, train
@@ -92,6 +94,8 @@ class CompressorOptions:
         rates: At which rates.
         labels: `gold`, or `own` for the LLM's own answers to the training questions.
         label_groups: Most groups of questions that the LLM answers.
+        answer_weight: Of how much likelier a token is in an answer than in a passage, against its unigram information,
+            where anchors are chosen; see `answer_odds`. Counted from the training questions; `init` keeps its own.
         reader_rank: Of a LoRA on the target that learns to read concepts along with the compressor, and goes into
             the reader adapter (`best/reader`); 0 leaves the target as it is, as in the paper.
         text_share: Share of examples that such a reader reads as text.
@@ -102,6 +106,7 @@ class CompressorOptions:
 
     llm: str = DEFAULT_LLM
     reader: str | Path | None = AUTO
+    answer_weight: float = 2.0
     reader_rank: int = 0
     text_share: float = 0.15
     init: Path | None = None
@@ -155,11 +160,9 @@ def train_compressor(
         progress=progress,
     )
     live = LiveReader(llm, options.reader_rank, former) if options.reader_rank else None
-    if options.init is not None:
-        compressor = Compressor.from_pretrained(options.init, llm)
-    else:
-        compressor = Compressor(llm, options.config.model_copy(update={"scale": embedding_rms(llm)}))
-    if not compressor.config.lora_rank:
+    started = Compressor.from_pretrained(options.init, llm) if options.init is not None else None
+    config = started.config if started else options.config
+    if not config.lora_rank:
         raise ConfigurationError(
             "compressor has nothing to train",
             got="lora_rank 0",
@@ -167,16 +170,18 @@ def train_compressor(
             next_step="set --rank",
         )
     with _first_process_first():
-        material = data.load(compressor.segmenter, out / "data", progress)
+        material = data.load(Segmenter(llm.tokenizer, config.segment_length), out / "data", progress)
         if options.labels == "own":
             groups = material.groups[: options.label_groups]
             material.answers.update(own_answers(llm, groups, material, out / "own_answers.jsonl", progress))
+    compressor = started or _new_compressor(llm, config, material, options.answer_weight)
     facts = {
         "compressor": compressor.config.model_dump(mode="json"),
         "objective": options.objective.model_dump(mode="json"),
         "rates": options.rates.model_dump(mode="json"),
         "labels": options.labels,
         "reader_rank": options.reader_rank,
+        "answer_weight": options.answer_weight,
     }
     with _first_process_first():
         _same_job(out, "compressor", llm, facts)
@@ -244,6 +249,13 @@ def train_reader(
     if state is not None:
         task.load(state)
     return _run(task, run, out, progress, command, target, material, facts)
+
+
+def _new_compressor(llm: TargetLLM, config: CompressorConfig, material: Material, answer_weight: float) -> Compressor:
+    table = information_for(llm.tokenizer)
+    if answer_weight:
+        table = table + answer_weight * answer_odds(material, table.numel())
+    return Compressor(llm, config.model_copy(update={"scale": embedding_rms(llm)}), information=table)
 
 
 def _run(

@@ -128,3 +128,20 @@ def test_renamed_evaluation_files_are_known_by_what_is_in_them(llm, world: Path,
     copied.write_text("".join(json.dumps(row) + "\n" for row in [*other, {"id": "x", **rows[0]}]))
     mine = Material([copied], [], fresh(llm).segmenter)
     assert mine.skipped == [("mine.jsonl: x", "in an evaluation set")]
+
+
+def test_answers_are_made_of_some_tokens_more_than_of_others(llm, tmp_path: Path) -> None:
+    from compllm_rag.training.importance import answer_odds
+
+    rows = []
+    for i in range(10, 60):
+        context = f"The tower has {i}{i + 1} steps and it is old."
+        rows.append({"id": str(i), "context": context, "question": "How many?", "answers": [f"{i}{i + 1}"]})
+    path = tmp_path / "numbers.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mine = Material([path], [], fresh(llm).segmenter)
+    odds = answer_odds(mine, 400)
+    ids = {name: llm.tokenizer.convert_tokens_to_ids(name) for name in ("3", "4", "t", ".")}
+    assert min(odds[ids["3"]], odds[ids["4"]]) > 0.5 > 0 > max(odds[ids["t"]], odds[ids["."]])
+    unseen = llm.tokenizer.convert_tokens_to_ids("<|bos|>")
+    assert odds[unseen] == pytest.approx(0, abs=1e-5)
