@@ -108,6 +108,8 @@ class Compressor:
     def refresh_fingerprint(self) -> str:
         """Compute the fingerprint again; whoever changes the weights calls this."""
         # Tokens the compressor adds by itself are named by files of the tokenizer that no digest covers.
+        # A setting that came later leaves the fingerprints alone that were made before it, as long as it is off.
+        later = set() if self.config.anchor_words else {"anchor_words"}
         added = {"sink_id": self._sink_id()} if self.config.sink else {}
         if self.config.queries == "eos":
             added["query_id"] = int(self.llm.tokenizer.eos_token_id)
@@ -115,7 +117,7 @@ class Compressor:
             "compllm-rag/compressor",
             target=self.llm.identity,
             weights=tensor_digest({k: v.cpu().numpy() for k, v in self.state().items()}),
-            config=self.config.model_dump_json(exclude={"format_version"}),
+            config=self.config.model_dump_json(exclude={"format_version", *later}),
             **added,
         )
         return self._fingerprint
