@@ -177,10 +177,7 @@ class CompressorTask:
     def validate(self, progress: Progress) -> dict[str, float]:
         """Recovered (DESIGN section 7) by concepts and by pruning on held-out training questions, in percent."""
         if not self._fixed or self.live:
-            bare = [Example((e.prefix[0],), e.branches) for e in self.validation]
-            self._fixed = {"nll_text": self._nll(self.validation, None), "nll_none": self._nll(bare, None)}
-            for rate in self.validation_rates:
-                self._fixed |= self._look(rate, pruned=True)
+            self._fixed = self.untrained()
         found = dict(self._fixed)
         for rate in self.validation_rates:
             found |= self._look(rate, pruned=False)
@@ -189,6 +186,15 @@ class CompressorTask:
         mean = sum(found[f"nll_concepts@{rate:g}"] for rate in self.validation_rates) / len(self.validation_rates)
         found["score"] = -mean - max(0.0, found["nll_text"] - self._begun)
         return found
+
+    @torch.no_grad()
+    def untrained(self) -> dict[str, float]:
+        """What needs no compressor: text, no passages, and pruning to the anchors."""
+        bare = [Example((e.prefix[0],), e.branches) for e in self.validation]
+        self._fixed = {"nll_text": self._nll(self.validation, None), "nll_none": self._nll(bare, None)}
+        for rate in self.validation_rates:
+            self._fixed |= self._look(rate, pruned=True)
+        return dict(self._fixed)
 
     def _look(self, rate: float, *, pruned: bool) -> dict[str, float]:
         name = f"{'pruned' if pruned else 'concepts'}@{rate:g}"

@@ -118,3 +118,11 @@ def test_ablations(tmp_path: Path, toy_folder: Path, world: Path) -> None:
     pruning, *rows = json.loads((tmp_path / "o.json").read_text())["rows"]
     assert pruning["steps"] == 0 and [row["steps"] for row in rows] == [2, 2, 2]
     assert len({row["nll_concepts@2"] for row in rows}) == 3
+
+
+def test_anchors(tmp_path: Path, toy_folder: Path, world: Path) -> None:
+    options = ["--llm", toy_folder, "--data-dir", world, "--groups", "2", "--rates", "2"]
+    words = [sys.executable, "-m", "benchmarks.anchors", "--json", tmp_path / "o.json", *options]
+    subprocess.run(list(map(str, words)), cwd=ROOT, check=True, capture_output=True, timeout=300)
+    rows = json.loads((tmp_path / "o.json").read_text())["rows"]
+    assert len({row["nll_text"] for row in rows}) == 1 and len({row["nll_pruned@2"] for row in rows}) > 1
