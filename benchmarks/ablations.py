@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import parser, progress, write
-from compllm_rag.compressor import Compressor, embedding_rms
 from compllm_rag.config import CompressorConfig
 from compllm_rag.llm import TargetLLM
 from compllm_rag.loading import shipped_adapter
+from compllm_rag.segmentation import Segmenter
 from compllm_rag.training.cards import read_log
 from compllm_rag.training.compressor_task import CompressorTask, RatesConfig
+from compllm_rag.training.jobs import new_compressor
 from compllm_rag.training.live_reader import LiveReader
 from compllm_rag.training.loop import RunConfig, train
 from compllm_rag.training.material import Material, MaterialConfig
@@ -30,6 +31,8 @@ NOTE = (
 )
 CHOICES: dict[str, dict[str, Any]] = {
     "as shipped: anchors, KL, 12 layers": {},
+    "anchors by unigram information alone": {"config": {"anchor_words": False}, "answer_weight": 0.0},
+    "concepts start from means": {"config": {"queries": "mean"}},
     "paper's queries: EOS": {"config": {"queries": "eos"}},
     "no KL": {"objective": {"kl": 0.0}},
     "no hidden states": {"objective": {"hidden": 0.0}},
@@ -74,13 +77,13 @@ def _one(number: int, name: str, args: Any) -> dict[str, Any]:
     live = LiveReader(llm, choice["live"], reader) if "live" in choice else None
     depth = llm.model.config.get_text_config().num_hidden_layers
     fields = {"layers": min(12, depth), "lora_rank": 32, "lora_alpha": 64, "lora_modules": LINEARS}
-    fields |= choice.get("config", {})
+    fields |= {"anchor_words": True} | choice.get("config", {})
     if fields["layers"] is not None:
         fields["layers"] = min(fields["layers"], depth)
-    compressor = Compressor(llm, CompressorConfig(**fields, scale=embedding_rms(llm)))
-    material = Material(
-        *Material.files_of(args.data_dir), compressor.segmenter, MaterialConfig(max_context=args.max_context)
-    )
+    config = CompressorConfig(**fields)
+    segmenter = Segmenter(llm.tokenizer, config.segment_length)
+    material = Material(*Material.files_of(args.data_dir), segmenter, MaterialConfig(max_context=args.max_context))
+    compressor = new_compressor(llm, config, material, choice.get("answer_weight", 2.0))
     objective = ObjectiveConfig(**choice.get("objective", {}))
     task = CompressorTask(compressor, material, objective, RatesConfig(), validation=args.validation, live=live)
     steps = args.steps or 100_000

@@ -239,6 +239,8 @@ class Compressor:
         tokens = self.llm.embedding(ids)
         if self.config.queries == "anchor":
             start = queries = torch.gather(tokens, 1, where[..., None].expand(-1, -1, tokens.shape[-1]))
+        elif self.config.queries == "mean":
+            start = queries = _pooled(tokens, slots - begins - len(lead), n - begins - len(lead), counts, k)
         else:
             eos = self.llm.embedding(torch.full_like(where, int(self.llm.tokenizer.eos_token_id)))
             start, queries = torch.zeros_like(eos), eos
@@ -279,6 +281,24 @@ def _own_tree(model: Any, layers: int | None) -> Any:
     tree.layers = tree.layers[: layers or len(tree.layers)]
     tree.norm = nn.Identity()
     return tree.requires_grad_(False).eval()
+
+
+def _pooled(
+    tokens: torch.Tensor, place: torch.Tensor, lengths: torch.Tensor, counts: torch.Tensor, k: int
+) -> torch.Tensor:
+    """Means (batch, max K, hidden_size) of K even runs of each row's tokens.
+
+    Args:
+        tokens: Embeddings (batch, n, hidden_size).
+        place: (batch, n), counted from each row's first token; negative in front of it.
+        lengths: (batch, 1), tokens of each row.
+        counts: (batch, 1), K of each row.
+        k: The largest K.
+    """
+    run = torch.where(place >= 0, place * counts // lengths, k)
+    member = nn.functional.one_hot(run, k + 1)[..., :k].to(tokens.dtype)
+    sums = member.transpose(1, 2) @ tokens
+    return sums / member.sum(1).clamp_min(1)[..., None]
 
 
 def word_begins(tokenizer: Any, rows: int) -> torch.Tensor:

@@ -57,7 +57,9 @@ class CompressorConfig(Frozen):
     segment_length: int = Field(default=20, ge=2, le=512, description="S, the most tokens of one segment")
     segmenter_version: Literal[1] = 1
     layers: int | None = Field(default=None, ge=1, description="first L layers of the LLM; None: all of them")
-    queries: Literal["anchor", "eos"] = Field(default="anchor", description="what a concept starts from")
+    queries: Literal["anchor", "eos", "mean"] = Field(
+        default="anchor", description="what a concept starts from: a token, nothing, or the mean of neighbouring tokens"
+    )
     anchor_positions: Literal["continue", "source"] = Field(
         default="continue", description="rotary positions of the anchors: after the segment, or their own"
     )

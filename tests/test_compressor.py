@@ -83,6 +83,17 @@ def test_anchors_are_the_most_informative_tokens_in_order_and_the_earlier_of_equ
     assert torch.equal(together[1], llm.embed([53, 50, 51, 50, 52]))
 
 
+@pytest.mark.parametrize("sink", [False, True])
+def test_means_are_those_of_even_runs_of_tokens(llm: TargetLLM, sink: bool) -> None:
+    compressor = Compressor(llm, CompressorConfig(queries="mean", sink=sink))
+    segments = segments_of(llm, *LENGTHS)
+    for segment, k, concepts in zip(segments, KS, compressor.compress(segments, KS), strict=True):
+        embedded = llm.embed(segment).float()
+        runs = [[i for i in range(len(segment)) if i * k // len(segment) == run] for run in range(k)]
+        expected = torch.stack([embedded[run].mean(0) for run in runs])
+        torch.testing.assert_close(concepts, expected, atol=1e-6, rtol=1e-5)
+
+
 def words_of(llm: TargetLLM, segment: list[int]) -> list[list[int]]:
     """Indices of the tokens of each word: letters and digits with nothing between them."""
     out: list[list[int]] = []

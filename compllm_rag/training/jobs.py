@@ -174,7 +174,7 @@ def train_compressor(
         if options.labels == "own":
             groups = material.groups[: options.label_groups]
             material.answers.update(own_answers(llm, groups, material, out / "own_answers.jsonl", progress))
-    compressor = started or _new_compressor(llm, config, material, options.answer_weight)
+    compressor = started or new_compressor(llm, config, material, options.answer_weight)
     facts = {
         "compressor": compressor.config.model_dump(mode="json"),
         "objective": options.objective.model_dump(mode="json"),
@@ -251,7 +251,15 @@ def train_reader(
     return _run(task, run, out, progress, command, target, material, facts)
 
 
-def _new_compressor(llm: TargetLLM, config: CompressorConfig, material: Material, answer_weight: float) -> Compressor:
+def new_compressor(llm: TargetLLM, config: CompressorConfig, material: Material, answer_weight: float) -> Compressor:
+    """An untrained compressor whose anchors are chosen by information and by what answers are made of.
+
+    Args:
+        llm: The target.
+        config: What the compressor is; `scale` is set from the LLM's embeddings.
+        material: Whose questions are counted.
+        answer_weight: See `CompressorOptions`.
+    """
     table = information_for(llm.tokenizer)
     if answer_weight:
         table = table + answer_weight * answer_odds(material, table.numel())
