@@ -19,15 +19,19 @@ if TYPE_CHECKING:
     from compllm_rag.llamaindex.embedding import load_embedder as load_embedder
     from compllm_rag.llamaindex.index import ConceptIndex as ConceptIndex
     from compllm_rag.llamaindex.llm import ConceptLLM as ConceptLLM
+    from compllm_rag.llamaindex.namespaces import delete_namespace as delete_namespace
+    from compllm_rag.llamaindex.namespaces import list_namespaces as list_namespaces
     from compllm_rag.llamaindex.node_parser import ConceptNodeParser as ConceptNodeParser
     from compllm_rag.llamaindex.repair import repair_storage as repair_storage
     from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer as ConceptSynthesizer
     from compllm_rag.llamaindex.transform import ConceptTransform as ConceptTransform
+    from compllm_rag.llamaindex.uploads import UploadQueue as UploadQueue
     from compllm_rag.llamaindex.upkeep import compact_storage as compact_storage
     from compllm_rag.llamaindex.upkeep import migrate_storage as migrate_storage
     from compllm_rag.llamaindex.vector_store import FaissTextVectorStore as FaissTextVectorStore
     from compllm_rag.llamaindex.verification import verify_storage as verify_storage
     from compllm_rag.llm import TargetLLM as TargetLLM
+    from compllm_rag.metrics import Metrics as Metrics
     from compllm_rag.store import DiskStore as DiskStore
     from compllm_rag.store import MemoryStore as MemoryStore
 
@@ -45,8 +49,12 @@ _HOME = {
     "IngestConfig": "config",
     "LocalGenerator": "generation.local",
     "MemoryStore": "store",
+    "Metrics": "metrics",
     "TargetLLM": "llm",
+    "UploadQueue": "llamaindex.uploads",
     "compact_storage": "llamaindex.upkeep",
+    "delete_namespace": "llamaindex.namespaces",
+    "list_namespaces": "llamaindex.namespaces",
     "load_embedder": "llamaindex.embedding",
     "migrate_storage": "llamaindex.upkeep",
     "repair_storage": "llamaindex.repair",

@@ -13,7 +13,6 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from compllm_rag.compressor import Compressor, embedding_rms
@@ -29,6 +28,7 @@ from compllm_rag.metrics import Metrics
 from compllm_rag.rates import FixedRate, RatePolicy
 from compllm_rag.reconstruction import sample
 from compllm_rag.store.base import ConceptStore
+from compllm_rag.store.codec import largest
 
 _REMEMBERED = 4096
 # Segments compressed between two writes: bounds memory, and what an interruption can lose.
@@ -260,8 +260,7 @@ def _largest(concepts: torch.Tensor) -> float:
     """The largest magnitude in concepts (n, hidden_size); those of a store go by their bits."""
     if concepts.dtype != torch.float16 or concepts.device.type != "cpu":
         return float(concepts.abs().max())
-    bits = (concepts.detach().numpy().view(np.uint16) & 0x7FFF).max(keepdims=True)
-    return float(bits.view(np.float16).max())
+    return largest(concepts.detach().contiguous().numpy())
 
 
 def _groups(passages: Iterable[Passage]) -> Iterator[list[Passage]]:

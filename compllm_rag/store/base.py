@@ -21,6 +21,7 @@ from compllm_rag.store.codec import Encoding
 from compllm_rag.store.encodings import FP16
 
 _KEY = re.compile(r"[0-9a-f]{64}")
+_KEYS = re.compile(r"[0-9a-f]*")
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,11 @@ def check_keys(keys: Iterable[str]) -> None:
     Raises:
         ConfigurationError: A key is not 64 lower-case hexadecimal characters.
     """
-    for key in keys:
+    asked = list(keys)
+    # All at once, since the keys of a long prompt are thousands; one by one only to find the one to name.
+    if set(map(type, asked)) <= {str} and set(map(len, asked)) <= {64} and _KEYS.fullmatch("".join(asked)):
+        return
+    for key in asked:
         if not is_key(key):
             raise ConfigurationError(
                 "not a record key",

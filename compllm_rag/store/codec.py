@@ -14,6 +14,7 @@ import torch
 
 from compllm_rag.errors import CorruptRecordError, InvalidConceptsError
 
+_INFINITE = 0x7C00  # bits of infinity; those of NaN are larger
 _BLOCK = 2**16  # values looked at in one go; they stay in the cache of the processor
 
 
@@ -47,16 +48,24 @@ class Encoding(ABC):
             InvalidConceptsError: A value is NaN, infinite, or larger than fp16 can hold (65504).
         """
         half = concepts.detach().to(device="cpu", dtype=torch.float16).contiguous()
-        check_finite(half)
+        check_finite(half.numpy())
         return self._write(half)
 
-    def decode(self, data: np.ndarray, n_concepts: int, hidden_size: int) -> torch.Tensor:
+    def check(self, data: np.ndarray) -> None:
+        """Look for values that no concept has in encoded concepts, uint8 (n,), as far as `_read` does not.
+
+        Raises:
+            InvalidConceptsError: A value is NaN or infinite.
+        """
+
+    def decode(self, data: np.ndarray, n_concepts: int, hidden_size: int, *, checked: bool = False) -> torch.Tensor:
         """Read concepts back.
 
         Args:
             data: Encoded concepts, uint8 (nbytes,). The tensor may share its memory.
             n_concepts: Rows to expect.
             hidden_size: Columns to expect.
+            checked: `check` has seen all of it.
 
         Returns:
             Concepts (n_concepts, hidden_size), fp16 on the CPU.
@@ -73,6 +82,8 @@ class Encoding(ABC):
                 expected=f"{expected} bytes",
                 next_step="run `compllm-rag repair`, which makes them again from the text",
             )
+        if not checked:
+            self.check(data)
         return self._read(data, n_concepts, hidden_size)
 
     def rounded(self, concepts: torch.Tensor) -> torch.Tensor:
@@ -94,31 +105,38 @@ class Fp16(Encoding):
         """Size of that many encoded concepts in bytes: two for each value."""
         return 2 * n_concepts * hidden_size
 
+    def check(self, data: np.ndarray) -> None:
+        """Look for NaN and infinite values in encoded concepts, uint8 (n,)."""
+        check_finite(data.view("<f2").astype(np.float16, copy=False))
+
     def _write(self, half: torch.Tensor) -> bytes:
         return half.numpy().astype("<f2", copy=False).tobytes()
 
     def _read(self, data: np.ndarray, n_concepts: int, hidden_size: int) -> torch.Tensor:
-        half = torch.from_numpy(data.view("<f2").astype(np.float16, copy=False)).view(n_concepts, hidden_size)
-        check_finite(half)
-        return half
+        return torch.from_numpy(data.view("<f2").astype(np.float16, copy=False)).view(n_concepts, hidden_size)
 
 
-def check_finite(half: torch.Tensor) -> None:
-    """Look at all values of a contiguous fp16 tensor on the CPU.
+def largest(half: np.ndarray) -> float:
+    """The largest magnitude in contiguous fp16 values; infinite when one of them is infinite or NaN."""
+    # The bits of fp16 are ordered by magnitude: those of positive values as signed numbers, those of negative values as
+    # unsigned ones, where they stand above all others. Two reductions, then, and no copy.
+    bits, most = half.reshape(-1).view(np.int16), 0
+    for start in range(0, bits.size, _BLOCK):
+        block = bits[start : start + _BLOCK]
+        most = max(most, int(block.max()), int(block.view(np.uint16).max()) & 0x7FFF)
+    return float(np.array(most, dtype=np.uint16).view(np.float16)) if most < _INFINITE else float("inf")
+
+
+def check_finite(half: np.ndarray) -> None:
+    """Look at contiguous fp16 values.
 
     Raises:
         InvalidConceptsError: One is NaN or infinite.
     """
-    # All bits of the exponent set means NaN or infinite. As signed numbers the bits of positive values are ordered by
-    # magnitude, as unsigned numbers those of negative values are and stand above all others: two reductions that need
-    # no copy, at a twentieth of the time of isfinite().
-    bits = half.numpy().reshape(-1).view(np.int16)
-    for start in range(0, bits.size, _BLOCK):
-        block = bits[start : start + _BLOCK]
-        if block.max() >= 0x7C00 or block.view(np.uint16).max() >= 0xFC00:
-            raise InvalidConceptsError(
-                "concepts hold values that fp16 cannot",
-                got="NaN, an infinite value or an overflow",
-                expected="finite values of at most 65504 in magnitude",
-                next_step="look at the compressor that made them",
-            )
+    if largest(half) == float("inf"):
+        raise InvalidConceptsError(
+            "concepts hold values that fp16 cannot",
+            got="NaN, an infinite value or an overflow",
+            expected="finite values of at most 65504 in magnitude",
+            next_step="look at the compressor that made them",
+        )

@@ -418,10 +418,11 @@ class DiskStore(ConceptStore):
     def _read(self, keys: Sequence[str], locations: Sequence[Location]) -> torch.Tensor:
         """Concepts (sum of n_concepts, hidden_size) of located records, checked."""
         sizes = [self.encoding.nbytes(location.n_concepts, self.hidden_size) for location in locations]
-        data = self._packs.read(keys, locations, sizes)
-        self.traffic.bytes_read += sum(sizes)
         try:
-            return self.encoding.decode(data, sum(location.n_concepts for location in locations), self.hidden_size)
+            data = self._packs.read(keys, locations, sizes, self.encoding.check)
+            self.traffic.bytes_read += data.size
+            n_concepts = sum(location.n_concepts for location in locations)
+            return self.encoding.decode(data, n_concepts, self.hidden_size, checked=True)
         except InvalidConceptsError as error:
             raise self._name_invalid(keys, locations) from error
 

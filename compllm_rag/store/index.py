@@ -375,7 +375,7 @@ def _parse(key: str, mode: object, filename: object, value: object) -> Location:
         raise _planted(key, f"a value of mode {mode}, type {type(value).__name__}, file {filename}")
     if len(value) != _ROW.size:
         raise corrupt_record(key, f"an index row of {len(value)} bytes instead of {_ROW.size}")
-    location = Location(*_ROW.unpack(value))
+    location = Location._make(_ROW.unpack(value))
     if location.n_concepts < 1:
         raise corrupt_record(key, "an index row that says it has no concepts")
     return location

@@ -13,7 +13,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import xxhash
 
@@ -27,8 +27,7 @@ _CHECKSUM = struct.Struct("<Q")
 _MAGIC = b"CLLMPACK"
 
 
-@dataclass(frozen=True, slots=True)
-class Location:
+class Location(NamedTuple):
     """Where one record lies.
 
     Attributes:

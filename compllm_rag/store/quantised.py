@@ -62,7 +62,7 @@ class Int8(Encoding):
         for part in _blocks(n_concepts, hidden_size):
             made[part] = codes[part].float().mul_(unit[part])
         if n_concepts and float(unit.max()) * 2**7 > _MOST:  # code -128 is never written, and must not overflow
-            check_finite(made)
+            check_finite(made.numpy())
         return made
 
 
@@ -106,7 +106,7 @@ class Int4(Encoding):
             values.sub_(8).view(-1, n_groups, GROUP).mul_(steps[part])
             made[part] = values[:, :hidden_size]
         if n_concepts and float(unit.max()) * 2**10 > _MOST:  # step -128 is never written, and must not overflow
-            check_finite(made)
+            check_finite(made.numpy())
         return made
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +18,16 @@ from compllm_rag.store.packs import (
     wrong_header,
 )
 
-_OPEN_MAPS = 128  # each map keeps a file descriptor, and 1024 of those is a common limit
+_OPEN_FILES = 128  # 1024 file descriptors are a common limit
+_PIECE = 2**19  # bytes read before their checksums are taken: they are in the processor's cache still
 
 
 class PackReader:
-    """Copies ranges out of memory-mapped packs.
+    """Reads ranges of packs.
 
-    Every access compares the range with the size the file has now, because touching a mapped page behind the end of a
-    shortened file ends the process. Ranges are copied rather than lent: what was checked can then not change.
+    Every access compares the range with the size the file has now, so that nothing is allocated for what is not there.
+    Files are read, not mapped: a mapped page behind the end of a file that is shortened meanwhile ends the process, and
+    what was checked could change afterwards. Reading is no slower, since the bytes are wanted in a tensor of their own.
 
     Args:
         folder: Where the packs lie.
@@ -35,57 +36,76 @@ class PackReader:
 
     def __init__(self, folder: Path, header: bytes) -> None:
         self._folder, self._header = folder, header
-        self._maps: dict[int, mmap.mmap] = {}
+        self._files: dict[int, int] = {}
 
-    def read(self, keys: Sequence[str], locations: Sequence[Location], sizes: Sequence[int]) -> np.ndarray:
-        """Copy records out, joined; neighbours in a pack are copied as one range.
+    def read(
+        self,
+        keys: Sequence[str],
+        locations: Sequence[Location],
+        sizes: Sequence[int],
+        check: Callable[[np.ndarray], None] | None = None,
+    ) -> np.ndarray:
+        """Read records, joined; neighbours in a pack are read together.
 
         Args:
             keys: The records.
             locations: Where each lies.
             sizes: Bytes of each.
+            check: Called with each piece of their bytes once its checksums are proved, before the next is read.
 
         Returns:
             Their bytes in the order asked, uint8 (sum of sizes,).
 
         Raises:
             CorruptRecordError: A record lies outside its pack or fails its checksum; the message names the key.
+            UnreadableFileError: A pack cannot be read.
         """
         self._check_bounds(keys, locations, sizes)
         data = np.empty(sum(sizes), dtype=np.uint8)  # bounded by the files, now that the bounds are known
-        view, position = data.data, 0
-        for pack, start, end in _ranges(locations, sizes):
-            view[position : position + end - start] = memoryview(self._maps[pack])[start:end]
-            position += end - start
-        position = 0
-        for key, location, size in zip(keys, locations, sizes, strict=True):
-            if record_checksum(key, view[position : position + size]) != location.checksum:
-                where = f"{pack_path(self._folder, location.pack)} at byte {location.offset}"
-                raise corrupt_record(key, f"bytes that fail their checksum in {where}")
-            position += size
-        while len(self._maps) > _OPEN_MAPS:
-            self._forget(next(iter(self._maps)))
+        view, position = memoryview(data.data), 0
+        for first, end in _pieces(locations, sizes):
+            nbytes = sum(sizes[first:end])
+            self._fill(view[position : position + nbytes], locations[first], keys[first])
+            for index in range(first, end):
+                size = sizes[index]
+                if record_checksum(keys[index], view[position : position + size]) != locations[index].checksum:
+                    where = f"{pack_path(self._folder, locations[index].pack)} at byte {locations[index].offset}"
+                    raise corrupt_record(keys[index], f"bytes that fail their checksum in {where}")
+                position += size
+            if check is not None:
+                check(data[position - nbytes : position])
+        while len(self._files) > _OPEN_FILES:
+            self._forget(next(iter(self._files)))
         return data
+
+    def _fill(self, view: memoryview, location: Location, key: str) -> None:
+        path, done = pack_path(self._folder, location.pack), 0
+        with explained(path, writing=False):
+            while done < len(view):
+                found = os.preadv(self._files[location.pack], [view[done:]], location.offset + done)
+                if not found:
+                    raise corrupt_record(key, f"a file that was shortened just now: {path}")
+                done += found
 
     def _check_bounds(self, keys: Sequence[str], locations: Sequence[Location], sizes: Sequence[int]) -> None:
         usable: dict[int, int] = {}
         for key, location, size in zip(keys, locations, sizes, strict=True):
             end = location.offset + size
-            if end > usable.get(location.pack, -1):
-                usable[location.pack] = self._usable(location.pack, end, key)
+            if location.pack not in usable:
+                usable[location.pack] = self._usable(location.pack, key)
             if location.offset < HEADER_BYTES or end > usable[location.pack]:
                 path = pack_path(self._folder, location.pack)
                 raise corrupt_record(
                     key, f"bytes {location.offset} to {end} of {path}, which has {usable[location.pack]}"
                 )
 
-    def _usable(self, number: int, end: int, key: str) -> int:
-        pages = self._maps.get(number)
-        if pages is None or (len(pages) < end and pages.size() > len(pages)):
-            pages = self._map(number, key)
-        return min(len(pages), pages.size())
+    def _usable(self, number: int, key: str) -> int:
+        file = self._files.get(number)
+        if file is None:
+            file = self._open(number, key)
+        return os.fstat(file).st_size
 
-    def _map(self, number: int, key: str) -> mmap.mmap:
+    def _open(self, number: int, key: str) -> int:
         path = pack_path(self._folder, number)
         with explained(path, writing=False):
             try:
@@ -96,35 +116,35 @@ class PackReader:
                 found = os.pread(file, HEADER_BYTES, 0)
                 if found != self._header:
                     raise wrong_header(found, path, key)
-                pages = mmap.mmap(file, 0, access=mmap.ACCESS_READ)
-            finally:
+            except BaseException:
                 os.close(file)
-        # A map holds on to the bytes of a pack that a compaction took away; this is the moment to let them go.
-        for other in [n for n in self._maps if n == number or not pack_path(self._folder, n).exists()]:
+                raise
+        # An open file holds on to the bytes of a pack that a compaction took away; this is the moment to let them go.
+        for other in [n for n in self._files if not pack_path(self._folder, n).exists()]:
             self._forget(other)
-        self._maps[number] = pages
-        return pages
+        self._files[number] = file
+        return file
 
     def _forget(self, number: int) -> None:
-        pages = self._maps.pop(number, None)
-        if pages is not None:
-            pages.close()
+        file = self._files.pop(number, None)
+        if file is not None:
+            os.close(file)
 
     def close(self) -> None:
-        """Give all maps back."""
-        for number in list(self._maps):
+        """Close all packs."""
+        for number in list(self._files):
             self._forget(number)
 
 
-def _ranges(locations: Sequence[Location], sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Pack, start and end of each run of records that follow one another in a pack."""
-    run: tuple[int, int, int] | None = None
-    for location, size in zip(locations, sizes, strict=True):
-        if run is not None and run[0] == location.pack and run[2] == location.offset:
-            run = (run[0], run[1], location.offset + size)
-        else:
-            if run is not None:
-                yield run
-            run = (location.pack, location.offset, location.offset + size)
-    if run is not None:
-        yield run
+def _pieces(locations: Sequence[Location], sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """First and end of runs of records that follow one another in a pack; of a long range, one run after the other."""
+    first = nbytes = 0
+    for index in range(1, len(locations)):
+        last, size = locations[index - 1], sizes[index - 1]
+        nbytes += size
+        after = locations[index]
+        if after.pack != last.pack or after.offset != last.offset + size or nbytes >= _PIECE:
+            yield first, index
+            first, nbytes = index, 0
+    if locations:
+        yield first, len(locations)
