@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from compllm_rag.llamaindex.repair import repair_storage as repair_storage
     from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer as ConceptSynthesizer
     from compllm_rag.llamaindex.transform import ConceptTransform as ConceptTransform
-    from compllm_rag.llamaindex.uploads import UploadQueue as UploadQueue
     from compllm_rag.llamaindex.upkeep import compact_storage as compact_storage
     from compllm_rag.llamaindex.upkeep import migrate_storage as migrate_storage
+    from compllm_rag.llamaindex.uploads import UploadQueue as UploadQueue
     from compllm_rag.llamaindex.vector_store import FaissTextVectorStore as FaissTextVectorStore
     from compllm_rag.llamaindex.verification import verify_storage as verify_storage
     from compllm_rag.llm import TargetLLM as TargetLLM
