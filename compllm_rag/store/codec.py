@@ -15,7 +15,7 @@ import torch
 from compllm_rag.errors import CorruptRecordError, InvalidConceptsError
 
 _INFINITE = 0x7C00  # bits of infinity; those of NaN are larger
-_BLOCK = 2**16  # values looked at in one go; they stay in the cache of the processor
+_BLOCK = 2**19  # values looked at in one go; they stay in the cache of the processor
 
 
 class Encoding(ABC):

@@ -3,7 +3,7 @@
 Records move in steps: their payloads go into new packs, which are synced; then one transaction of the index points
 their rows at the new place. After the last step one more transaction forgets what is gone, and only then are the old
 packs removed. A process killed anywhere leaves every record readable, and at worst some bytes for the next compaction.
-Readers hold on to what they have mapped, and look a record up again when its pack is gone.
+Readers hold on to the packs they have open, and look a record up again when its pack is gone.
 """
 
 from __future__ import annotations

@@ -377,8 +377,11 @@ class DiskStore(ConceptStore):
 
     def _find(self, keys: Sequence[str]) -> dict[str, Location]:
         self._require_open()
-        found = {key: self._pending[key] for key in keys if key in self._pending}
-        found.update(self._index.find([key for key in dict.fromkeys(keys) if key not in found]))
+        wanted = dict.fromkeys(keys)
+        if not self._pending:
+            return self._index.find(list(wanted))
+        found = {key: self._pending[key] for key in wanted if key in self._pending}
+        found.update(self._index.find([key for key in wanted if key not in found]))
         return found
 
     def _locate(self, keys: Sequence[str], *, count: bool = True) -> list[Location | None]:

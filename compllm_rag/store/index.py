@@ -166,14 +166,13 @@ class LocationIndex:
         Raises:
             CorruptRecordError: A row is damaged, or holds a pickle; it is not loaded.
         """
-        found = {}
+        found: dict[str, Location] = {}
         with explained(self._database, writing=False):
             for start in range(0, len(keys), _KEYS_PER_QUERY):
                 batch = keys[start : start + _KEYS_PER_QUERY]
                 marks = ",".join("?" * len(batch))
                 query = f"SELECT key, mode, filename, value FROM Cache WHERE raw = 1 AND key IN ({marks})"  # noqa: S608 - question marks
-                for key, mode, filename, value in self._select(query, batch):
-                    found[key] = _parse(key, mode, filename, value)
+                found.update(_parse_all(self._select(query, batch)))
         return found
 
     def items(self) -> Iterator[tuple[str, Location]]:
@@ -368,6 +367,17 @@ def _scanned(rowid: int, key: object, raw: object, held: tuple[object, object, o
 
 def _run_key(run: Run) -> str:
     return f"run:{run.pack}:{run.start}"
+
+
+def _parse_all(rows: Sequence[tuple[Any, ...]]) -> dict[str, Location]:
+    """Locations by key; sound rows at once, since a long prompt has thousands, and one by one to name a bad one."""
+    sound = {(mode, filename, type(value)) for _, mode, filename, value in rows} <= {(_RAW, None, bytes)}
+    if sound and {len(row[3]) for row in rows} <= {_ROW.size}:
+        places = _ROW.iter_unpack(b"".join([row[3] for row in rows]))
+        found = {row[0]: Location._make(place) for row, place in zip(rows, places, strict=True)}
+        if all(location.n_concepts >= 1 for location in found.values()):
+            return found
+    return {row[0]: _parse(*row) for row in rows}
 
 
 def _parse(key: str, mode: object, filename: object, value: object) -> Location:

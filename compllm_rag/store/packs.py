@@ -3,7 +3,7 @@
 A pack is a header of 64 bytes and then payloads, nothing between them, so that the segments of a chunk, put one after
 the other, are one range. What lies where is the index's to know. Bytes that no index row points at (the tail of a
 writer that was killed) are skipped, never cut off: new payloads go behind them. Cutting would have to trust that the
-index is complete and that no reader has mapped the bytes; leaving them costs a little space until a compaction.
+index is complete and that no reader wants the bytes; leaving them costs a little space until a compaction.
 """
 
 from __future__ import annotations

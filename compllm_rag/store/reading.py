@@ -19,7 +19,7 @@ from compllm_rag.store.packs import (
 )
 
 _OPEN_FILES = 128  # 1024 file descriptors are a common limit
-_PIECE = 2**19  # bytes read before their checksums are taken: they are in the processor's cache still
+_PIECE = 2**20  # bytes read before their checksums are taken: they are in the processor's cache still
 
 
 class PackReader:
@@ -64,27 +64,28 @@ class PackReader:
         data = np.empty(sum(sizes), dtype=np.uint8)  # bounded by the files, now that the bounds are known
         view, position = memoryview(data.data), 0
         for first, end in _pieces(locations, sizes):
-            nbytes = sum(sizes[first:end])
-            self._fill(view[position : position + nbytes], locations[first], keys[first])
-            for index in range(first, end):
-                size = sizes[index]
-                if record_checksum(keys[index], view[position : position + size]) != locations[index].checksum:
-                    where = f"{pack_path(self._folder, locations[index].pack)} at byte {locations[index].offset}"
-                    raise corrupt_record(keys[index], f"bytes that fail their checksum in {where}")
+            start = position
+            self._fill(view[start : start + sum(sizes[first:end])], locations[first], keys[first])
+            for key, location, size in zip(keys[first:end], locations[first:end], sizes[first:end], strict=True):
+                if record_checksum(key, view[position : position + size]) != location.checksum:
+                    where = f"{pack_path(self._folder, location.pack)} at byte {location.offset}"
+                    raise corrupt_record(key, f"bytes that fail their checksum in {where}")
                 position += size
             if check is not None:
-                check(data[position - nbytes : position])
+                check(data[start:position])
         while len(self._files) > _OPEN_FILES:
             self._forget(next(iter(self._files)))
         return data
 
     def _fill(self, view: memoryview, location: Location, key: str) -> None:
-        path, done = pack_path(self._folder, location.pack), 0
-        with explained(path, writing=False):
+        file, done = self._files.get(location.pack), 0
+        if file is None:
+            raise corrupt_record(key, f"pack {location.pack} taken away just now")
+        with explained(self._folder, writing=False):
             while done < len(view):
-                found = os.preadv(self._files[location.pack], [view[done:]], location.offset + done)
+                found = os.preadv(file, [view[done:]], location.offset + done)
                 if not found:
-                    raise corrupt_record(key, f"a file that was shortened just now: {path}")
+                    raise corrupt_record(key, f"pack {location.pack} shortened just now")
                 done += found
 
     def _check_bounds(self, keys: Sequence[str], locations: Sequence[Location], sizes: Sequence[int]) -> None:
@@ -137,7 +138,7 @@ class PackReader:
 
 
 def _pieces(locations: Sequence[Location], sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """First and end of runs of records that follow one another in a pack; of a long range, one run after the other."""
+    """First and end of runs of records that follow one another in a pack; long runs are cut up."""
     first = nbytes = 0
     for index in range(1, len(locations)):
         last, size = locations[index - 1], sizes[index - 1]

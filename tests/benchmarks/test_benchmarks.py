@@ -64,6 +64,16 @@ def test_startup(tmp_path: Path) -> None:
     assert set(record["median_s"]) == {"empty process", "import compllm_rag", "compllm-rag --help"}
 
 
+def test_store_read(tmp_path: Path) -> None:
+    sizes = ["--concepts", "300", "--width", "65", "--small-width", "33", "--small-chunks", "12"]
+    record = run("store_read", tmp_path / "o.json", *sizes)
+    assert record["bytes"] == 2 * 65 * record["concepts"] and 300 <= record["concepts"] < 420
+    for state in ("warm", "cold"):
+        assert set(record[state]) > {"flat file", "store", "diskcache alone", "one file per chunk", "store, int4"}
+        assert record[state]["flat file"]["speed_over_flat"]["median"] == 1
+    assert record["ten_chunks"]["int8"]["warm"]["median_ms"] > 0
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_world(tmp_path_factory.mktemp("data"), rows=40)
