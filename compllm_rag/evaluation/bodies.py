@@ -12,6 +12,7 @@ from compllm_rag.compressor import Compressor
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.prompt import ConceptSpan, Span, TextSpan
 from compllm_rag.rates import FixedRate
+from compllm_rag.store.encodings import encoding_named
 
 Mode = Literal["text", "concepts", "pruned", "none"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -29,13 +30,15 @@ class Setting:
         mode: `text`; `concepts`; `pruned`, the anchors' own embeddings, as an untrained compressor would have it; or
             `none`, the same prompt without passages.
         rate: Source tokens per concept, None for text and none.
+        encoding: Give concepts the precision of a storage with this encoding; None reads them as they are made.
     """
 
     mode: Mode
     rate: float | None = None
+    encoding: str | None = None
 
     @classmethod
-    def of(cls, mode: str, rate: float | None = None) -> Setting:
+    def of(cls, mode: str, rate: float | None = None, encoding: str | None = None) -> Setting:
         """The setting of a mode's name.
 
         Raises:
@@ -52,10 +55,11 @@ class Setting:
             raise ConfigurationError(
                 f"mode {found} needs a rate", got=None, expected="source tokens per concept", next_step="use 2 or 4"
             )
-        return cls(found, float(rate))
+        return cls(found, float(rate), encoding if found == "concepts" else None)
 
     def __str__(self) -> str:
-        return self.mode if self.rate is None else f"{self.mode} at rate {self.rate:g}"
+        text = self.mode if self.rate is None else f"{self.mode} at rate {self.rate:g}"
+        return text if self.encoding is None else f"{text} in {self.encoding}"
 
 
 class Segmented:
@@ -85,10 +89,11 @@ class Bodies:
         segmented: Shared by the settings of a run.
 
     Raises:
-        ConfigurationError, RateOutOfReachError: The rate cannot be kept.
+        ConfigurationError, RateOutOfReachError: The rate cannot be kept, or there is no such encoding.
     """
 
     def __init__(self, compressor: Compressor, setting: Setting, segmented: Segmented) -> None:
+        self._encoding = encoding_named(setting.encoding) if setting.encoding else None
         self._compressor, self._mode, self._segmented = compressor, setting.mode, segmented
         self._policy = FixedRate(setting.rate, compressor.config.segment_length) if setting.rate else None
         self._made: dict[str, torch.Tensor | tuple[int, ...]] = {}
@@ -126,7 +131,8 @@ class Bodies:
         flat = self._compressor.compress([s for group in segments for s in group], [k for ks in counts for k in ks])
         at = 0
         for text, ks in zip(texts, counts, strict=True):
-            self._made[text] = torch.cat(flat[at : at + len(ks)])
+            made = torch.cat(flat[at : at + len(ks)])
+            self._made[text] = self._encoding.rounded(made) if self._encoding else made
             at += len(ks)
 
     def _pruned(self, text: str) -> tuple[int, ...]:

@@ -57,7 +57,7 @@ def evaluate(
 def evaluate_many(
     compressor: Compressor,
     questions: Sequence[Question] | QuestionFile,
-    settings: Sequence[tuple[str, float | None]],
+    settings: Sequence[tuple[str, float | None] | tuple[str, float | None, str]],
     *,
     config: EvalConfig | None = None,
     data: str = "",
@@ -68,7 +68,7 @@ def evaluate_many(
     Args:
         compressor: See `evaluate`.
         questions: See `evaluate`.
-        settings: Mode and rate of each.
+        settings: Mode and rate of each, and if wanted the encoding that concepts go through.
         config: See `evaluate`.
         data: See `evaluate`.
         progress: See `evaluate`.

@@ -51,7 +51,7 @@ class Encoding(ABC):
         check_finite(half.numpy())
         return self._write(half)
 
-    def check(self, data: np.ndarray) -> None:
+    def check(self, data: np.ndarray) -> None:  # noqa: B027 - quantised values are looked at as they are decoded
         """Look for values that no concept has in encoded concepts, uint8 (n,), as far as `_read` does not.
 
         Raises:

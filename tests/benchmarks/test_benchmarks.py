@@ -119,6 +119,38 @@ def test_quality_and_its_report(tmp_path: Path, toy_folder: Path, world: Path) -
     assert (tmp_path / "docs/quality.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_storage_and_its_page(tmp_path: Path, toy_folder: Path, texts: Path, world: Path) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    llm = ["--llm", str(toy_folder)]
+    sizes = run(
+        "storage_size",
+        results / "storage_size.json",
+        "--texts",
+        str(texts),
+        "--llms",
+        str(toy_folder),
+        "--lengths",
+        "50",
+    )
+    found = sizes["llms"][toy_folder.name]
+    assert found["cache"]["per_token"] == {"50": 2 * 2 * 2 * 8 * 2}
+    for row in found["rates"].values():
+        shares = [row["encodings"][name]["payload_of_fp16"] for name in ("fp16", "int8", "int4")]
+        assert shares == [1, 36 / 64, 21 / 64]
+    page = tmp_path / "docs" / "storage.md"
+    report = [sys.executable, "-m", "benchmarks.storage_report", "--results", results, "--docs", page.parent]
+    subprocess.run(report, cwd=ROOT, check=True, timeout=300)
+    assert "| fp16 |" in page.read_text() and "recovered" not in page.read_text()
+    data = ["--data", str(world / "eval" / "squad_dev.jsonl.gz"), "--limit", "4"]
+    quality = run("storage_quality", results / "storage_quality.json", *llm, *data)
+    rows = {row["encoding"]: row for row in quality["results"]}
+    assert rows["fp16"]["to_fp16"]["f1"] == {"difference": 0, "interval": [0, 0]}
+    assert len({row["nll"] for row in rows.values()}) == 3
+    subprocess.run(report, cwd=ROOT, check=True, timeout=300)
+    assert f"| 2 | int4 | {rows['int4']['nll']:.4f} |" in page.read_text()
+
+
 def test_ablations(tmp_path: Path, toy_folder: Path, world: Path) -> None:
     chosen = ["--choices", "as shipped: anchors, KL, 12 layers", "reader trained along", "paper's queries: EOS"]
     options = ["--llm", toy_folder, "--data-dir", world, "--out", tmp_path / "runs", "--steps", "2", "--batch", "2"]

@@ -167,3 +167,13 @@ def test_json_is_round_and_short(compressor: Compressor) -> None:
     assert list(shown) == [name for name in EvalResult.__dataclass_fields__ if name != "records"]
     assert shown["nll"] == round(shown["nll"], 4)
     assert list(shown["intervals"]) == list(METRICS)
+
+
+def test_concepts_can_go_through_the_encoding_of_a_storage(compressor: Compressor) -> None:
+    settings = [("concepts", 2.0), ("concepts", 2.0, "fp16"), ("concepts", 2.0, "int8"), ("concepts", 2.0, "int4")]
+    made, fp16, int8, int4 = evaluate_many(trained.trained(compressor.llm), questions(), settings, config=QUICK)
+    assert made.positions == fp16.positions == int4.positions
+    losses = [abs((result.nll or 0) - (made.nll or 0)) for result in (fp16, int8, int4)]
+    assert losses[0] < losses[1] < losses[2]
+    with pytest.raises(ConfigurationError, match="int3"):
+        evaluate_many(compressor, questions(), [("concepts", 2.0, "int3")], config=QUICK)
