@@ -33,6 +33,7 @@ from tests.faults.fault_samples import (
     said,
     sound,
     talking,
+    tell,
     texts,
 )
 from toy_embedder import HashEmbedder
@@ -188,6 +189,7 @@ def test_readers_see_one_generation_and_never_wait(tmp_path: Path, compressor: C
     writer_script = (
         "index = load(Path(sys.argv[1]))\n"
         "print('ready', flush=True)\n"
+        "sys.stdin.readline()\n"
         "for version in range(1, 13):\n"
         "    index.ingest(documents(6, version=version))\n"
         "    print(version, flush=True)\n"
@@ -217,6 +219,7 @@ def test_readers_see_one_generation_and_never_wait(tmp_path: Path, compressor: C
     ):
         for process in (one, two, writer):
             assert said(process) == "ready"
+        tell(writer)
         for version in range(1, 13):
             assert said(writer) == str(version)
             sound(path)  # however much is written meanwhile
