@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +19,9 @@ from compllm_rag.store.packs import (
 )
 
 _OPEN_FILES = 128  # 1024 file descriptors are a common limit
-_PIECE = 2**22  # bytes read before their checksums are taken: they are in the processor's cache still
-_LARGE = 2**25  # bytes that are worth threads: copying them out of the page cache takes longer than to start those
-_THREADS = 3
+# Bytes read before their checksums are taken: they are in the processor's cache still. Several threads would gain a
+# little on an idle machine, and lose more than that on a busy one.
+_PIECE = 2**20
 
 
 class PackReader:
@@ -54,7 +53,7 @@ class PackReader:
             keys: The records.
             locations: Where each lies.
             sizes: Bytes of each.
-            check: Called with each piece of their bytes once its checksums are proved, from several threads at once.
+            check: Called with each piece of their bytes once its checksums are proved, before the next is read.
 
         Returns:
             Their bytes in the order asked, uint8 (sum of sizes,).
@@ -65,11 +64,10 @@ class PackReader:
         """
         self._check_bounds(keys, locations, sizes)
         data = np.empty(sum(sizes), dtype=np.uint8)  # bounded by the files, now that the bounds are known
-        view = memoryview(data.data)
-
-        def read_piece(first: int, end: int, start: int) -> None:
+        view, position = memoryview(data.data), 0
+        for first, end in _pieces(locations, sizes):
+            start = position
             self._fill(view[start : start + sum(sizes[first:end])], locations[first], keys[first])
-            position = start
             for key, location, size in zip(keys[first:end], locations[first:end], sizes[first:end], strict=True):
                 if record_checksum(key, view[position : position + size]) != location.checksum:
                     where = f"{pack_path(self._folder, location.pack)} at byte {location.offset}"
@@ -77,16 +75,6 @@ class PackReader:
                 position += size
             if check is not None:
                 check(data[start:position])
-
-        pieces = _pieces(locations, sizes)
-        threads = min(_THREADS, os.cpu_count() or 1) if data.size >= _LARGE else 1
-        if threads == 1:
-            for piece in pieces:
-                read_piece(*piece)
-        else:
-            with ThreadPoolExecutor(threads) as pool:
-                for _ in pool.map(lambda piece: read_piece(*piece), pieces):
-                    pass  # what one of them raised is raised here
         while len(self._files) > _OPEN_FILES:
             self._forget(next(iter(self._files)))
         return data
@@ -151,15 +139,15 @@ class PackReader:
             self._forget(number)
 
 
-def _pieces(locations: Sequence[Location], sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Runs of records that follow one another in a pack: first, end, and where their bytes go; long ones cut up."""
-    first = nbytes = position = 0
+def _pieces(locations: Sequence[Location], sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """First and end of runs of records that follow one another in a pack; long runs are cut up."""
+    first = nbytes = 0
     for index in range(1, len(locations)):
         last, size = locations[index - 1], sizes[index - 1]
         nbytes += size
         after = locations[index]
         if after.pack != last.pack or after.offset != last.offset + size or nbytes >= _PIECE:
-            yield first, index, position
-            first, nbytes, position = index, 0, position + nbytes
+            yield first, index
+            first, nbytes = index, 0
     if locations:
-        yield first, len(locations), position
+        yield first, len(locations)

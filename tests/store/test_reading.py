@@ -1,4 +1,4 @@
-"""Reading of packs in pieces and by several threads."""
+"""Reading of packs in pieces."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ N = 200
 
 @pytest.fixture(params=[1, 300, 2**22], ids="pieces of {} bytes".format)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
-    """A store of several packs, read by threads in pieces however small it is."""
-    monkeypatch.setattr(reading, "_LARGE", 1)
+    """A store of several packs, read in pieces however small it is."""
     monkeypatch.setattr(reading, "_PIECE", request.param)
     with DiskStore(tmp_path / "s", hidden_size=HIDDEN, pack_bytes=4000) as store:
         for number in range(0, N, 20):
@@ -35,7 +34,7 @@ def test_order_and_values_are_kept(folder: Path, order: list[int]) -> None:
     assert torch.equal(joined, torch.cat([concepts(number) for number in order]).half())
 
 
-def test_damage_is_named_whichever_thread_meets_it(folder: Path) -> None:
+def test_damage_is_named_whichever_piece_it_lies_in(folder: Path) -> None:
     with DiskStore(folder, hidden_size=HIDDEN, read_only=True) as store:
         at = dict(store.iter_records())[key(130)]
     path = folder / "packs" / f"{at.pack:06d}.pack"
