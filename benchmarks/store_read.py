@@ -62,8 +62,13 @@ def rounds(contenders: dict[str, Contender], folders: dict[str, Path], repeats: 
     """Time all contenders in turns, after one round that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     fetched: dict[str, int | None] = {}
+    order, chance = list(contenders), np.random.default_rng(0)
     for round_ in range(repeats + 1):
-        for name, contender in contenders.items():
+        chance.shuffle(
+            order
+        )  # a disk that lets through only so much at a time is kindest to whoever comes after a pause
+        for name in order:
+            contender = contenders[name]
             if cold:
                 contender.close()
                 drop(folders[name])
