@@ -108,6 +108,7 @@ OTHER_VALUES: dict[str, Any] = {
     "layers": 1,
     "queries": "eos",
     "anchor_positions": "source",
+    "anchor_words": True,
     "sink": True,
     "scale": 2.0,
     "lora_rank": 3,
