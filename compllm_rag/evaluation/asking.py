@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from compllm_rag.compressor import Compressor
 from compllm_rag.config import GenerationConfig
-from compllm_rag.evaluation.bodies import COMPRESSED, Bodies, Segmented, Setting
+from compllm_rag.evaluation.bodies import COMPRESSED, Bodies, PassageBodies, Segmented, Setting
 from compllm_rag.evaluation.metrics import exact_match, f1, subspan_match
 from compllm_rag.evaluation.scoring import Prefilled, ScoringGenerator
 from compllm_rag.evaluation.statistics import Record
@@ -25,18 +25,26 @@ class Asker:
         setting: How passages are read.
         segmented: Shared by the settings of a run.
         generation: Limits of an answer.
+        bodies: What stands for passages in place of what the setting says, such as a rival's; its positions are counted
+            as those of concepts are. None follows the setting.
 
     Raises:
         ConfigurationError, RateOutOfReachError: The rate cannot be kept.
     """
 
     def __init__(
-        self, compressor: Compressor, setting: Setting, segmented: Segmented, generation: GenerationConfig
+        self,
+        compressor: Compressor,
+        setting: Setting,
+        segmented: Segmented,
+        generation: GenerationConfig,
+        bodies: PassageBodies | None = None,
     ) -> None:
         self._llm, self._setting, self._segmented = compressor.llm, setting, segmented
         self._generator = ScoringGenerator(compressor.llm, generation)
         self._prompt = QAPrompt(compressor.llm.tokenizer)
-        self._bodies = Bodies(compressor, setting, segmented)
+        self._counted = bodies is not None or setting.mode in COMPRESSED
+        self._bodies: PassageBodies = bodies or Bodies(compressor, setting, segmented)
         self._end = int(compressor.llm.tokenizer.eos_token_id)
 
     @property
@@ -117,7 +125,7 @@ class Asker:
             n_tokens=n_tokens,
             positions=plan.positions,
             source_tokens=sum(map(self._segmented.n_tokens, texts)),
-            concepts=sum(map(self._bodies.size, texts)) if self._setting.mode in COMPRESSED else None,
+            concepts=sum(map(self._bodies.size, texts)) if self._counted else None,
         )
 
     def _target(self, answer: str) -> tuple[int, ...]:

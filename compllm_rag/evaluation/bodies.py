@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 
@@ -78,6 +78,22 @@ class Segmented:
     def n_tokens(self, text: str) -> int:
         """Source tokens of a text."""
         return sum(map(len, self(text)))
+
+
+class PassageBodies(Protocol):
+    """Gives the span that stands for a passage in a prompt."""
+
+    def size(self, text: str) -> int:
+        """Prompt positions of a passage."""
+        ...
+
+    def prepare(self, texts: Iterable[str]) -> None:
+        """Make what these passages need; called before `span` of any of them."""
+        ...
+
+    def span(self, text: str, passage: int) -> Span:
+        """The span of a passage that was prepared, as the passage of this number."""
+        ...
 
 
 class Bodies:
