@@ -1,0 +1,152 @@
+"""LLMLingua and LLMLingua-2 (arXiv 2310.05736 and 2403.12968) by Microsoft's package, at the rate concepts achieve."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.baselines.base import LeftOutError, Outcome, Task, ask_made
+from benchmarks.baselines.environments import command, pins, python_of
+from benchmarks.baselines.folders import for_transformers_4
+from benchmarks.baselines.matching import TOLERANCE, Match, match
+from benchmarks.baselines.process import Runner
+from compllm_rag.errors import ModelFetchError
+from compllm_rag.llm import TargetLLM
+from compllm_rag.models import resolve_model
+from compllm_rag.plaintext import encode_plain
+
+# The published weights; the commit is of the branch `main`.
+TWO = "microsoft/llmlingua-2-bert-base-multilingual-cased-meetingbank@5f0c82792b7ea14c6484e015b6a072009496b7f2"
+# The package tells the kind of word pieces by the folder's name.
+_KINDS = ("bert-base-multilingual-cased", "xlm-roberta-large")
+
+
+@dataclass(frozen=True)
+class Lingua:
+    """LLMLingua with the target LLM (without reader) as its scorer, or LLMLingua-2 with a token classifier.
+
+    Args:
+        environments: Folder of environments.
+        own_folder: Whether that folder was named by the user.
+        classifier: Folder or hub id of a token classifier; None is LLMLingua.
+        runner: Command that starts the runner, in place of the environment's; the folder of the model is appended.
+    """
+
+    environments: Path
+    own_folder: bool = False
+    classifier: str | None = None
+    runner: tuple[str, ...] = ()
+    compresses: bool = True
+
+    @property
+    def name(self) -> str:
+        """In the JSON."""
+        return "llmlingua2" if self.classifier else "llmlingua"
+
+    @property
+    def title(self) -> str:
+        """In tables."""
+        return "LLMLingua-2" if self.classifier else "LLMLingua"
+
+    def settings(self) -> dict[str, Any]:
+        """Weights, pins and how closely tokens are matched."""
+        text = pins("llmlingua").read_text(encoding="utf-8")
+        return {"classifier": self.classifier, "tolerance": TOLERANCE, "pins": text.split()}
+
+    def ask(self, task: Task, rate: float) -> Outcome:
+        """See `Baseline.ask`."""
+        found: dict[str, Match] = {}
+        with self._started(task) as (runner, notes):
+            tokenizer = task.compressor.llm.tokenizer
+
+            def make(text: str) -> tuple[int, ...]:
+                def compress(asked: float) -> tuple[int, ...]:
+                    return tuple(
+                        encode_plain(tokenizer, runner.ask(op="compress", text=text, rate=asked)["text"])["input_ids"]
+                    )
+
+                found[text] = match(compress, task.segmented.n_tokens(text), task.budget(text, rate))
+                if len(found) % 10 == 0:
+                    task.progress(f"{self.name}: {len(found)} of {len(task.texts)} passages")
+                return found[text].ids
+
+            outcome = ask_made(task, make, notes)
+            notes["versions"] = runner.versions
+        off = [m.off(task.budget(text, rate)) for text, m in found.items()]
+        notes["asked_rate"] = statistics.median(m.asked for m in found.values())
+        notes["calls_per_passage"] = statistics.mean(m.tries for m in found.values())
+        notes["passages_within_tolerance"] = sum(o <= TOLERANCE for o in off) / len(off)
+        notes["farthest_off"] = max(off)
+        return outcome
+
+    @contextmanager
+    def _started(self, task: Task) -> Iterator[tuple[Runner, dict[str, Any]]]:
+        start = self.runner or self._command()
+        notes: dict[str, Any] = {}
+        with tempfile.TemporaryDirectory() as scratch:
+            source = self._classifier() if self.classifier else resolve_model(task.llm).path
+            # Under the name that tells the package which word pieces these are, if it is one.
+            folder = for_transformers_4(source, Path(scratch))
+            words = [*start, "--model", str(folder), *(["--two"] if self.classifier else [])]
+            with Runner(words, environment=_variables()) as runner:
+                if self.classifier:
+                    notes["classifier"] = self.classifier
+                else:
+                    notes["scorer_check"] = _same_scorer(runner, task)
+                yield runner, notes
+
+    def _command(self) -> tuple[str, ...]:
+        python = python_of("llmlingua", self.environments)
+        if python is None:
+            raise LeftOutError(
+                "package llmlingua has no environment",
+                next_step=command("llmlingua", self.environments if self.own_folder else None),
+            )
+        return (str(python), "-m", "benchmarks.baselines.run_llmlingua")
+
+    def _classifier(self) -> Path:
+        name = str(self.classifier)
+        try:
+            path = resolve_model(name).path
+        except ModelFetchError as error:
+            raise LeftOutError(
+                "weights of LLMLingua-2 cannot be had",
+                got=str(error.got),
+                next_step="run it where the hub can be reached",
+            ) from error
+        kind = next((kind for kind in _KINDS if kind in str(path)), None)
+        if kind is None:
+            raise LeftOutError(
+                "LLMLingua-2 knows no such classifier",
+                got=path.name,
+                expected=f"a folder with {' or '.join(_KINDS)} in its name",
+                next_step="rename the folder",
+            )
+        return path
+
+
+def _variables() -> dict[str, str]:
+    """The package counts with a tokenizer of OpenAI's that it fetches; LlamaIndex ships the file."""
+    spec = importlib.util.find_spec("llama_index.core")
+    places = list(spec.submodule_search_locations or []) if spec else []
+    found = [p for place in places if (p := Path(place) / "_static" / "tiktoken_cache").is_dir()]
+    return {"TIKTOKEN_CACHE_DIR": str(found[0])} if found else {}
+
+
+def _same_scorer(runner: Runner, task: Task) -> dict[str, float]:
+    """Nats per token of the first passage under the scorer there and under the same LLM here."""
+    import torch
+
+    text = task.texts[0]
+    base = TargetLLM.from_pretrained(task.llm, dtype="float32")
+    with torch.inference_mode():
+        ids = base.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"].to(base.device)
+        logits = base.model(input_ids=ids).logits[0, :-1].float()
+        here = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
+    return {"nll_here": float(here), "nll_there": float(runner.ask(op="nll", text=text)["nll"])}
