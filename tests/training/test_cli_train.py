@@ -115,7 +115,7 @@ def test_bad_input_is_one_line(toy_folder: Path, tmp_path: Path, more: list[str]
 def test_the_job_is_the_same_as_the_command(world: Path, toy_folder: Path, tmp_path: Path) -> None:
     words = ["pipelines/train.py", "compressor", "--data-dir", world, "--llm", toy_folder, "--reader", "none"]
     words += ["--out", tmp_path / "run", "--layers", 1, "--rank", 2, *SMALL]
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run/best/compressor.safetensors").exists()
 

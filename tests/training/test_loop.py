@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from compllm_rag.training.loop import RunConfig, train
 from compllm_rag.training.objective import Loss
 from training_samples import fresh, material, write_world
 
+ROOT = Path(__file__).parents[2]
 RUN = RunConfig(steps=12, batch=2, lr=3e-3, warmup=3, validate_every=6, seed=3, save_minutes=0, micro_tokens=300)
 
 
@@ -98,16 +98,18 @@ def test_a_full_disk_keeps_the_previous_checkpoint(world: Path, tmp_path: Path) 
     train(task(world), RUN, tmp_path, at(3))
     before = _files(tmp_path / "last")
     largest = max(len(data) for data in before.values())
-    child = os.fork()
-    if child == 0:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, largest // 2))
-        try:
-            train(task(world), RUN, tmp_path)
-        except OSError:
-            os._exit(7)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    # A process of its own, not a fork: OpenMP's threads do not survive one, and the child would wait for them for ever.
+    script = (
+        "import resource, signal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({largest // 2}, {largest // 2}))\n"
+        "try:\n"
+        "    train(task(Path(sys.argv[1])), RUN, Path(sys.argv[2]))\n"
+        "except OSError:\n"
+        "    sys.exit(7)\n"
+    )
+    done = subprocess.run(child(script, world, tmp_path), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 7, done.stderr
     assert _files(tmp_path / "last") == before
     assert not (tmp_path / "last.new").exists()
     assert train(task(world), RUN, tmp_path)["finished"]
@@ -116,19 +118,18 @@ def test_a_full_disk_keeps_the_previous_checkpoint(world: Path, tmp_path: Path) 
 @pytest.mark.faults
 def test_an_interrupt_ends_after_the_step_and_a_kill_loses_little(world: Path, tmp_path: Path) -> None:
     script = (
-        "import sys; sys.path[:0] = ['tests', '.']; from tests.training.test_loop import *\n"
-        "made = task(Path(sys.argv[1]))\n"
         "run = RUN.model_copy(update={'steps': 100000, 'validate_every': 100000})\n"
-        "print(train(made, run, Path(sys.argv[2]))['interrupted'])\n"
+        "print(train(task(Path(sys.argv[1])), run, Path(sys.argv[2]))['interrupted'])\n"
     )
     for number, expected in ((signal.SIGINT, "True"), (signal.SIGKILL, "")):
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, str(world), str(tmp_path / "out")], stdout=subprocess.PIPE, text=True
-        )
+        process = subprocess.Popen(child(script, world, tmp_path / "out"), stdout=subprocess.PIPE, text=True)
         seen = _last_step(tmp_path / "out")
-        _wait(lambda seen=seen: _last_step(tmp_path / "out") >= seen + 3)
-        process.send_signal(number)
-        out, _ = process.communicate(timeout=120)
+        try:
+            _wait(lambda seen=seen: _last_step(tmp_path / "out") >= seen + 3)
+            process.send_signal(number)
+            out, _ = process.communicate(timeout=120)
+        finally:
+            process.kill()
         assert out.strip() == expected
     state = json.loads((tmp_path / "out/last/state.json").read_text())
     logged = _last_step(tmp_path / "out")
@@ -167,6 +168,14 @@ def test_learning_rate_warms_up_stays_and_decays() -> None:
     rates = [run.rate(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9:81] == [1.0] * 72
     assert rates[80:] == sorted(rates[80:], reverse=True) and 0 < rates[-1] < 0.1
+
+
+def child(script: str, *arguments: object) -> list[str]:
+    """The command of a process that runs a script with the names of this module."""
+    head = (
+        f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}, {str(ROOT)!r}]; from tests.training.test_loop import *\n"
+    )
+    return [sys.executable, "-c", head + script, *map(str, arguments)]
 
 
 def at(steps: int):
