@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from compllm_rag.llm import TargetLLM
+from compllm_rag.models.quiet import quiet_transformers
 
 _FILES = ("*.safetensors", "tokenizer.json", "vocab.txt", "*.model", "special_tokens_map.json", "chat_template.jinja")
 
 
 def export(llm: TargetLLM, folder: Path) -> Path:
     """Write the target LLM, reader and all, as a checkpoint."""
-    llm.model.save_pretrained(folder, safe_serialization=True)
+    with quiet_transformers():
+        llm.model.save_pretrained(folder, safe_serialization=True)
     return folder
 
 
-def for_transformers_4(source: Path, folder: Path) -> Path:
+def for_transformers_4(source: Path, folder: Path, architecture: str | None = None) -> Path:
     """A model folder that transformers 4 understands; large files are linked, not copied.
 
     Version 5 writes the rotary base into `rope_parameters`, where version 4 does not look (it would take its default
@@ -26,7 +28,8 @@ def for_transformers_4(source: Path, folder: Path) -> Path:
 
     Args:
         source: As any version wrote it.
-        folder: Is made; its name is kept from the source, since LLMLingua-2 goes by the name.
+        folder: Gets a folder of the source's name, since LLMLingua-2 goes by the name.
+        architecture: Class of the model, for a source that does not name it; LLMLingua wants it named.
 
     Returns:
         The new folder.
@@ -37,6 +40,8 @@ def for_transformers_4(source: Path, folder: Path) -> Path:
         for path in source.glob(pattern):
             _link(path.resolve(), target / path.name)
     config = _read(source / "config.json")
+    if architecture and not config.get("architectures"):
+        config["architectures"] = [architecture]
     rope = config.pop("rope_parameters", None) or {}
     if "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]

@@ -92,11 +92,12 @@ class Lingua:
         with tempfile.TemporaryDirectory() as scratch:
             source = self._classifier() if self.classifier else resolve_model(task.llm).path
             # Under the name that tells the package which word pieces these are, if it is one.
-            folder = for_transformers_4(source, Path(scratch))
+            named = None if self.classifier else type(task.compressor.llm.model).__name__
+            folder = for_transformers_4(source, Path(scratch), named)
             words = [*start, "--model", str(folder), *(["--two"] if self.classifier else [])]
             with Runner(words, environment=_variables()) as runner:
                 if self.classifier:
-                    notes["classifier"] = self.classifier
+                    notes["classifier"] = source.name if Path(self.classifier).exists() else self.classifier
                 else:
                     notes["scorer_check"] = _same_scorer(runner, task)
                 yield runner, notes

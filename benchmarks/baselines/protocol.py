@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ def serve(load: Callable[[], Answer], packages: tuple[str, ...]) -> None:
     try:
         answer = load()
     except Exception as error:  # noqa: BLE001 - whatever it is, the other side has to hear of it
+        traceback.print_exc()
         say({"error": _told(error)})
         sys.exit(1)
     say({"ready": True, "versions": {name: importlib.metadata.version(name) for name in packages}})
@@ -41,6 +43,7 @@ def serve(load: Callable[[], Answer], packages: tuple[str, ...]) -> None:
         try:
             reply = answer(json.loads(line))
         except Exception as error:  # noqa: BLE001 - as above
+            traceback.print_exc()
             reply = {"error": _told(error)}
         say(reply)
 

@@ -29,7 +29,6 @@ def load() -> Answer:
     options.add_argument("--model", required=True, help="folder of the model")
     options.add_argument("--dtype", default="float32")
     args = options.parse_args()
-    import kvpress
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -47,6 +46,8 @@ def load() -> Answer:
         cache: Any = DynamicCache()
         press: Any = contextlib.nullcontext()
         if request["press"]:
+            import kvpress
+
             # The package removes a fraction and rounds down what is left; half a position keeps that from tipping.
             chosen = getattr(kvpress, PRESSES[request["press"]])(compression_ratio=1 - (kept + 0.5) / len(prefix))
             if getattr(chosen, "window_size", 0) >= len(prefix):
