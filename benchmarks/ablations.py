@@ -1,6 +1,6 @@
-"""What does each choice in the compressor bring? Small runs, all alike but for one choice, at equal short time.
+"""What does each choice in the compressor bring? Small runs, all alike but for one choice, of equal time or steps.
 
-Every run starts anew with the same seed and data, trains for `--minutes` (or `--steps`), and is scored on the held-out
+Every run starts anew with the same seed and data, trains for `--minutes` (or `--steps`, fairer where a machine is busy), and is scored on the held-out
 part of the TRAINING data; runs that are done are kept in `--out` and not repeated.
 """
 
@@ -24,10 +24,13 @@ from compllm_rag.training.material import Material, MaterialConfig
 from compllm_rag.training.objective import ObjectiveConfig
 from compllm_rag.training.reader_task import LINEARS
 
+EQUAL = {
+    "time": "of equal time on the same machine, so a cheaper choice takes more steps",
+    "steps": "of equal steps, so a cheaper choice takes less time",
+}
 NOTE = (
-    "Runs from nothing, all alike but for one choice, of equal time on the same machine (so a cheaper choice takes "
-    "more steps); scores are of held-out training questions, no evaluation set. They say which choice learns faster "
-    "at the start, not where it ends."
+    "Runs from nothing, all alike but for one choice, {equal}; scores are of held-out training questions, no evaluation "
+    "set. They say which choice learns faster at the start, not where it ends."
 )
 CHOICES: dict[str, dict[str, Any]] = {
     "as shipped: anchors, KL, 12 layers": {},
@@ -66,7 +69,8 @@ def main() -> None:
         "nll_text": rows[0]["nll_text"],
         **{f"concepts@{rate}": rows[0].get(f"pruned@{rate}") for rate in (2, 4)},
     }
-    write({"note": NOTE, "rows": [untrained, *rows]}, args.json)
+    note = NOTE.format(equal=EQUAL["steps" if args.steps else "time"])
+    write({"note": note, "rows": [untrained, *rows]}, args.json)
 
 
 def _one(number: int, name: str, args: Any) -> dict[str, Any]:

@@ -28,7 +28,7 @@ DataDir = Annotated[
 Questions = Annotated[list[Path] | None, typer.Option(help="A further file of questions; may be repeated.")]
 Texts = Annotated[list[Path] | None, typer.Option(help="A further file of texts; may be repeated.")]
 Hub = Annotated[list[str] | None, typer.Option(help="A hub dataset, org/name[:config][@revision]; may be repeated.")]
-MaxContext = Annotated[int, typer.Option(help="Most source tokens of one example, 20 to 2000.", min=20, max=8000)]
+MaxContext = Annotated[int, typer.Option(help="Most source tokens of one example.", min=20, max=8000)]
 Steps = Annotated[int, typer.Option(help="Optimizer steps of the whole run.", min=1)]
 Minutes = Annotated[float | None, typer.Option(help="Stop after this long; the same command goes on.")]
 Batch = Annotated[int, typer.Option(help="Examples of a step, on each process.", min=1)]
