@@ -227,6 +227,7 @@ def main() -> None:
         "data": FILE,
         "n": len(asked),
         "passages": len(task.texts),
+        "per_passage": args.per_passage,
         "rates": args.rates,
         **same,
     }

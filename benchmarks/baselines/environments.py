@@ -14,7 +14,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import sys
 import venv
 from pathlib import Path
 
@@ -97,7 +96,6 @@ def main() -> None:
         if args.action == "make":
             make(name, folder)
         print(f"{name}: {python_of(name, folder) or 'not made'}")
-    sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -105,8 +105,10 @@ class Mean:
 
 def _untrained(task: Task, queries: Any) -> Compressor:
     """A compressor without training gives what it starts from: the anchors' embeddings, or means."""
-    length = task.compressor.config.segment_length
-    return Compressor(task.compressor.llm, CompressorConfig(segment_length=length, layers=1, queries=queries))
+    config = CompressorConfig(segment_length=task.compressor.config.segment_length, layers=1, queries=queries)
+    # Only anchors are chosen by a table, and they want the plain one: that of a trained compressor knows of answers.
+    table = None if queries == "anchor" else task.compressor.information
+    return Compressor(task.compressor.llm, config, information=table)
 
 
 def inside() -> list[Baseline]:

@@ -72,7 +72,8 @@ class KVPruning:
         notes: dict[str, Any] = {}
         with tempfile.TemporaryDirectory() as scratch:
             folder = export(task.compressor.llm, Path(scratch) / "target")
-            with Runner([*start, "--model", str(folder)]) as runner:
+            dtype = str(task.compressor.llm.dtype).removeprefix("torch.")
+            with Runner([*start, "--model", str(folder), "--dtype", dtype]) as runner:
                 notes["versions"] = runner.versions
                 notes["check"] = _check(runner, task, prompt, groups)
                 begun = time.perf_counter()
