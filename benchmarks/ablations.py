@@ -1,7 +1,7 @@
 """What does each choice in the compressor bring? Small runs, all alike but for one choice, of equal time or steps.
 
-Every run starts anew with the same seed and data, trains for `--minutes` (or `--steps`, fairer where a machine is busy), and is scored on the held-out
-part of the TRAINING data; runs that are done are kept in `--out` and not repeated.
+Every run starts anew with the same seed and data, trains for `--minutes` (or `--steps`, fairer where a machine is busy),
+and is scored on the held-out part of the TRAINING data; runs that are done are kept in `--out` and not repeated.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ EQUAL = {
     "steps": "of equal steps, so a cheaper choice takes less time",
 }
 NOTE = (
-    "Runs from nothing, all alike but for one choice, {equal}; scores are of held-out training questions, no evaluation "
-    "set. They say which choice learns faster at the start, not where it ends."
+    "Runs from nothing, all alike but for one choice, {equal}; scores are of held-out training questions, of no "
+    "evaluation set. They say which choice learns faster at the start, not where it ends."
 )
 CHOICES: dict[str, dict[str, Any]] = {
     "as shipped: anchors, KL, 12 layers": {},
