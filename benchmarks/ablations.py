@@ -1,7 +1,7 @@
 """What does each choice in the compressor bring? Small runs, all alike but for one choice, of equal time or steps.
 
-Every run starts anew with the same seed and data, trains for `--minutes` (or `--steps`, fairer where a machine is busy),
-and is scored on the held-out part of the TRAINING data; runs that are done are kept in `--out` and not repeated.
+Every run starts anew with the same seed and data, trains for `--minutes` (or `--steps`, fairer where a machine is
+busy), and is scored on the held-out part of the TRAINING data; runs that are done are kept in `--out` and not repeated.
 """
 
 from __future__ import annotations
