@@ -8,6 +8,8 @@ from typing import Any
 
 PUBLISHED = Path(__file__).parents[1] / "published.json"
 _COLOURS = ("tab:blue", "tab:orange", "tab:green")
+# A rival can be far worse than no passages at all; below this the plot gives the number alone.
+_LOWEST = -50.0
 
 
 def section(results: Path, docs: Path) -> str | None:
@@ -142,9 +144,14 @@ def plot(record: dict[str, Any], path: Path) -> None:
             y = [titles.index(row["title"]) + 0.24 * (number - (len(rates) - 1) / 2) for row in rows]
             errors = [[max(0.0, v - e[0]) for v, e in zip(x, ends, strict=True)]]
             errors.append([max(0.0, e[1] - v) for v, e in zip(x, ends, strict=True)])
-            panel.errorbar(x, y, xerr=errors, fmt="o", capsize=3, color=_COLOURS[number % 3], label=f"rate {rate:g}")
+            colour = _COLOURS[number % len(_COLOURS)]
+            panel.errorbar(x, y, xerr=errors, fmt="o", capsize=3, color=colour, label=f"rate {rate:g}")
+            for value, place in zip(x, y, strict=True):
+                if value < _LOWEST:
+                    panel.annotate(f"◂ {value:.0f}", (_LOWEST, place), color=colour, va="center", fontsize="small")
         if text[metric] is not None:
             panel.axvline(text[metric], color="0.4", linewidth=1, linestyle="--", label="text")
+        panel.set_xlim(left=max(_LOWEST, panel.get_xlim()[0]))
         panel.set_xlabel(label)
         panel.grid(axis="x", color="0.9")
         panel.set_axisbelow(True)
