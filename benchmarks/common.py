@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -120,7 +121,8 @@ def environment() -> dict[str, Any]:
 def command(argv: Sequence[str]) -> str:
     """What to type to measure it again; where the result was written is nobody's business."""
     words = list(argv[1:])
-    if "--json" in words:
-        at = words.index("--json")
-        del words[at : at + 2]
-    return " ".join(["python -m", f"benchmarks.{Path(argv[0]).stem}", *words])
+    for option in ("--json", "--out"):
+        if option in words:
+            at = words.index(option)
+            del words[at : at + 2]
+    return shlex.join(["python", "-m", f"benchmarks.{Path(argv[0]).stem}", *words])

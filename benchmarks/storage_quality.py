@@ -2,7 +2,7 @@
 
 The questions of a file are asked with passages as text, as concepts in fp16, int8 and int4, and without passages, all
 the same questions. Differences to fp16 are paired; their intervals are bootstrap 95 % intervals over questions.
-`python -m benchmarks.storage_report` puts them into docs/storage.md.
+`python -m benchmarks.report` puts them into docs/storage.md.
 """
 
 from __future__ import annotations

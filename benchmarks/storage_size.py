@@ -3,7 +3,7 @@
 The texts are cut as an ingest cuts them; concepts of the right number (random values: what they are does not change
 their size) are put into a store on disk, and the folder is measured. The KV cache is what the LLM keeps of the same
 text in 16 bits, per token of contexts of several lengths, since layers with a sliding window keep no more than that.
-`python -m benchmarks.storage_report` makes docs/storage.md of it.
+`python -m benchmarks.report` makes docs/storage.md of it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command line: `compllm-rag ingest | query | stats | demo | models | eval | probe`.
+"""The command line: `compllm-rag ingest | query | stats | demo | models | eval | probe | bench | ...`.
 
 Heavy libraries load inside the commands, so that `--help` answers at once.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compllm_rag import cli_eval, cli_namespace, cli_store, cli_train
+from compllm_rag import cli_bench, cli_eval, cli_namespace, cli_store, cli_train
 from compllm_rag.cli_base import AsJson, Offline, print_json, progress_show, reported
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
 from compllm_rag.errors import ConfigurationError
@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 models_app = typer.Typer(no_args_is_help=True, help="The models that answer to an alias: list them, fetch them.")
 app.add_typer(models_app, name="models")
+cli_bench.register(app)
 cli_eval.register(app)
 cli_namespace.register(app)
 cli_store.register(app)

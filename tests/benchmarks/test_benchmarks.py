@@ -139,7 +139,7 @@ def test_storage_and_its_page(tmp_path: Path, toy_folder: Path, texts: Path, wor
         shares = [row["encodings"][name]["payload_of_fp16"] for name in ("fp16", "int8", "int4")]
         assert shares == [1, 36 / 64, 21 / 64]
     page = tmp_path / "docs" / "storage.md"
-    report = [sys.executable, "-m", "benchmarks.storage_report", "--results", results, "--docs", page.parent]
+    report = [sys.executable, "-m", "benchmarks.report", "--results", results, "--docs", page.parent]
     subprocess.run(report, cwd=ROOT, check=True, timeout=300)
     assert "| fp16 |" in page.read_text() and "recovered" not in page.read_text()
     data = ["--data", str(world / "eval" / "squad_dev.jsonl.gz"), "--limit", "4"]
@@ -149,6 +149,17 @@ def test_storage_and_its_page(tmp_path: Path, toy_folder: Path, texts: Path, wor
     assert len({row["nll"] for row in rows.values()}) == 3
     subprocess.run(report, cwd=ROOT, check=True, timeout=300)
     assert f"| 2 | int4 | {rows['int4']['nll']:.4f} |" in page.read_text()
+    subprocess.run([*report, "--check"], cwd=ROOT, check=True, timeout=300)
+    page.write_text(page.read_text().replace("fp16", "fp17"))
+    stale = subprocess.run([*report, "--check"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert stale.returncode == 1 and "storage.md not as the JSON files give" in stale.stderr
+
+
+def test_committed_pages_are_what_committed_results_give() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.report", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_ablations(tmp_path: Path, toy_folder: Path, world: Path) -> None:
