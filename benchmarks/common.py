@@ -121,8 +121,7 @@ def environment() -> dict[str, Any]:
 def command(argv: Sequence[str]) -> str:
     """What to type to measure it again; where the result was written is nobody's business."""
     words = list(argv[1:])
-    for option in ("--json", "--out"):
-        if option in words:
-            at = words.index(option)
-            del words[at : at + 2]
+    if "--json" in words:
+        at = words.index("--json")
+        del words[at : at + 2]
     return shlex.join(["python", "-m", f"benchmarks.{Path(argv[0]).stem}", *words])
