@@ -109,15 +109,17 @@ def _speed(record: dict[str, Any]) -> list[str]:
         "",
         f"{_source(record)}: {record['concepts']:,} concepts of width {record['width']:,} "
         f"({record['bytes'] / 1e6:,.0f} MB in fp16, {record['segments']:,} segments) to a tensor. *Speed* is that of "
-        "one flat file of the fp16 data, read without checksums in the same round: median, least and most. Cold means "
-        "dropped from the page cache.",
+        "one flat file of the fp16 data, read without checksums in the same round: median, least and most. All end in "
+        "a fresh fp16 tensor; *aligned* tells one that begins with a cache line from one where NumPy puts it. A warm "
+        "reading is the second after opening, so that the store knows where the records lie; its *first read* looks "
+        "them up. Cold means opened anew and dropped from the page cache.",
         "",
         "| | warm | speed | cold | speed |",
         "|---|---|---|---|---|",
     ]
     for name, warm in record["warm"].items():
         cells = [name]
-        for one in (warm, record["cold"][name] if record["cold"] else None):
+        for one in (warm, record["cold"].get(name) if record["cold"] else None):
             cells += [f"{one['median_s']:.3f} s", _spread(one["speed_over_flat"])] if one else ["–", "–"]
         lines.append("| " + " | ".join(cells) + " |")
     lines += [

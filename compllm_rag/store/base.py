@@ -21,7 +21,6 @@ from compllm_rag.store.codec import Encoding
 from compllm_rag.store.encodings import FP16
 
 _KEY = re.compile(r"[0-9a-f]{64}")
-_KEYS = re.compile(r"[0-9a-f]*")
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ def check_keys(keys: Iterable[str]) -> None:
     """
     asked = list(keys)
     # All at once, since the keys of a long prompt are thousands; one by one only to find the one to name.
-    if set(map(type, asked)) <= {str} and set(map(len, asked)) <= {64} and _KEYS.fullmatch("".join(asked)):
+    if set(map(type, asked)) <= {str} and set(map(len, asked)) <= {64} and _is_hexadecimal("".join(asked)):
         return
     for key in asked:
         if not is_key(key):
@@ -215,6 +214,13 @@ def encode_record(key: str, concepts: torch.Tensor, hidden_size: int, encoding: 
         return encoding.encode(concepts)
     except InvalidConceptsError as error:
         raise _refusal(key, error.got, error.expected) from error
+
+
+def _is_hexadecimal(text: str) -> bool:
+    try:
+        return len(bytes.fromhex(text)) * 2 == len(text) and text == text.lower()  # it skips white space
+    except ValueError:
+        return False
 
 
 def _refusal(key: str, got: object, expected: object) -> InvalidConceptsError:

@@ -179,7 +179,7 @@ class DiskStore(ConceptStore):
                 self.flush()
                 writer = self._require_writer()
             known = self._find(list(batch))
-            fresh = {key: record for key, record in batch.items() if key not in known}
+            fresh = {key: record for (key, record), at in zip(batch.items(), known, strict=True) if at is None}
             if not fresh:
                 if not self._pending:
                     self._let_go()
@@ -220,20 +220,21 @@ class DiskStore(ConceptStore):
     def get(self, keys: Sequence[str]) -> list[torch.Tensor | None]:
         """Read records, each (n_concepts, hidden_size) fp16; see `ConceptStore.get`."""
         with self._guard:
-            hits, joined = self._read_present(keys)
+            locations, joined = self._read_present(keys)
         result: list[torch.Tensor | None] = [None] * len(keys)
         start = 0
-        for index, location in hits.items():
-            # A copy, else one small record kept would keep all of them in memory.
-            result[index] = joined[start : start + location.n_concepts].clone()
-            start += location.n_concepts
+        for index, location in enumerate(locations):
+            if location is not None:
+                # A copy, else one small record kept would keep all of them in memory.
+                result[index] = joined[start : start + location.n_concepts].clone()
+                start += location.n_concepts
         return result
 
     def get_joined(self, keys: Sequence[str]) -> torch.Tensor | None:
         """Read records as one tensor (sum of n_concepts, hidden_size) fp16; see `ConceptStore.get_joined`."""
         with self._guard:
-            hits, joined = self._read_present(keys, partly=False)
-            return joined if len(hits) == len(keys) else None
+            locations, joined = self._read_present(keys, partly=False)
+            return None if None in locations else joined
 
     def flush(self) -> None:
         """Make everything put so far durable, and visible to readers; see `ConceptStore.flush`."""
@@ -304,7 +305,7 @@ class DiskStore(ConceptStore):
             InvalidConceptsError: The record holds NaN or infinite values.
         """
         with self._guard:
-            return bool(self._read_present([key], count=False)[0])
+            return self._read_present([key], count=False)[0] != [None]
 
     def verify(self, *, deep: bool = False, progress: Progress | None = None) -> StoreCheck:
         """Look for damage: rows, bounds, headers and sums; `deep` reads every payload and proves all its digests."""
@@ -375,19 +376,17 @@ class DiskStore(ConceptStore):
                 finally:
                     self._let_go()
 
-    def _find(self, keys: Sequence[str]) -> dict[str, Location]:
+    def _find(self, keys: Sequence[str]) -> list[Location | None]:
         self._require_open()
-        wanted = dict.fromkeys(keys)
         if not self._pending:
-            return self._index.find(list(wanted))
-        found = {key: self._pending[key] for key in wanted if key in self._pending}
-        found.update(self._index.find([key for key in wanted if key not in found]))
-        return found
+            return self._index.find(keys)
+        ours = [self._pending.get(key) for key in keys]
+        flushed = iter(self._index.find([key for key, at in zip(keys, ours, strict=True) if at is None]))
+        return [next(flushed) if at is None else at for at in ours]
 
     def _locate(self, keys: Sequence[str], *, count: bool = True) -> list[Location | None]:
         check_keys(keys)
-        found = self._find(keys)
-        locations = [found.get(key) for key in keys]
+        locations = self._find(keys)
         if count:
             misses = locations.count(None)
             self._misses += misses
@@ -396,8 +395,8 @@ class DiskStore(ConceptStore):
 
     def _read_present(
         self, keys: Sequence[str], *, partly: bool = True, count: bool = True
-    ) -> tuple[dict[int, Location], torch.Tensor]:
-        """Locations by position in `keys` of the records that are there, and their concepts, joined.
+    ) -> tuple[list[Location | None], torch.Tensor]:
+        """Where each of `keys` lies, None for a miss, and the concepts of those that are there, joined.
 
         Args:
             keys: Record keys.
@@ -407,10 +406,14 @@ class DiskStore(ConceptStore):
         tried: list[Location | None] | None = None
         while True:
             locations = self._locate(keys, count=count and tried is None)
-            hits = {index: location for index, location in enumerate(locations) if location is not None}
-            wanted = hits if partly or len(hits) == len(keys) else {}
+            there = [location for location in locations if location is not None]
+            wanted = keys
+            if len(there) < len(keys):
+                wanted = [key for key, location in zip(keys, locations, strict=True) if location is not None]
+                if not partly:
+                    there, wanted = [], []
             try:
-                return hits, self._read([keys[index] for index in wanted], list(wanted.values()))
+                return locations, self._read(wanted, there)
             except CorruptRecordError:
                 # A compaction may have moved the record since we looked it up, and taken its pack away.
                 if tried == locations:
@@ -420,12 +423,12 @@ class DiskStore(ConceptStore):
 
     def _read(self, keys: Sequence[str], locations: Sequence[Location]) -> torch.Tensor:
         """Concepts (sum of n_concepts, hidden_size) of located records, checked."""
-        sizes = [self.encoding.nbytes(location.n_concepts, self.hidden_size) for location in locations]
+        each = self.encoding.nbytes(1, self.hidden_size)
+        sizes = [each * location.n_concepts for location in locations]
         try:
             data = self._packs.read(keys, locations, sizes, self.encoding.check)
             self.traffic.bytes_read += data.size
-            n_concepts = sum(location.n_concepts for location in locations)
-            return self.encoding.decode(data, n_concepts, self.hidden_size, checked=True)
+            return self.encoding.decode(data, data.size // each, self.hidden_size, checked=True)
         except InvalidConceptsError as error:
             raise self._name_invalid(keys, locations) from error
 

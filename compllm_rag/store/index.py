@@ -31,6 +31,8 @@ _RUN = struct.Struct("<Q32s")  # bytes, SHA-256
 _TOTALS_KEY = "totals"  # no record key: those are 64 characters
 _RUN_KEY = re.compile(r"run:(\d{1,9}):(\d{1,18})")  # pack and start
 _RAW = 0  # diskcache's mode for a value that lies in the row itself
+_SOUND = f"mode = {_RAW} AND filename IS NULL AND typeof(value) = 'blob' AND length(value) = {_ROW.size}"
+_REMEMBERED = 2**15  # locations; some 10 MB
 _KEYS_PER_QUERY = 500  # old SQLite takes 999 parameters
 _SETTINGS = {
     "eviction_policy": "none",
@@ -142,6 +144,8 @@ class LocationIndex:
         self._reader: sqlite3.Connection | None = None
         self._lasting = True
         self._cache: diskcache.Cache | None = None
+        self._known: dict[str, Location] = {}
+        self._version: int | None = None  # of the database when those were looked up
         if not create:
             if not self._database.exists():
                 raise damaged_index(self._database, "no such file")
@@ -160,19 +164,54 @@ class LocationIndex:
         make_private(self._database)
         return diskcache.Cache(str(self._folder), disk=PlainDisk, **_SETTINGS)
 
-    def find(self, keys: Sequence[str]) -> dict[str, Location]:
-        """Look up locations; missing keys are left out.
+    def find(self, keys: Sequence[str]) -> list[Location | None]:
+        """Look up locations, in the order asked; None for a key that is not there.
+
+        What was found stays in memory until anybody writes, since the chunks that are asked for are often the same.
 
         Raises:
             CorruptRecordError: A row is damaged, or holds a pickle; it is not loaded.
         """
-        found: dict[str, Location] = {}
+        self._forget_former()
+        found = [self._known.get(key) for key in keys]
+        if None in found:
+            fresh = self._looked_up([key for key, location in zip(keys, found, strict=True) if location is None])
+            found = [location or fresh.get(key) for key, location in zip(keys, found, strict=True)]
+            if len(self._known) + len(fresh) > _REMEMBERED:
+                self._known.clear()
+            if len(fresh) <= _REMEMBERED:
+                self._known.update(fresh)
+        return found
+
+    def _forget_former(self) -> None:
+        """Forget locations if anything was written since they were looked up."""
         with explained(self._database, writing=False):
-            for start in range(0, len(keys), _KEYS_PER_QUERY):
-                batch = keys[start : start + _KEYS_PER_QUERY]
-                marks = ",".join("?" * len(batch))
+            ((version,),) = self._select("PRAGMA data_version", ())
+        if version != self._version or self._reader is None:
+            self._known.clear()
+            self._version = version
+
+    def _looked_up(self, keys: Sequence[str]) -> dict[str, Location]:
+        rows: dict[str, bytes | None] = {}
+        with explained(self._database, writing=False):
+            for batch, marks in _batches(keys):
+                # SQLite looks at what stands in the rows, since a long prompt has thousands of them.
+                query = f"SELECT key, CASE WHEN {_SOUND} THEN value END FROM Cache WHERE raw = 1 AND key IN ({marks})"  # noqa: S608 - constants and question marks
+                rows.update(self._select(query, batch))
+        values = [value for value in rows.values() if value is not None]
+        if len(values) == len(rows):
+            found = dict(zip(rows, map(Location._make, _ROW.iter_unpack(b"".join(values))), strict=True))
+            if all(location.n_concepts >= 1 for location in found.values()):
+                return found
+        return self._parsed(list(rows))
+
+    def _parsed(self, keys: Sequence[str]) -> dict[str, Location]:
+        """Look up locations one by one, to name the one that is damaged."""
+        found = {}
+        with explained(self._database, writing=False):
+            for batch, marks in _batches(keys):
                 query = f"SELECT key, mode, filename, value FROM Cache WHERE raw = 1 AND key IN ({marks})"  # noqa: S608 - question marks
-                found.update(_parse_all(self._select(query, batch)))
+                found.update({row[0]: _parse(*row) for row in self._select(query, batch)})
         return found
 
     def items(self) -> Iterator[tuple[str, Location]]:
@@ -369,15 +408,11 @@ def _run_key(run: Run) -> str:
     return f"run:{run.pack}:{run.start}"
 
 
-def _parse_all(rows: Sequence[tuple[Any, ...]]) -> dict[str, Location]:
-    """Locations by key; sound rows at once, since a long prompt has thousands, and one by one to name a bad one."""
-    sound = {(mode, filename, type(value)) for _, mode, filename, value in rows} <= {(_RAW, None, bytes)}
-    if sound and {len(row[3]) for row in rows} <= {_ROW.size}:
-        places = _ROW.iter_unpack(b"".join([row[3] for row in rows]))
-        found = {row[0]: Location._make(place) for row, place in zip(rows, places, strict=True)}
-        if all(location.n_concepts >= 1 for location in found.values()):
-            return found
-    return {row[0]: _parse(*row) for row in rows}
+def _batches(keys: Sequence[str]) -> Iterator[tuple[Sequence[str], str]]:
+    """Keys for one statement each, and their question marks."""
+    for start in range(0, len(keys), _KEYS_PER_QUERY):
+        batch = keys[start : start + _KEYS_PER_QUERY]
+        yield batch, ",".join("?" * len(batch))
 
 
 def _parse(key: str, mode: object, filename: object, value: object) -> Location:

@@ -62,7 +62,12 @@ class Run:
 
 def record_checksum(key: str, payload: bytes | memoryview) -> int:
     """xxh3_64 of a payload, seeded by its key: sound bytes that belong to another key fail as well."""
-    return xxhash.xxh3_64_intdigest(payload, seed=int(key[:16], 16))
+    return xxhash.xxh3_64_intdigest(payload, seed=checksum_seed(key))
+
+
+def checksum_seed(key: str) -> int:
+    """The seed that a record key gives its checksum."""
+    return int(key[:16], 16)
 
 
 def pack_header(hidden_size: int, encoding: str) -> bytes:
