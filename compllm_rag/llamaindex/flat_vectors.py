@@ -88,6 +88,14 @@ class FlatVectors:
         if ids:
             self._index.add_with_ids(np.ascontiguousarray(vectors), np.asarray(ids, dtype=np.int64))
 
+    def get(self, ids: Iterable[int]) -> dict[int, npt.NDArray[np.float32]]:
+        """Unit vectors (dim,) by id; ids that are not there are skipped."""
+        wanted = np.fromiter(set(ids) - self._removed, dtype=np.int64)
+        held = faiss.vector_to_array(self._index.id_map)
+        places = np.flatnonzero(np.isin(held, wanted))
+        found = faiss.downcast_index(self._index.index).reconstruct_batch(places)
+        return {int(held[place]): vector for place, vector in zip(places, found, strict=True)}
+
     def remove(self, ids: Iterable[int]) -> None:
         """Remove vectors; ids that are not there are skipped."""
         self._removed.update(ids)

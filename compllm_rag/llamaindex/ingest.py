@@ -145,10 +145,25 @@ def replace_documents(
     """
     keep = {node.node_id for node in nodes}
     present = {node_id for d in changed for node_id in index.faiss.node_ids(d.id_)}
-    index.delete_nodes(sorted(present - keep))
-    index.insert_nodes([node for node in nodes if node.node_id not in present], later=later)
+    going, coming = sorted(present - keep), [node for node in nodes if node.node_id not in present]
+    if going and coming:
+        _keep_embeddings(index, going, coming)
+    index.delete_nodes(going)
+    index.insert_nodes(coming, later=later)
     for document in changed:
         index.docstore.set_document_hash(document.id_, document.hash)
+
+
+def _keep_embeddings(index: ConceptIndex, going: Sequence[str], coming: Sequence[BaseNode]) -> None:
+    """Give nodes the embeddings of those that go and that the embedder would read alike.
+
+    Metadata that it does not read, such as the path of the file, is part of a node's id: a folder that was moved brings
+    new nodes, and nothing to embed.
+    """
+    former = {n.get_content(MetadataMode.EMBED): n.embedding for n in index.faiss.embedded_nodes(going)}
+    for node in coming:
+        if node.embedding is None:
+            node.embedding = former.get(node.get_content(MetadataMode.EMBED))
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

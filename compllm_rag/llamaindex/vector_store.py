@@ -211,6 +211,18 @@ class FaissTextVectorStore(BasePydanticVectorStore):
             rows = node_rows.read_ids(connection, ids)
             return [rows[id_].node().node_id for id_ in ids]
 
+    def embedded_nodes(self, node_ids: Sequence[str]) -> list[BaseNode]:
+        """Nodes that are named, with their embeddings (of length 1); ids that are not there are skipped."""
+        with self._catalog.reading() as connection:
+            rows = node_rows.read_ids(connection, node_rows.ids_where(connection, "node_id", node_ids))
+            found = self._catalog.vectors().get(rows)
+        nodes = []
+        for id_, row in rows.items():
+            node = row.node()
+            node.embedding = found[id_].tolist() if id_ in found else None
+            nodes.append(node)
+        return nodes
+
     def query(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
         """Find the nodes most similar to an embedding.
 

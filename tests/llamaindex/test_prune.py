@@ -107,6 +107,31 @@ def test_a_folder_has_one_identity_under_any_name(
     assert held(index) == {"b.txt", "c.txt", "x", "y"}
 
 
+def test_a_folder_that_moves_is_neither_embedded_nor_compressed_again(
+    index: ConceptIndex, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ingest(index, corpus)
+    question, embedded, embed = "Who built the lighthouse?", [], HashEmbedder._get_text_embedding
+    found = index.as_retriever(similarity_top_k=9).retrieve(question)
+    monkeypatch.setattr(
+        HashEmbedder, "_get_text_embedding", lambda self, text: embedded.append(text) or embed(self, text)
+    )
+    moved = corpus.rename(corpus.with_name("elsewhere"))
+    report = ingest(index, moved, prune=True)
+    # The files of another folder, under the same ids: none of them is gone from there, and none is left behind.
+    assert (report.documents_changed, report.documents_deleted, report.segments_compressed) == (5, 0, 0)
+    assert not embedded
+    again = index.as_retriever(similarity_top_k=9).retrieve(question)
+    assert [(n.text, n.node.ref_doc_id) for n in again] == [(n.text, n.node.ref_doc_id) for n in found]
+    assert [n.score for n in again] == pytest.approx([n.score for n in found], abs=1e-6)
+    assert all(n.metadata["source"].startswith(str(moved)) for n in again)
+    # A folder within is part of the ids: its files are other documents, whose concepts are there already.
+    (moved / "deep").rename(moved / "deeper")
+    report = ingest(index, moved, prune=True)
+    assert (report.documents_changed, report.documents_deleted, report.segments_compressed) == (1, 1, 0)
+    assert len(embedded) == len(index.faiss.node_ids("deeper/c.txt")) > 0
+
+
 def test_nothing_is_pruned_when_something_is_wrong(index: ConceptIndex, corpus: Path) -> None:
     ingest(index, corpus)
     before = held(index)
