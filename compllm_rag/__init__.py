@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from compllm_rag.llamaindex.embedding import load_embedder as load_embedder
     from compllm_rag.llamaindex.index import ConceptIndex as ConceptIndex
     from compllm_rag.llamaindex.llm import ConceptLLM as ConceptLLM
+    from compllm_rag.llamaindex.migration import migrate_storage as migrate_storage
     from compllm_rag.llamaindex.namespaces import delete_namespace as delete_namespace
     from compllm_rag.llamaindex.namespaces import list_namespaces as list_namespaces
     from compllm_rag.llamaindex.node_parser import ConceptNodeParser as ConceptNodeParser
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer as ConceptSynthesizer
     from compllm_rag.llamaindex.transform import ConceptTransform as ConceptTransform
     from compllm_rag.llamaindex.upkeep import compact_storage as compact_storage
-    from compllm_rag.llamaindex.upkeep import migrate_storage as migrate_storage
     from compllm_rag.llamaindex.uploads import UploadQueue as UploadQueue
     from compllm_rag.llamaindex.vector_store import FaissTextVectorStore as FaissTextVectorStore
     from compllm_rag.llamaindex.verification import verify_storage as verify_storage
@@ -56,7 +56,7 @@ _HOME = {
     "delete_namespace": "llamaindex.namespaces",
     "list_namespaces": "llamaindex.namespaces",
     "load_embedder": "llamaindex.embedding",
-    "migrate_storage": "llamaindex.upkeep",
+    "migrate_storage": "llamaindex.migration",
     "repair_storage": "llamaindex.repair",
     "verify_storage": "llamaindex.verification",
 }

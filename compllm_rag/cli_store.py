@@ -110,16 +110,22 @@ def compact(storage: StorageFolder, as_json: AsJson = False) -> None:
 
 
 def migrate(storage: StorageFolder, as_json: AsJson = False) -> None:
-    """Bring a storage to the format of this release.
+    """Bring a storage to the format of this release; the former one is kept beside it.
 
     Example: compllm-rag migrate storage
     """
-    from compllm_rag.llamaindex.upkeep import migrate_storage
+    from compllm_rag.llamaindex.migration import migrate_storage
 
     with progress_show(as_json) as show:
-        show.fetching("reading the format", None)
+        show.fetching("looking at the format", None)
         report = migrate_storage(storage)
     if as_json:
         print_json(report.fields())
         return
-    typer.echo(f"format {report.to_version}: nothing to do")
+    if report.changed:
+        typer.echo(f"format {report.from_version} before, {report.to_version} now")
+        typer.echo(
+            f"The former storage, with what will be deleted from the new one, is yours to remove: {report.backup}"
+        )
+    else:
+        typer.echo(f"format {report.to_version}: nothing to do")

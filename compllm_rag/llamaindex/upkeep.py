@@ -1,4 +1,4 @@
-"""Compaction and migration of a whole storage; neither loads a model."""
+"""Compaction of a whole storage; it loads no model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from compllm_rag.llamaindex.accounts import Accounts
 from compllm_rag.llamaindex.catalog import Catalog
 from compllm_rag.llamaindex.kvstore import CatalogKVStore
 from compllm_rag.llamaindex.manifest import META_KEY, Manifest
+from compllm_rag.llamaindex.migration import BACKUP
 from compllm_rag.llamaindex.namespaces import FOLDER
-from compllm_rag.llamaindex.storage import read_manifest
 from compllm_rag.llamaindex.verification import CONCEPTS, require_storage
 from compllm_rag.store.compaction import CompactReport
 from compllm_rag.store.disk import DiskStore
@@ -97,43 +97,6 @@ def _require_counts(catalog: Catalog, accounts: Accounts) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Migration:
-    """What a migration did.
-
-    Attributes:
-        from_version: Format the storage had.
-        to_version: Format it has now.
-    """
-
-    from_version: int
-    to_version: int
-
-    @property
-    def changed(self) -> bool:
-        """Whether there was anything to do."""
-        return self.from_version != self.to_version
-
-    def fields(self) -> dict[str, Any]:
-        """Plain values, as `migrate --json` prints them."""
-        return {"changed": self.changed, **asdict(self)}
-
-
-def migrate_storage(folder: str | Path) -> Migration:
-    """Bring a storage to the format of this release. There is one format so far, so there is nothing to do.
-
-    Raises:
-        StorageNotFoundError: There is no storage here.
-        UnsupportedFormatError: A newer release wrote it.
-        CorruptRecordError: It is damaged.
-    """
-    path = Path(folder).absolute()
-    manifest = read_manifest(path)
-    Catalog.open(path, read_only=True).close()
-    DiskStore(path / CONCEPTS, hidden_size=manifest.hidden_size, read_only=True).close()
-    return Migration(manifest.format_version, manifest.format_version)
-
-
 def _size(folder: Path) -> int:
-    others = folder / FOLDER  # storages of their own
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and others not in path.parents)
+    others = {folder / FOLDER, *folder.glob(BACKUP.format("*"))}  # storages of their own
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and others.isdisjoint(p.parents))

@@ -22,8 +22,9 @@ from compllm_rag.errors import (
     StoreLockedError,
     UnsupportedFormatError,
 )
+from compllm_rag.llamaindex.migration import migrate_storage
 from compllm_rag.llamaindex.repair import repair_storage
-from compllm_rag.llamaindex.upkeep import compact_storage, migrate_storage
+from compllm_rag.llamaindex.upkeep import compact_storage
 from compllm_rag.llamaindex.verification import verify_storage
 from tests.faults.fault_samples import (
     QUESTION,

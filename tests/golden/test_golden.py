@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 
 from compllm_rag import ConceptIndex
 from compllm_rag.cli import app
+from compllm_rag.llamaindex.migration import migrate_storage
 from compllm_rag.llamaindex.reader import load_documents
 from compllm_rag.llamaindex.repair import repair_storage
 from compllm_rag.llamaindex.storage import storage_stats
-from compllm_rag.llamaindex.upkeep import compact_storage, migrate_storage
+from compllm_rag.llamaindex.upkeep import compact_storage
 from compllm_rag.llamaindex.verification import verify_storage
 from toy_embedder import HashEmbedder
 
