@@ -17,6 +17,7 @@ from compllm_rag.library import ConceptLibrary
 from compllm_rag.metrics import Metrics, RateSpread, Work
 from compllm_rag.prometheus import Family, Sample, exposition
 from compllm_rag.store import DiskStore, MemoryStore
+from tests.processes import join
 from trained import trained
 
 PARAGRAPHS = toy.TEXT.strip().split("\n\n")
@@ -116,11 +117,10 @@ def test_threads_lose_no_count() -> None:
             metrics.compressed(2, 0.002)
             metrics.sampled(0.5, None)
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(8)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    join(threads)
     found = metrics.snapshot()
     assert (found["hits"], found["misses"], found["segments_reused"]) == (12000, 4000, 12000)
     assert (found["segments_compressed"], found["chunks"], found["reconstruction_samples"]) == (8000, 8000, 4000)

@@ -6,8 +6,7 @@ import sqlite3
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,14 @@ from llama_index.core import Document
 import toy
 from compllm_rag import Compressor, ConceptIndex
 from compllm_rag.llamaindex.verification import StorageCheck, verify_storage
+from tests import processes
+from tests.processes import DIES_WITH_ITS_PARENT, LIMIT_S, said, tell  # noqa: F401 - for the tests
 from toy_embedder import HashEmbedder
 
 PARAGRAPHS = toy.TEXT.split("\n\n")
 QUESTION = "Who built the lighthouse on Gull Rock?"
 _TESTS = Path(__file__).resolve().parents[1]
-_IMPORTS = f"""
+_IMPORTS = f"""{DIES_WITH_ITS_PARENT}
 import sys
 sys.path[:0] = [{str(_TESTS)!r}, {str(_TESTS.parent)!r}]
 import os, signal, time
@@ -38,34 +39,12 @@ def python(script: str, *arguments: object) -> list[str]:
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run a script to its end."""
-    return subprocess.run(python(script, *arguments), capture_output=True, text=True, timeout=300, check=False)
+    return processes.run(python(script, *arguments))
 
 
-@contextmanager
-def talking(script: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """A process that one can talk to line by line; it is killed at the end."""
-    process = subprocess.Popen(
-        python(script, *arguments), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def said(process: subprocess.Popen[str]) -> str:
-    """The next line a process prints."""
-    line = process.stdout.readline()
-    if not line:
-        raise AssertionError(process.stderr.read())
-    return line.strip()
-
-
-def tell(process: subprocess.Popen[str], line: str = "") -> None:
-    """Give a process a line."""
-    process.stdin.write(f"{line}\n")
-    process.stdin.flush()
+def talking(script: str, *arguments: object, limit: float = LIMIT_S) -> AbstractContextManager[subprocess.Popen[str]]:
+    """A process that one can talk to line by line; it is killed at the end, and after `limit` seconds."""
+    return processes.started(python(script, *arguments), limit)
 
 
 def documents(n: int = 6, version: int = 0) -> list[Document]:

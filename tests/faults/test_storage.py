@@ -273,7 +273,7 @@ def test_a_lock_of_the_dead_is_no_lock(tmp_path: Path, compressor: Compressor) -
         with load(path, compressor) as index, pytest.raises(StoreLockedError, match=f"process {writer.pid} "):
             index.insert(Document(id_="x", text="Not now."))
         writer.kill()
-        writer.wait()
+        writer.wait(60)
         with load(path, compressor) as index:
             index.insert(Document(id_="x", text="Now."))
     sound(path)

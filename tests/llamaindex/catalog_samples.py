@@ -11,10 +11,11 @@ from llama_index.core.schema import NodeRelationship, RelatedNodeInfo, TextNode
 from llama_index.core.vector_stores.types import VectorStoreQuery
 
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
+from tests.processes import DIES_WITH_ITS_PARENT
 
 DIM = 4
 _ROOT = Path(__file__).resolve().parents[2]
-_IMPORTS = """
+_IMPORTS = f"""{DIES_WITH_ITS_PARENT}
 import os, signal, sys, time
 from compllm_rag.errors import *
 from compllm_rag.llamaindex.catalog import Catalog

@@ -11,8 +11,8 @@ import sqlite3
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import faiss
@@ -30,38 +30,18 @@ from compllm_rag.errors import (
 )
 from compllm_rag.llamaindex.catalog import Catalog
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
+from tests import processes
 from tests.llamaindex.catalog_samples import DIM, axis, filled, find, node, python
+from tests.processes import said, tell
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(python(script, *arguments), capture_output=True, text=True, timeout=120, check=False)
+    return processes.run(python(script, *arguments))
 
 
-@contextmanager
-def talking(script: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+def talking(script: str, *arguments: object) -> AbstractContextManager[subprocess.Popen[str]]:
     """A process that one can talk to line by line; it is killed at the end."""
-    process = subprocess.Popen(
-        python(script, *arguments), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def said(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line and process.stderr is not None:
-        raise AssertionError(process.stderr.read())
-    return line.strip()
-
-
-def tell(process: subprocess.Popen[str]) -> None:
-    assert process.stdin is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
+    return processes.started(python(script, *arguments))
 
 
 def vector_files(path: Path) -> list[str]:
@@ -198,7 +178,7 @@ def test_sigkill_at_random_times(tmp_path: Path) -> None:
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(timeout=rng.uniform(0.01, 0.3))
             process.kill()
-            process.wait()
+            process.wait(60)
         with FaissTextVectorStore.open(tmp_path, read_only=True) as store:
             last = store.catalog.get_meta("last")
             documents = sorted({n.ref_doc_id or "" for n in store.get_nodes()})

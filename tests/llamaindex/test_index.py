@@ -25,6 +25,7 @@ from compllm_rag.errors import (
     StoreLockedError,
     StoreReadOnlyError,
 )
+from tests.processes import said, started, tell
 from toy_embedder import HashEmbedder
 
 PARAGRAPHS = toy.TEXT.split("\n\n")
@@ -235,31 +236,25 @@ for line in sys.stdin:
 def test_a_reader_in_another_process_sees_each_commit(tmp_path: Path, compressor: Compressor) -> None:
     tests = Path(__file__).parents[1]
     script = _READER.format(tests=str(tests), root=str(tests.parent))
-    with open_index(tmp_path / "s", compressor) as index:
+    with (
+        open_index(tmp_path / "s", compressor) as index,
+        started([sys.executable, "-c", script, str(tmp_path / "s")]) as reader,
+    ):
         index.ingest(documents())
-        reader = subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path / "s")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
 
         def ask() -> str:
-            reader.stdin.write("late otters in the harbour\n")
-            reader.stdin.flush()
-            return reader.stdout.readline().strip()
+            tell(reader, "late otters in the harbour")
+            return said(reader)
 
-        try:
+        assert ask() != "late 0"
+        with index.bulk():
+            index.insert(Document(id_="late", text="late otters in the harbour"))
             assert ask() != "late 0"
-            with index.bulk():
-                index.insert(Document(id_="late", text="late otters in the harbour"))
-                assert ask() != "late 0"
-            assert ask() == "late 0"
-            index.delete_ref_doc("late")
-            assert ask() != "late 0"
-        finally:
-            reader.communicate()
-        assert reader.returncode == 0
+        assert ask() == "late 0"
+        index.delete_ref_doc("late")
+        assert ask() != "late 0"
+        reader.stdin.close()
+        assert reader.wait(60) == 0
 
 
 def test_a_reader_writes_nothing(tmp_path: Path, compressor: Compressor) -> None:

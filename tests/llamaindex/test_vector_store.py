@@ -28,6 +28,7 @@ from llama_index.core.vector_stores.types import (
 from compllm_rag.errors import ConfigurationError, EmbedderMismatchError
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 from tests.llamaindex.catalog_samples import DIM, axis, filled, find, node
+from tests.processes import join
 
 
 @pytest.fixture(params=["memory", "disk"])
@@ -385,11 +386,10 @@ def test_threads_share_one_store(store: FaissTextVectorStore) -> None:
         except BaseException as error:
             faults.append(error)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(4)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    join(threads)
     assert faults == []
     assert store.n_nodes == 80
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from tests.processes import DIES_WITH_ITS_PARENT
+
 HIDDEN = 16
 _ROOT = Path(__file__).resolve().parents[2]
 _IMPORTS = "import sys; from compllm_rag.store import DiskStore; from tests.store.store_samples import *\n"
@@ -16,7 +18,7 @@ _IMPORTS = "import sys; from compllm_rag.store import DiskStore; from tests.stor
 
 def python(script: str, *arguments: object) -> list[str]:
     """The command that runs a script, which has the store and this module at hand, in a process of its own."""
-    path = f"import sys; sys.path[:0] = [{str(_ROOT)!r}]\n"
+    path = f"{DIES_WITH_ITS_PARENT}\nimport sys; sys.path[:0] = [{str(_ROOT)!r}]\n"
     return [sys.executable, "-c", path + _IMPORTS + script, *map(str, arguments)]
 
 

@@ -22,6 +22,7 @@ from compllm_rag.errors import (
     UnsupportedFormatError,
 )
 from compllm_rag.store import DiskStore
+from tests.processes import said, started
 from tests.store.store_samples import HIDDEN, concepts, key, python, records, same
 
 
@@ -104,18 +105,14 @@ def test_nobody_else_may_look_in(tmp_path: Path) -> None:
 def test_second_writer_is_told_who_writes(tmp_path: Path) -> None:
     script = "store = DiskStore(sys.argv[1], hidden_size=HIDDEN); store.put(records([1]))"
     script += "; print('open', flush=True); sys.stdin.read()"
-    child = subprocess.Popen(python(script, tmp_path / "store"), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        assert child.stdout.readline() == b"open\n"
+    with started(python(script, tmp_path / "store")) as child:
+        assert said(child) == "open"
         with (
             DiskStore(tmp_path / "store", hidden_size=HIDDEN) as store,
             pytest.raises(StoreLockedError, match=f"process {child.pid} "),
         ):
             store.put(records([2]))
         DiskStore(tmp_path / "store", hidden_size=HIDDEN, read_only=True).close()
-    finally:
-        child.kill()
-        child.communicate()
     with DiskStore(tmp_path / "store", hidden_size=HIDDEN) as store:
         assert store.put(records([2])) == 1  # the lock of a dead process is no lock
 
@@ -151,13 +148,14 @@ def test_another_process_that_closes_takes_no_journal_away(tmp_path: Path) -> No
     )
     with (
         DiskStore(tmp_path / "store", hidden_size=HIDDEN) as store,
-        subprocess.Popen(python(script, tmp_path / "store"), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other,
+        started(python(script, tmp_path / "store")) as other,
     ):
         store.put(records([1]))
         store.flush()
-        assert other.stdout.readline() == b"open\n"
+        assert said(other) == "open"
         DiskStore(tmp_path / "store", hidden_size=HIDDEN).close()
-        other.communicate()
+        other.stdin.close()
+        assert other.wait(60) == 0
         store.put(records([3]))
         store.flush()
         with DiskStore(tmp_path / "store", hidden_size=HIDDEN, read_only=True) as reader:

@@ -28,6 +28,7 @@ from compllm_rag.errors import (
 from compllm_rag.store import DiskStore
 from compllm_rag.store.index import PlainDisk
 from compllm_rag.store.packs import pack_header
+from tests.processes import run, said, started
 from tests.store.store_samples import HIDDEN, key, python, records, same
 
 
@@ -71,11 +72,11 @@ def test_killed_writer_loses_no_flushed_record(tmp_path: Path) -> None:
     )
     chance, start, promised = random.Random(5), 0, set[int]()
     for _ in range(4):
-        child = subprocess.Popen(python(script, tmp_path / "store", start), stdout=subprocess.PIPE, text=True)
-        first = child.stdout.readline()
-        time.sleep(chance.uniform(0, 0.15))
-        child.kill()
-        last = max(int(line) for line in [first, *child.communicate()[0].split("\n")[:-1]])
+        with started(python(script, tmp_path / "store", start)) as child:
+            first = said(child)
+            time.sleep(chance.uniform(0, 0.15))
+            child.kill()
+            last = max(int(line) for line in [first, *child.stdout.read().split("\n")[:-1]])
         promised |= set(range(start, last + 1))
         with DiskStore(tmp_path / "store", hidden_size=HIDDEN, pack_bytes=20_000) as store:
             indexed = [name for name, _ in store.iter_records()]
@@ -324,7 +325,7 @@ def _limited(folder: Path, limit: int, body: str) -> str:
         "store = DiskStore(sys.argv[1], hidden_size=HIDDEN)\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))\n"
     )
-    done = subprocess.run(python(script + body, folder), capture_output=True, text=True, check=False, timeout=60)
+    done = run(python(script + body, folder))
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

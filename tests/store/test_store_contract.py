@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from compllm_rag.errors import ConfigurationError, InvalidConceptsError
 from compllm_rag.store import ConceptStore, DiskStore, MemoryStore
+from tests.processes import join
 from tests.store.store_samples import HIDDEN, concepts, key, records, same
 
 
@@ -137,11 +138,10 @@ def test_threads_share_a_store(store: ConceptStore) -> None:
             if number % 10 == 0:
                 store.flush()
 
-    threads = [threading.Thread(target=work, args=(20 * part,)) for part in range(4)]
+    threads = [threading.Thread(target=work, args=(20 * part,), daemon=True) for part in range(4)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    join(threads)
     assert not wrong
     assert store.stats().records == 100
 

@@ -13,6 +13,7 @@ import torch
 
 from compllm_rag.errors import CorruptRecordError, StoreLockedError, StoreReadOnlyError
 from compllm_rag.store import DiskStore, StoreCheck
+from tests.processes import said, started
 from tests.store.store_samples import HIDDEN, concepts, key, python, records, same
 
 EVEN = {key(number) for number in range(0, 400, 2)}
@@ -136,17 +137,15 @@ def test_readers_in_another_process_never_miss_a_live_record(folder: Path) -> No
         "print(rounds > 0)\n"
     )
     stop = folder.parent / "stop"
-    reader = subprocess.Popen(
-        python("import os\n" + script, folder, stop), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert reader.stdout.readline() == "go\n"
-    for number in range(25):
-        with opened(folder) as store:
-            store.put(records(range(101 + 20 * number, 121 + 20 * number)))
-            store.compact(live)
-    stop.touch()
-    out, errors = reader.communicate()
-    assert (reader.returncode, out) == (0, "True\n"), errors
+    with started(python("import os\n" + script, folder, stop)) as reader:
+        assert said(reader) == "go"
+        for number in range(25):
+            with opened(folder) as store:
+                store.put(records(range(101 + 20 * number, 121 + 20 * number)))
+                store.compact(live)
+        stop.touch()
+        assert said(reader) == "True"
+        assert reader.wait(60) == 0
 
 
 @pytest.mark.parametrize(
@@ -307,9 +306,8 @@ def test_verification_is_not_misled_by_a_writer(folder: Path) -> None:
         "        store.put(records(range(start, start + 20)))\n"
         "    if start == 200: print('go', flush=True)\n"
     )
-    writer = subprocess.Popen(python(script, folder), stdout=subprocess.PIPE, text=True)
-    try:
-        assert writer.stdout.readline() == "go\n"
+    with started(python(script, folder)) as writer:
+        assert said(writer) == "go"
         seen = []
         while len(seen) < 15 or seen[-1] == seen[0]:
             assert writer.poll() is None
@@ -317,9 +315,6 @@ def test_verification_is_not_misled_by_a_writer(folder: Path) -> None:
             assert check.damage == []
             seen.append(check.sound.records)
         assert seen == sorted(seen)
-    finally:
-        writer.kill()
-        writer.communicate()
 
 
 def test_verification_writes_nothing(folder: Path) -> None:
