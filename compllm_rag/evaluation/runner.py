@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from compllm_rag.compressor import Compressor
 from compllm_rag.config import GenerationConfig
@@ -20,6 +21,7 @@ from compllm_rag.evaluation.results import METRICS, EvalConfig, EvalResult
 from compllm_rag.evaluation.statistics import Record, statistics
 from compllm_rag.questions import Question, QuestionFile
 
+T = TypeVar("T")
 Progress = Callable[[str, float | None], None]
 TEXT, NONE = Setting("text"), Setting("none")
 
@@ -120,8 +122,8 @@ def evaluate_many(
     return made
 
 
-def in_seeded_order(questions: Sequence[Question], *, seed: int = 0, limit: int | None = None) -> list[Question]:
-    """Questions in the order of a seed, the first `limit` of them."""
+def in_seeded_order(questions: Sequence[T], *, seed: int = 0, limit: int | None = None) -> list[T]:
+    """Questions, or what stands for them, in the order of a seed, the first `limit` of them."""
     order = list(questions)
     random.Random(seed).shuffle(order)  # noqa: S311 - an order, no secret
     return order[:limit]

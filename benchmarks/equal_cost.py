@@ -1,0 +1,218 @@
+"""Text top-k against more passages as concepts at equal cost: which answers better?
+
+On the LOFT corpus of `benchmarks.loft`: the top k documents as text for several k, and more of them as concepts, are
+scored on the same questions, and the TTFT of each setting is measured on some of them, all settings in turns, from a
+warm store on disk. For each k as text the setting of concepts with the most equal prompt positions, and the one with
+the most equal TTFT, are compared with it, paired over questions.
+
+Settings that are done are kept in the JSON and not asked again.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llama_index.core.schema import NodeWithScore, TextNode
+
+from benchmarks.common import parser, progress, write
+from benchmarks.loft import DEFAULT_DATA, open_storage, passages, ranking, tenths
+from benchmarks.loft_data import LoftSet, Query, load
+from compllm_rag.compressor import Compressor
+from compllm_rag.config import GenerationConfig, Mode
+from compllm_rag.evaluation.results import EvalConfig
+from compllm_rag.evaluation.runner import evaluate_many, in_seeded_order
+from compllm_rag.library import ConceptLibrary
+from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer
+from compllm_rag.questions import Question
+from compllm_rag.store import DiskStore
+
+_RESAMPLES = 1000
+Row = dict[str, Any]
+
+
+def settings(text_ks: Sequence[int], rates: Sequence[float], most: int) -> list[tuple[str, float | None, int]]:
+    """(mode, rate, k): each k as text, and as concepts each k and the rate's multiple of it, up to `most` documents."""
+    made: list[tuple[str, float | None, int]] = [("text", None, k) for k in text_ks]
+    for rate in rates:
+        ks = sorted({k * c for k in text_ks for c in (1, round(rate)) if k * c <= most})
+        made += [("concepts", rate, k) for k in ks]
+    return made
+
+
+def quality(compressor: Compressor, asked: list[Question], mode: str, rate: float | None, config: EvalConfig) -> Row:
+    """One setting's metrics, and F1 question by question in the order of the ids."""
+    (result,) = evaluate_many(compressor, asked, [(mode, rate)], config=config, progress=tenths())
+    record = result.to_dict()
+    kept = {name: record[name] for name in ("n", "f1", "em", "subspan_em", "nll", "positions", "achieved_rate")}
+    by_id = {r.id: round(r.f1 or 0.0, 4) for r in sorted(result.records, key=lambda r: r.id)}
+    return kept | {"interval": record["intervals"]["f1"], "f1_by_question": by_id}
+
+
+def ttft(
+    libraries: dict[float, ConceptLibrary], asked: dict[int, list[Question]], rows: list[Row], rounds: int
+) -> None:
+    """Seconds until the first token of each setting, all of them in turns in a new order each round.
+
+    Args:
+        libraries: By rate, with the concepts of the questions' documents.
+        asked: By k, the questions that are timed.
+        rows: Settings; `ttft_s` (median) and `ttft_all_s` are added to each.
+        rounds: Times through all settings and questions; one more goes before and does not count.
+    """
+    one, order = GenerationConfig(max_new_tokens=1), list(range(len(rows)))
+    seconds: list[list[float]] = [[] for _ in rows]
+    for round_ in range(rounds + 1):
+        random.Random(round_).shuffle(order)
+        for number in order:
+            row = rows[number]
+            library, mode = libraries[row["rate"] or min(libraries)], row["mode"]
+            for question in asked[row["k"]]:
+                took = _first_token(library, question, mode, one)
+                if round_:
+                    seconds[number].append(took)
+        progress(f"TTFT, round {round_} of {rounds}")
+    for row, series in zip(rows, seconds, strict=True):
+        row["ttft_s"], row["ttft_all_s"] = statistics.median(series), [round(s, 4) for s in series]
+
+
+def _first_token(library: ConceptLibrary, question: Question, mode: Mode, generation: GenerationConfig) -> float:
+    nodes = [NodeWithScore(node=TextNode(text=p.text, metadata={"title": p.title})) for p in question.passages]
+    synthesizer = ConceptSynthesizer(library, mode=mode, generation=generation, overflow="error")
+    response = synthesizer.synthesize(question.question, nodes)
+    return float((response.metadata or {})["compllm"]["ttft_s"])
+
+
+def pairs(rows: list[Row], cost: str, seed: int = 0) -> list[Row]:
+    """For each k as text the concepts of the most equal cost, and the paired difference of F1 with its interval.
+
+    Args:
+        rows: Settings with `positions`, `ttft_s` and `f1_by_question`.
+        cost: `positions` or `ttft_s`.
+        seed: Of the bootstrap over questions.
+    """
+    concepts = [row for row in rows if row["mode"] == "concepts"]
+    made = []
+    for text in (row for row in rows if row["mode"] == "text"):
+        rates = sorted({row["rate"] for row in concepts})
+        for rate in rates:
+            near = min((r for r in concepts if r["rate"] == rate), key=lambda r: abs(np.log(r[cost] / text[cost])))
+            shared = sorted(set(text["f1_by_question"]) & set(near["f1_by_question"]))
+            change = np.array([near["f1_by_question"][q] - text["f1_by_question"][q] for q in shared])
+            drawn = np.random.default_rng(seed).integers(0, len(change), size=(_RESAMPLES, len(change)))
+            low, high = np.percentile(change[drawn].mean(1), [2.5, 97.5])
+            made.append(
+                {
+                    "text_k": text["k"],
+                    "rate": rate,
+                    "concepts_k": near["k"],
+                    "cost_ratio": near[cost] / text[cost],
+                    "f1_text": text["f1"],
+                    "f1_concepts": near["f1"],
+                    "difference": float(change.mean()),
+                    "interval": [float(low), float(high)],
+                }
+            )
+    return made
+
+
+def main() -> None:
+    """Run it."""
+    options = parser(__doc__)
+    options.set_defaults(repeats=2)
+    options.add_argument("--data-dir", type=Path, help=f"holds {DEFAULT_DATA}")
+    options.add_argument("--loft", type=Path, help="folder rag/SET/SIZE in LOFT's layout, in place of --data-dir")
+    options.add_argument("--embedder", help="retrieval embedder; default: the embedded one")
+    options.add_argument("--storage", type=Path, help="keep the storage there (default: a temporary folder)")
+    options.add_argument("--text-ks", type=int, nargs="+", default=[1, 2, 4])
+    options.add_argument("--rates", type=float, nargs="+", default=[2.0, 4.0])
+    options.add_argument("--most", type=int, default=8, help="documents at most")
+    options.add_argument("--limit", type=int, default=60, help="questions")
+    options.add_argument("--timed", type=int, default=8, help="questions whose TTFT is measured")
+    options.add_argument("--batch-size", type=int, default=16)
+    args = options.parse_args()
+    if args.loft is None and args.data_dir is None:
+        options.error("--data-dir or --loft is needed")
+    loft = load(args.loft or args.data_dir / DEFAULT_DATA)
+    queries = in_seeded_order(loft.queries, limit=args.limit)
+    with tempfile.TemporaryDirectory() as scratch:
+        index = open_storage(loft, args.storage or Path(scratch) / "storage", args.llm, args.embedder)
+        compressor, ranked = index.compressor, ranking(index, queries, args.most)
+        index.close()
+        same = {
+            "set": loft.name,
+            "note": loft.note,
+            "n": len(queries),
+            "llm": compressor.llm.source,
+            "fingerprint": compressor.fingerprint,
+        }
+        config = EvalConfig(batch_size=args.batch_size)
+        rows = _quality_rows(args, loft, queries, ranked, compressor, config, same)
+        _timed(args, loft, queries[: args.timed], ranked, compressor, rows, Path(scratch))
+    result = {**same, "timed": min(args.timed, len(queries)), "rows": rows}
+    write({**result, "equal_positions": pairs(rows, "positions"), "equal_ttft": pairs(rows, "ttft_s")}, args.json)
+
+
+def _quality_rows(
+    args: Any,
+    loft: LoftSet,
+    queries: list[Query],
+    ranked: dict[str, list[str]],
+    compressor: Compressor,
+    config: EvalConfig,
+    same: Row,
+) -> list[Row]:
+    rows, known = [], _former(args.json, same)
+    for mode, rate, k in settings(args.text_ks, args.rates, args.most):
+        row = known.get((mode, rate, k))
+        if row is None:
+            progress(f"{mode}" + (f" at rate {rate:g}" if rate else "") + f", {k} documents")
+            row = {"mode": mode, "rate": rate, "k": k}
+            row |= quality(compressor, passages(loft, queries, ranked, k), mode, rate, config)
+        rows.append(row)
+        if args.json is not None:
+            args.json.write_text(json.dumps({**same, "rows": rows}), encoding="utf-8")
+    return rows
+
+
+def _former(path: Path | None, same: Row) -> dict[tuple[str, float | None, int], Row]:
+    """Settings that a former run on the same questions has scored."""
+    if path is None or not path.exists():
+        return {}
+    try:
+        former = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    if {name: former.get(name) for name in same} != same:
+        return {}
+    return {(row["mode"], row["rate"], row["k"]): row for row in former.get("rows", [])}
+
+
+def _timed(
+    args: Any,
+    loft: LoftSet,
+    queries: list[Query],
+    ranked: dict[str, list[str]],
+    compressor: Compressor,
+    rows: list[Row],
+    scratch: Path,
+) -> None:
+    """Warm stores at each rate, then TTFT of all settings."""
+    asked = {k: passages(loft, queries, ranked, k) for k in sorted({row["k"] for row in rows})}
+    texts = list(dict.fromkeys(p.text for question in asked[max(asked)] for p in question.passages))
+    libraries = {}
+    for rate in args.rates:
+        store = DiskStore(scratch / f"concepts-{rate:g}", hidden_size=compressor.llm.hidden_size)
+        libraries[rate] = ConceptLibrary(compressor, store, rate=rate)
+        libraries[rate].ensure(texts)
+    ttft(libraries, asked, rows, args.repeats)
+
+
+if __name__ == "__main__":
+    main()

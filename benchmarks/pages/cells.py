@@ -1,0 +1,25 @@
+"""Cells of tables that sections share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """A number, or a dash where there is none."""
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def with_interval(value: float | None, interval: Sequence[float] | None, digits: int = 1) -> str:
+    """A number with its interval in brackets."""
+    if value is None or interval is None:
+        return number(value, digits)
+    return f"{value:.{digits}f} [{interval[0]:.0f}, {interval[1]:.0f}]"
+
+
+def source(record: dict[str, Any]) -> str:
+    """The command, commit and machine that a record comes from."""
+    where = record["environment"]
+    device = where["gpu"] or f"{where['cpu']}, {where['torch_threads']} threads of {where['cores']} cores"
+    return f"`{record['command']}`, commit {where['commit'][:9]}, {device}, torch {where['versions']['torch']}"
