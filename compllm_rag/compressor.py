@@ -22,6 +22,7 @@ from torch import nn
 
 from compllm_rag.adapters import inject_lora, lora_state
 from compllm_rag.config import CompressorConfig
+from compllm_rag.device_memory import memory_trouble, out_of_memory, release_unused
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.fingerprint import tagged_digest, tensor_digest
 from compllm_rag.information import information_for
@@ -84,6 +85,7 @@ class Compressor:
         nn.init.zeros_(self.head.bias)
         self.segmenter = Segmenter(llm.tokenizer, self.config.segment_length)
         self._fingerprint: str | None = None
+        self._most_positions = max(BATCH_POSITIONS.values())  # of one forward; less once memory was short
 
     @classmethod
     def from_pretrained(
@@ -171,6 +173,7 @@ class Compressor:
 
         Raises:
             ConfigurationError: A segment is empty or too long, or its K out of bounds.
+            DeviceMemoryError: Not even a single segment fits the memory; batches are halved before that.
         """
         out: list[torch.Tensor | None] = [None] * len(segments)
         for index, concepts in self.compress_stream(zip(segments, n_concepts, strict=True)):
@@ -208,11 +211,35 @@ class Compressor:
     def _compress_window(self, window: list[tuple[int, Sequence[int], int]]) -> Iterator[tuple[int, torch.Tensor]]:
         window.sort(key=lambda item: (len(item[1]), item[2]))
         limit = BATCH_POSITIONS["cpu" if self.llm.device.type == "cpu" else "cuda"]
-        for batch in batches(window, limit):
-            concepts = self._forward([s for _, s, _ in batch], [k for _, _, k in batch])
+        for batch in batches(window, min(limit, self._most_positions)):
+            yield from self._compress_batch(batch)
+
+    def _compress_batch(self, batch: list[tuple[int, Sequence[int], int]]) -> Iterator[tuple[int, torch.Tensor]]:
+        concepts, said = None, None
+        try:
+            concepts = self._forward([s for _, s, _ in batch], [k for _, _, k in batch]).float().cpu()
+        except (RuntimeError, MemoryError) as error:
+            said = memory_trouble(error)
+            if said is None:
+                raise
+        if concepts is not None:
             # A copy of each row: a view would keep the whole batch alive for as long as one segment is in use.
-            for (index, _, k), row in zip(batch, concepts.float().cpu(), strict=True):
+            for (index, _, k), row in zip(batch, concepts, strict=True):
                 yield index, row[:k].clone()
+            return
+        release_unused(self.llm.device)
+        if len(batch) == 1:
+            raise out_of_memory(
+                "compress a single segment",
+                self.llm.device,
+                said or "",
+                "end what else uses this device, load the LLM in bfloat16, or take another device (`device='cpu'`)",
+            )
+        half = len(batch) // 2
+        # Those to come fit at once; another process may give memory back, but nobody tells when.
+        self._most_positions = max(1, half * (len(batch[-1][1]) + batch[-1][2]))
+        yield from self._compress_batch(batch[:half])
+        yield from self._compress_batch(batch[half:])
 
     @torch.inference_mode()
     def _forward(self, segments: Sequence[Sequence[int]], ks: Sequence[int]) -> torch.Tensor:

@@ -155,3 +155,7 @@ class StoreReadOnlyError(CompLLMError, PermissionError):
 
 class PromptTooLongError(CompLLMError, ValueError):
     """The prompt does not fit the window of the target LLM."""
+
+
+class DeviceMemoryError(CompLLMError, MemoryError):
+    """A GPU, or the machine, has no memory left, although the step was made as small as it can be."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
 
 from compllm_rag.config import GenerationConfig
-from compllm_rag.errors import PromptTooLongError
+from compllm_rag.device_memory import room_for
+from compllm_rag.errors import DeviceMemoryError, PromptTooLongError
 from compllm_rag.generation.base import FinishReason, Generation
 from compllm_rag.generation.text import Detokenizer
 from compllm_rag.llm import TargetLLM
@@ -62,14 +64,23 @@ class LocalGenerator:
 
         Raises:
             PromptTooLongError: A prompt and its answer do not fit the window.
+            DeviceMemoryError: Not even a single prompt fits the memory; a batch is halved before that.
         """
         config = config or self.config
         for plan in plans:
             self._check(plan, config)
         if not plans:
             return []
+        if len(plans) == 1:
+            return self._generate(plans, config)
+        with suppress(DeviceMemoryError):
+            return self._generate(plans, config)
+        half = len(plans) // 2
+        return self.generate(plans[:half], config) + self.generate(plans[half:], config)
+
+    def _generate(self, plans: Sequence[PromptPlan], config: GenerationConfig) -> list[Generation]:
         begun = time.perf_counter()
-        inputs = lay_out(plans, self.llm)
+        inputs = self._lay_out(plans)
         laid_out = time.perf_counter()
         texts = [Detokenizer(self.llm.tokenizer, config.stop) for _ in plans]
         ids: list[list[int]] = [[] for _ in plans]
@@ -127,6 +138,25 @@ class LocalGenerator:
     def _tokens(self, inputs: PromptInputs, limit: int) -> Iterator[list[int]]:
         """Greedy tokens of the whole batch, step by step; the caller decides when to stop.
 
+        Raises:
+            DeviceMemoryError: There is no memory for the next step.
+        """
+        with self._room_for(inputs.inputs_embeds.shape[1]):
+            yield from self._steps(inputs, limit)
+
+    def _room_for(self, positions: int) -> AbstractContextManager[None]:
+        next_step = (
+            "retrieve fewer chunks, raise the compression rate, end what else uses this device, or take another one"
+        )
+        return room_for(f"answer a prompt of {positions} positions", self.llm.device, next_step)
+
+    def _lay_out(self, plans: Sequence[PromptPlan]) -> PromptInputs:
+        with self._room_for(max(plan.positions for plan in plans)):
+            return lay_out(plans, self.llm)
+
+    def _steps(self, inputs: PromptInputs, limit: int) -> Iterator[list[int]]:
+        """See `_tokens`.
+
         Inference mode is entered for each step and left before each yield: it belongs to the thread, and a generator
         that is held open must not leave it switched on for its caller.
         """
@@ -168,7 +198,7 @@ class LocalStream:
     def __iter__(self) -> Iterator[str]:
         """Pieces of text, none of them empty."""
         begun = time.perf_counter()
-        inputs = lay_out([self._plan], self._generator.llm)
+        inputs = self._generator._lay_out([self._plan])
         laid_out = time.perf_counter()
         self._layout_s = laid_out - begun
         stop, first = self._generator.llm.stop_ids(), 0.0
