@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _AT_ONCE = 32  # chunks compressed between two flushes: fills batches, and bounds how long a stop takes
+_EXIT_S = 60.0  # the longest that the end of a process waits for a worker
 _RETRY_S = 0.2  # another process writes: it will be done some time
 
 
@@ -108,7 +109,7 @@ class UploadQueue:
             threading.Thread(target=self._work, name=f"compllm-upload-{number}", daemon=True)
             for number in range(workers)
         ]
-        atexit.register(self.close)
+        atexit.register(self._end_with_process)
         for thread in self._threads:
             thread.start()
 
@@ -181,19 +182,30 @@ class UploadQueue:
         self._tell_catalog()
         return whole
 
-    def close(self, *, drain: bool = False) -> None:
+    def close(self, *, drain: bool = False, timeout: float | None = None) -> bool:
         """Stop the workers. What was not compressed is found again when the storage is opened next.
 
         Args:
             drain: Let them finish what waits; else only what they are at.
+            timeout: Seconds to wait for them at most; None for no limit.
+
+        Returns:
+            Whether they have ended.
         """
+        deadline = None if timeout is None else time.monotonic() + timeout
         with self._changed:
             self._stopping, self._draining = True, drain
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join()
-        atexit.unregister(self.close)
+            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        atexit.unregister(self._end_with_process)
         self._tell_catalog()
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _end_with_process(self) -> None:
+        """At the end of the process: a worker that hangs must not keep it from ending, and has nothing to lose."""
+        if not self.close(timeout=_EXIT_S):
+            logger.warning("an upload is still being compressed; the next process to open the storage takes it up")
 
     def _work(self) -> None:
         while True:

@@ -22,6 +22,7 @@ from compllm_rag.errors import (
 )
 from compllm_rag.llamaindex.uploads import UploadQueue
 from tests.faults.fault_samples import check_whole, create, documents, load, said, sound, talking, tell
+from tests.processes import errors
 
 WORDS = ("otter", "heron", "badger", "magpie", "lynx", "weasel", "bittern", "marten")
 
@@ -191,6 +192,19 @@ def test_an_exit_without_close_loses_nothing(tmp_path: Path, compressor: Compres
         assert said(process) == "bye"
         assert process.wait(60) == 0
     sound(tmp_path / "s")
+    with load(tmp_path / "s", compressor) as index:
+        assert index.uploads.wait(60)
+        check_whole(index)
+
+
+def test_a_worker_that_hangs_does_not_keep_its_process_from_ending(tmp_path: Path, compressor: Compressor) -> None:
+    script = _UPLOADER.replace("sys.stdin.readline()", "uploads._EXIT_S = 0.2; sys.stdin.readline()")
+    with talking(script, tmp_path / "s") as process:
+        assert {said(process).split()[0] for _ in range(2)} == {"compressing", "uploaded"}
+        tell(process)
+        assert process.wait(60) == 0
+        assert "still being compressed" in errors(process)
+    assert sound(tmp_path / "s").segments_awaiting > 0
     with load(tmp_path / "s", compressor) as index:
         assert index.uploads.wait(60)
         check_whole(index)
