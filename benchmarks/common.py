@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ import torch
 
 from compllm_rag.compressor import Compressor
 from compllm_rag.config import DEFAULT_LLM
-from compllm_rag.demo import sample_corpus
 from compllm_rag.loading import load_compressor_for
 
 _PACKAGES = ("torch", "transformers", "llama-index-core", "faiss-cpu", "diskcache")
@@ -39,6 +38,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def texts(folder: Path | None) -> list[str]:
     """Whole texts to run on."""
+    # Here, because the sample corpus comes with parts that want LlamaIndex; some benchmarks run without it.
+    from compllm_rag.demo import sample_corpus
+
     source = folder or sample_corpus() / "articles"
     return [path.read_text(encoding="utf-8") for path in sorted(source.iterdir()) if path.suffix in (".md", ".txt")]
 
@@ -113,9 +115,28 @@ def environment() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES if _installed(name)},
         "commit": commit,
     }
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def reworded(sources: Sequence[str], copies: int = 10_000) -> Iterator[str]:
+    """Texts over and over, from the second time on with other words.
+
+    Every seventh word gets the number of the copy, so that hardly any segment occurs twice and nothing is deduplicated.
+    """
+    for copy in range(copies):
+        for text in sources:
+            words = text.split(" ")
+            yield " ".join(f"{word}{copy}" if copy and at % 7 == 3 else word for at, word in enumerate(words))
 
 
 def command(argv: Sequence[str]) -> str:

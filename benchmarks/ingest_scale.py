@@ -9,7 +9,6 @@ stated. At the end small ingests of other depths (layers that compress) and batc
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -20,8 +19,9 @@ from typing import Any
 from llama_index.core import Document
 
 import compllm_rag.compressor as compression
-from benchmarks.common import in_turns, parser, progress, texts, trained_like, write
+from benchmarks.common import in_turns, parser, progress, reworded, texts, trained_like, write
 from benchmarks.ingest import ensure, passages
+from benchmarks.memory import resident
 from compllm_rag import ConceptIndex, load_embedder
 from compllm_rag.compressor import Compressor
 from compllm_rag.questions import read_rows
@@ -45,18 +45,12 @@ def slices(segmenter: Segmenter, sources: Iterator[Document], size: int, count: 
 
 
 def documents(data_dir: Path | None, folder: Path | None) -> Iterator[Document]:
-    """Rows of the data folder's plain texts; without one the sample corpus, over and over with other words.
-
-    Every seventh word gets the number of the copy, so that hardly any segment occurs twice and nothing is deduplicated.
-    """
+    """Rows of the data folder's plain texts; without one, or when they are used up, the sample corpus, reworded."""
     for name in FILES if data_dir else ():
         for number, row in read_rows((data_dir or Path()) / name):
             yield Document(text=str(row["text"]), id_=f"{name}#{number}", metadata={"title": str(row.get("title", ""))})
-    for copy in range(10_000):
-        for number, text in enumerate(texts(folder)):
-            words = text.split(" ")
-            changed = " ".join(f"{word}{copy}" if copy and at % 7 == 3 else word for at, word in enumerate(words))
-            yield Document(text=changed, id_=f"copy {copy}#{number}")
+    for number, text in enumerate(reworded(texts(folder))):
+        yield Document(text=text, id_=f"reworded {number}")
 
 
 def grow(parts: list[list[Document]], options: dict[str, Any], every: int) -> list[dict[str, Any]]:
@@ -97,12 +91,6 @@ def _ingest(index: ConceptIndex, part: list[Document]) -> tuple[float, Any]:
     begun = time.perf_counter()
     report = index.ingest(part)
     return time.perf_counter() - begun, report
-
-
-def resident() -> int:
-    """Bytes of this process that lie in memory."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGESIZE")
 
 
 def depths(compressor: Compressor, chunks: list[str], layers: list[int | None], repeats: int) -> dict[str, Any]:

@@ -1,0 +1,312 @@
+"""How long until the first token, and how large is the KV cache: text against concepts, and the least it could be.
+
+For contexts of several lengths, all settings in turns in a new order each round: the context as text; as concepts from
+a warm store on disk; as concepts that are compressed in line (cold). Fetching (text: tokenising), laying out and
+prefill are timed apart. The *bound* is the prefill alone of as many random embeddings. The crossover is the context length from
+which compressing in line takes no longer than reading text, measured, and by the arithmetic (benchmarks/flops.py).
+
+`--shape qwen3-4b --dtype bfloat16 --device cuda --lengths 8192 32768 131072` measures an LLM of that shape with random
+weights (benchmarks/shapes.py), without LlamaIndex and without weights to download. Lengths that are done are kept in
+the JSON and not measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import median_of_quotients, parser, progress, reworded, texts, trained_like, write
+from benchmarks.flops import crossover, layers_of, speed_up
+from benchmarks.memory import Peak
+from benchmarks.shapes import SHAPES, random_llm
+from compllm_rag.compressor import Compressor
+from compllm_rag.config import CompressorConfig, GenerationConfig
+from compllm_rag.generation.local import LocalGenerator
+from compllm_rag.library import ConceptLibrary
+from compllm_rag.llm import TargetLLM
+from compllm_rag.models import resolve_model
+from compllm_rag.prompt import ConceptSpan, PromptInputs, Span, TextSpan, lay_out
+from compllm_rag.questions import QAPrompt
+from compllm_rag.store import DiskStore, MemoryStore
+
+QUESTION = "What is the passage mostly about?"
+CHUNK = 200  # source tokens
+PARTS = ("compress_s", "fetch_s", "layout_s", "prefill_s", "ttft_s")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the context is read: `text`, `concepts` from a warm store, `cold`, or the `bound` of as many positions."""
+
+    mode: str
+    rate: float | None = None
+    positions: int = 0
+
+    def __str__(self) -> str:
+        if self.mode == "bound":
+            return f"bound, {self.positions} positions"
+        return self.mode if self.rate is None else f"{self.mode} at rate {self.rate:g}"
+
+
+class Case:
+    """A context of one length and everything to read it with.
+
+    Args:
+        compressor: With the target LLM.
+        sources: Texts the context is made of.
+        length: Source tokens, about.
+        rates: Source tokens per concept.
+        folder: For the warm stores.
+    """
+
+    def __init__(
+        self, compressor: Compressor, sources: list[str], length: int, rates: list[float], folder: Path
+    ) -> None:
+        self.compressor, self.llm = compressor, compressor.llm
+        self.generator = LocalGenerator(self.llm, GenerationConfig(max_new_tokens=1))
+        self.prompt = QAPrompt(self.llm.tokenizer)
+        self.chunks = _chunks(compressor, sources, length)
+        self.libraries: dict[float, ConceptLibrary] = {}
+        for rate in rates:
+            store = DiskStore(folder / f"{length}-{rate:g}", hidden_size=self.llm.hidden_size)
+            self.libraries[rate] = ConceptLibrary(compressor, store, rate=rate)
+            self.libraries[rate].ensure(self.chunks)
+            store.flush()
+
+    def run(self, setting: Setting, decode: int) -> dict[str, float]:
+        """Seconds of each part, once; `decode` more tokens after the first are timed on their own."""
+        self._wait()
+        with Peak(self.llm.device) as peak:
+            begun = time.perf_counter()
+            bodies, compress_s = self._bodies(setting)
+            fetched = time.perf_counter()
+            inputs = self._inputs(setting, bodies)
+            self._wait()
+            laid_out = time.perf_counter()
+            logits, cache = self.generator.prefill(inputs)
+            token = logits.argmax(-1, keepdim=True)
+            self._wait()
+            ended = time.perf_counter()
+            per_token = self._decode(token, cache, decode)
+        return {
+            "positions": inputs.inputs_embeds.shape[1],
+            "compress_s": compress_s,
+            "fetch_s": fetched - begun - compress_s,
+            "layout_s": laid_out - fetched,
+            "prefill_s": ended - laid_out,
+            "ttft_s": ended - begun,
+            "per_token_s": per_token,
+            "kv_bytes": _kv_bytes(cache),
+            "peak_bytes": peak.bytes,
+        }
+
+    def _bodies(self, setting: Setting) -> tuple[list[Span], float]:
+        if setting.mode == "bound":
+            return [], 0.0
+        if setting.rate is None:
+            ids = [tuple(t for s in self.compressor.segmenter.split(text) for t in s) for text in self.chunks]
+            return [TextSpan(each, number) for number, each in enumerate(ids)], 0.0
+        library, compress_s = self.libraries[setting.rate], 0.0
+        if setting.mode == "cold":
+            library = ConceptLibrary(self.compressor, MemoryStore(self.llm.hidden_size), rate=setting.rate)
+            begun = time.perf_counter()
+            library.ensure(self.chunks)
+            compress_s = time.perf_counter() - begun
+        fetched = [library.fetch(text, missing="error") for text in self.chunks]
+        spans: list[Span] = [ConceptSpan(f.concepts, n) for n, f in enumerate(fetched) if f.concepts is not None]
+        return spans, compress_s
+
+    def _inputs(self, setting: Setting, bodies: list[Span]) -> PromptInputs:
+        if setting.mode == "bound":
+            noise = torch.randn(1, setting.positions, self.llm.hidden_size, device=self.llm.device)
+            return PromptInputs((noise * 0.02).to(self.llm.dtype), None, None, [[]])
+        return lay_out([self.prompt.plan(QUESTION, [("", body) for body in bodies])], self.llm)
+
+    @torch.inference_mode()
+    def _decode(self, token: torch.Tensor, cache: Any, steps: int) -> float:
+        """Seconds of a further token at this length of cache."""
+        if steps == 0:
+            return 0.0
+        begun = time.perf_counter()
+        for _ in range(steps):
+            logits = self.llm.model(input_ids=token, past_key_values=cache, use_cache=True).logits
+            token = logits[:, -1].argmax(-1, keepdim=True)
+        self._wait()
+        return (time.perf_counter() - begun) / steps
+
+    def _wait(self) -> None:
+        if self.llm.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def _chunks(compressor: Compressor, sources: list[str], length: int) -> list[str]:
+    """Chunks of whole segments, about `length` source tokens in all; no segment occurs twice but by chance."""
+    chunks: list[str] = []
+    kept: list[int] = []
+    total = 0
+    for text in reworded(sources):
+        for segment in compressor.segmenter.split(text):
+            kept += segment
+            if len(kept) >= min(CHUNK, length - total):
+                chunks.append(compressor.llm.tokenizer.decode(kept))
+                total, kept = total + len(kept), []
+            if total >= length:
+                return chunks
+    return chunks
+
+
+def _kv_bytes(cache: Any) -> int:
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+
+
+def measure(case: Case, rates: list[float], rounds: int, decode: int, cold: bool) -> dict[str, Any]:
+    """All settings in turns; medians, and round by round quotients over text and over the bound."""
+    settings = [Setting("text"), *(Setting("concepts", rate) for rate in rates)]
+    settings += [Setting("cold", rate) for rate in rates] if cold else []
+    first = {setting: case.run(setting, 0) for setting in settings}  # warms up, and tells the positions
+    counts = {int(first[s]["positions"]) for s in settings}
+    bounds = {n: Setting("bound", None, n) for n in sorted(counts)}
+    runs: dict[Setting, list[dict[str, float]]] = {s: [] for s in [*settings, *bounds.values()]}
+    order = list(runs)
+    for round_ in range(rounds):
+        random.Random(round_).shuffle(order)
+        for setting in order:
+            runs[setting].append(case.run(setting, 0 if setting.mode == "bound" else decode))
+            progress(f"  round {round_ + 1} of {rounds}: {setting}, {runs[setting][-1]['ttft_s']:.3f} s")
+    text = [run["ttft_s"] for run in runs[settings[0]]]
+    rows = []
+    for setting in settings:
+        mine, positions = runs[setting], int(first[setting]["positions"])
+        bound = [run["prefill_s"] for run in runs[bounds[positions]]]
+        total = [run["ttft_s"] for run in mine]
+        medians = {name: statistics.median(run[name] for run in mine) for name in (*PARTS, "per_token_s")}
+        rows.append(
+            {
+                "mode": setting.mode,
+                "rate": setting.rate,
+                "positions": positions,
+                **medians,
+                "thousand_tokens_s": medians["ttft_s"] + 999 * medians["per_token_s"] if decode else None,
+                "bound_s": statistics.median(bound),
+                "ttft_over_bound": median_of_quotients(total, bound),
+                "ttft_over_text": median_of_quotients(total, text),
+                "kv_bytes": int(mine[0]["kv_bytes"]),
+                "peak_bytes": int(max(run["peak_bytes"] for run in mine)),
+                "ttft_all_s": total,
+            }
+        )
+    tokens = sum(len(case.compressor.segmenter.tokenize(text).ids) for text in case.chunks)
+    return {"source_tokens": tokens, "chunks": len(case.chunks), "rows": rows}
+
+
+def measured_crossover(lengths: dict[str, Any], rate: float) -> dict[str, Any] | None:
+    """Where TTFT of compressing in line meets that of text, between two measured lengths, linear in their logarithm.
+
+    Returns:
+        `tokens`, or `below` or `above` with the shortest or longest length measured; None without cold measurements.
+    """
+    points = []
+    for found in sorted(lengths.values(), key=lambda found: found["source_tokens"]):
+        row = next((r for r in found["rows"] if (r["mode"], r["rate"]) == ("cold", rate)), None)
+        if row is not None:
+            points.append((found["source_tokens"], math.log(row["ttft_over_text"]["median"])))
+    if not points:
+        return None
+    if points[-1][1] > 0:
+        return {"above": points[-1][0]}
+    if all(gain <= 0 for _, gain in points):
+        return {"below": points[0][0]}
+    at = max(i for i, (_, gain) in enumerate(points) if gain > 0)
+    (a, high), (b, low) = points[at], points[at + 1]
+    share = high / (high - low)
+    return {"tokens": round(math.exp(math.log(a) + share * (math.log(b) - math.log(a))))}
+
+
+def load(args: Any) -> Compressor:
+    """The compressor of an LLM, or of a shape with random weights."""
+    if args.shape is None:
+        return trained_like(args.llm)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(args.llm).path)
+    llm: TargetLLM = random_llm(args.shape, tokenizer, dtype=args.dtype, device=args.device, attention=args.attention)
+    depth = min(12, llm.model.config.num_hidden_layers)
+    compressor = Compressor(llm, CompressorConfig(layers=depth))
+    with torch.no_grad():
+        compressor.head.weight.normal_(0, 1e-3)
+    return compressor
+
+
+def main() -> None:
+    """Run it."""
+    options = parser(__doc__)
+    options.set_defaults(repeats=3)
+    options.add_argument("--lengths", type=int, nargs="+", default=[250, 1000, 4000, 7500], help="source tokens")
+    options.add_argument("--rates", type=float, nargs="+", default=[2.0, 4.0])
+    options.add_argument("--decode", type=int, default=16, help="tokens after the first that are timed; 0: none")
+    options.add_argument("--no-cold", dest="cold", action="store_false", help="nothing that is compressed in line")
+    options.add_argument("--shape", choices=list(SHAPES), help="random weights of this shape, --llm's tokenizer")
+    options.add_argument("--dtype", default="float32", help="of a shape: float32 or bfloat16")
+    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of a shape")
+    options.add_argument("--attention", default="sdpa", help="of a shape, for text and concepts alike")
+    args = options.parse_args()
+    compressor = load(args)
+    config = compressor.llm.model.config.get_text_config()
+    layers, depth = layers_of(config), compressor.config.layers or config.num_hidden_layers
+    same = {
+        "llm": compressor.llm.source,
+        "layers": depth,
+        "dtype": str(compressor.llm.dtype).removeprefix("torch."),
+        "attention": getattr(config, "_attn_implementation", None),
+        "rates": args.rates,
+        "decode": args.decode,
+    }
+    if args.shape:
+        same["shape"] = SHAPES[args.shape]
+    lengths = _former(args.json, same)
+    with tempfile.TemporaryDirectory() as folder:
+        for length in args.lengths:
+            if str(length) in lengths:
+                continue
+            progress(f"context of {length} tokens")
+            case = Case(compressor, texts(args.texts), length, args.rates, Path(folder))
+            lengths[str(length)] = measure(case, args.rates, args.repeats, args.decode, args.cold)
+            for row in lengths[str(length)]["rows"]:
+                if row["mode"] == "concepts":
+                    row["flop_bound"] = speed_up(layers, lengths[str(length)]["source_tokens"], row["rate"])
+            if args.json is not None:
+                args.json.write_text(json.dumps({**same, "lengths": lengths}), encoding="utf-8")
+    found = {str(length): lengths[str(length)] for length in args.lengths}
+    crossovers = [
+        {
+            "rate": rate,
+            "measured": measured_crossover(found, rate),
+            "arithmetic": crossover(layers, depth, rate, compressor.config.segment_length),
+        }
+        for rate in args.rates
+    ]
+    write({**same, "lengths": found, "crossover": crossovers}, args.json)
+
+
+def _former(path: Path | None, same: dict[str, Any]) -> dict[str, Any]:
+    """Lengths that a former run with the same settings has measured."""
+    if path is None or not path.exists():
+        return {}
+    try:
+        former: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return dict(former.get("lengths", {})) if {name: former.get(name) for name in same} == same else {}
+
+
+if __name__ == "__main__":
+    main()
