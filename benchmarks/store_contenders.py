@@ -44,7 +44,7 @@ class Contender:
     """One way to keep concepts: `open`, then `read` as often as wanted, then `close`.
 
     Attributes:
-        rehearsed: Whether a warm reading is the second one after opening.
+        rehearsed: Whether a warm reading is the second one after opening, and not the first one after opening again.
     """
 
     rehearsed = True

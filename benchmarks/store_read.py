@@ -84,8 +84,10 @@ def rounds(contenders: dict[str, Contender], folders: dict[str, Path], repeats: 
                 contender.close()
                 drop(folders[name])
             contender.open()
-            if not cold and contender.rehearsed:
-                contender.read()
+            if not cold:
+                contender.read()  # for all: the kernel then has memory in large pages at hand
+                if not contender.rehearsed:
+                    contender.open()
             took, fetched[name] = timed(contender.read)
             contender.close()
             if round_:
