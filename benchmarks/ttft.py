@@ -2,8 +2,9 @@
 
 For contexts of several lengths, all settings in turns in a new order each round: the context as text; as concepts from
 a warm store on disk; as concepts that are compressed in line (cold). Fetching (text: tokenising), laying out and
-prefill are timed apart. The *bound* is the prefill alone of as many random embeddings. The crossover is the context length from
-which compressing in line takes no longer than reading text, measured, and by the arithmetic (benchmarks/flops.py).
+prefill are timed apart. The *bound* is the prefill alone of as many random embeddings. The crossover is the context
+length from which compressing in line takes no longer than reading text, measured, and by the arithmetic
+(benchmarks/flops.py).
 
 `--shape qwen3-4b --dtype bfloat16 --device cuda --lengths 8192 32768 131072` measures an LLM of that shape with random
 weights (benchmarks/shapes.py), without LlamaIndex and without weights to download. Lengths that are done are kept in

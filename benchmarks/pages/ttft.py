@@ -1,0 +1,130 @@
+"""The section on TTFT, the KV cache and the crossover length; one part for each machine it was measured on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pages.cells import number, source
+
+_FILES = ("ttft", "ttft_qwen3_4b", "ttft_gemma3_4b")
+
+
+def section(results: Path, docs: Path) -> str | None:
+    """Markdown of the section; draws a plot for each part beside the page.
+
+    Args:
+        results: Folder with ttft.json, and ttft_qwen3_4b.json or ttft_gemma3_4b.json from a GPU.
+        docs: Folder of the page.
+    """
+    lines: list[str] = []
+    for name in _FILES:
+        path = results / f"{name}.json"
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if "crossover" in record:
+            plot(record, docs / f"{name}.png")
+            lines += _part(record, name)
+    return "\n".join(["## TTFT and KV cache", "", *lines]) if lines else None
+
+
+def _part(record: dict[str, Any], name: str) -> list[str]:
+    lines = [
+        f"### {record['llm']}, {record['dtype']}",
+        "",
+        "The context as text, as concepts from a warm store on disk, and *cold*: compressed in line by the first "
+        f"{record['layers']} layers. All settings in turns; medians, in brackets least and most. The *bound* is the "
+        "prefill alone of as many random embeddings, the *FLOP bound* the speed-up over text that arithmetic allows.",
+        "",
+        f"{source(record)}.",
+        "",
+        "| context | read as | positions | TTFT (s) | compress | fetch, lay out | over the bound | of text's TTFT "
+        "| speed-up (FLOP bound) | 1,000 tokens (s) | KV cache (MiB) | peak (MiB) |",
+        "|" + "---|" * 12,
+    ]
+    for found in record["lengths"].values():
+        context = f"{found['source_tokens']:,}"
+        for row in found["rows"]:
+            lines.append("| " + " | ".join([context, *_cells(row)]) + " |")
+            context = ""
+    lines += [
+        "",
+        f"*1,000 tokens* is TTFT and 999 times the time of one of the {record['decode']} tokens that were decoded at "
+        "that length of cache. *Peak* is what lies in memory above the start of the query, at its most.",
+        "",
+        f"![TTFT over the context]({name}.png)",
+        "",
+        "Crossover, the context from which compressing in line takes no longer than reading text:",
+        "",
+        "| rate | measured | by the arithmetic |",
+        "|---|---|---|",
+    ]
+    for row in record["crossover"]:
+        lines.append(f"| {row['rate']:g} | {_measured(row['measured'])} | {_tokens(row['arithmetic'])} |")
+    return [*lines, ""]
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    name = row["mode"] if row["rate"] is None else f"{row['mode']}, rate {row['rate']:g}"
+    gain = 1 / row["ttft_over_text"]["median"]
+    bound = f" ({row['flop_bound']:.2f})" if "flop_bound" in row else ""
+    return [
+        name,
+        f"{row['positions']:,}",
+        number(row["ttft_s"], 3),
+        number(row["compress_s"] or None, 3),
+        number(row["fetch_s"] + row["layout_s"], 3),
+        _spread(row["ttft_over_bound"]) if row["mode"] != "cold" else "–",
+        _spread(row["ttft_over_text"]) if row["mode"] != "text" else "–",
+        f"{gain:.2f}{bound}" if row["mode"] != "text" else "–",
+        number(row["thousand_tokens_s"], 1),
+        number(row["kv_bytes"] / 2**20, 0),
+        number(row["peak_bytes"] / 2**20, 0),
+    ]
+
+
+def _spread(quotient: dict[str, float]) -> str:
+    return f"{quotient['median']:.2f} ({quotient['min']:.2f} to {quotient['max']:.2f})"
+
+
+def _measured(found: dict[str, int] | None) -> str:
+    if found is None:
+        return "not measured"
+    if "tokens" in found:
+        return f"{found['tokens']:,} tokens"
+    return f"above {found['above']:,} tokens" if "above" in found else f"below {found['below']:,} tokens"
+
+
+def _tokens(found: float | None) -> str:
+    if found is None:
+        return "never"
+    return "always pays" if found < 1 else f"{found:,.0f} tokens"
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """TTFT over the context for each way of reading it, with the bounds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    panel = figure.subplots()
+    lines: dict[tuple[str, float | None], list[tuple[int, dict[str, Any]]]] = {}
+    for found in record["lengths"].values():
+        for row in found["rows"]:
+            lines.setdefault((row["mode"], row["rate"]), []).append((found["source_tokens"], row))
+    colours = {"text": ["black"], "concepts": ["tab:blue", "tab:cyan"], "cold": ["tab:red", "tab:orange"]}
+    for (mode, rate), points in lines.items():
+        same = sorted({r for m, r in lines if m == mode and r is not None})
+        colour = colours[mode][same.index(rate) % 2 if rate is not None else 0]
+        points.sort(key=lambda point: point[0])
+        x = [n for n, _ in points]
+        label = mode if rate is None else f"{mode}, rate {rate:g}"
+        panel.plot(x, [row["ttft_s"] for _, row in points], marker="o", markersize=4, color=colour, label=label)
+        if mode != "cold":
+            panel.plot(x, [row["bound_s"] for _, row in points], linestyle=":", color=colour)
+    panel.plot([], [], linestyle=":", color="gray", label="bound: the prefill alone")
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_xlabel("context (source tokens)")
+    panel.set_ylabel("TTFT (s)")
+    panel.legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=120)
