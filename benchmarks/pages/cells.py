@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+
+def finished(path: Path) -> dict[str, Any] | None:
+    """The record in a file; None where there is none, or where a run was interrupted and will go on."""
+    if not path.exists():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record if "environment" in record else None
 
 
 def number(value: float | None, digits: int = 1) -> str:

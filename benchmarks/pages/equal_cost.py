@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pages.cells import number, source, with_interval
+from benchmarks.pages.cells import finished, number, source, with_interval
 
 
 def section(results: Path, docs: Path) -> str | None:
@@ -16,11 +15,8 @@ def section(results: Path, docs: Path) -> str | None:
         results: Folder with equal_cost.json.
         docs: Folder of the page.
     """
-    path = results / "equal_cost.json"
-    if not path.exists():
-        return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    if "equal_ttft" not in record:
+    record = finished(results / "equal_cost.json")
+    if record is None:
         return None
     plot(record, docs / "equal_cost.png")
     lines = [

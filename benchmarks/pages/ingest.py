@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pages.cells import number, source
+from benchmarks.pages.cells import finished, number, source
 
 
 def section(results: Path, docs: Path) -> str | None:
@@ -16,14 +15,11 @@ def section(results: Path, docs: Path) -> str | None:
         results: Folder with ingest.json or ingest_scale.json, or both.
         docs: Folder of the page.
     """
-    bare, scale = results / "ingest.json", results / "ingest_scale.json"
-    lines: list[str] = []
-    if bare.exists():
-        lines += _bare(json.loads(bare.read_text(encoding="utf-8")))
-    record = json.loads(scale.read_text(encoding="utf-8")) if scale.exists() else {}
-    if "layers" in record:
-        plot(record, docs / "ingest.png")
-        lines += _scale(record)
+    bare, scale = finished(results / "ingest.json"), finished(results / "ingest_scale.json")
+    lines = _bare(bare) if bare is not None else []
+    if scale is not None:
+        plot(scale, docs / "ingest.png")
+        lines += _scale(scale)
     return "\n".join(["## Ingestion", "", *lines]) if lines else None
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pages.cells import number, source, with_interval
+from benchmarks.pages.cells import finished, number, source, with_interval
 
 _METRICS = ("em", "subspan_em", "f1", "coverage")
 
@@ -18,10 +17,9 @@ def section(results: Path, docs: Path) -> str | None:
         results: Folder with loft.json.
         docs: Folder of the page.
     """
-    path = results / "loft.json"
-    if not path.exists():
+    record = finished(results / "loft.json")
+    if record is None:
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
     lines = [
         "## LOFT",
         "",

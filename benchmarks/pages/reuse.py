@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pages.cells import number, source
+from benchmarks.pages.cells import finished, number, source
 
 
 def section(results: Path, docs: Path) -> str | None:
@@ -16,10 +15,9 @@ def section(results: Path, docs: Path) -> str | None:
         results: Folder with reuse.json.
         docs: Folder of the page.
     """
-    path = results / "reuse.json"
-    if not path.exists():
+    record = finished(results / "reuse.json")
+    if record is None:
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
     plot(record, docs / "reuse.png")
     costs = record["costs"]
     lines = [

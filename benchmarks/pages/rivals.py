@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages.cells import finished
+
 PUBLISHED = Path(__file__).parents[1] / "published.json"
 _COLOURS = ("tab:blue", "tab:orange", "tab:green")
 # A rival can be far worse than no passages at all; below this the plot gives the number alone.
@@ -19,10 +21,9 @@ def section(results: Path, docs: Path) -> str | None:
         results: Folder with rivals.json.
         docs: Folder of the page.
     """
-    path = results / "rivals.json"
-    if not path.exists():
+    record = finished(results / "rivals.json")
+    if record is None:
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
     plot(record, docs / "rivals.png")
     lines = [
         "## Rivals",

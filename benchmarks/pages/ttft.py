@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pages.cells import number, source
+from benchmarks.pages.cells import finished, number, source
 
 _FILES = ("ttft", "ttft_qwen3_4b", "ttft_gemma3_4b")
 
@@ -20,9 +19,8 @@ def section(results: Path, docs: Path) -> str | None:
     """
     lines: list[str] = []
     for name in _FILES:
-        path = results / f"{name}.json"
-        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if "crossover" in record:
+        record = finished(results / f"{name}.json")
+        if record is not None:
             plot(record, docs / f"{name}.png")
             lines += _part(record, name)
     return "\n".join(["## TTFT and KV cache", "", *lines]) if lines else None
