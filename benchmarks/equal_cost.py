@@ -14,7 +14,7 @@ import json
 import random
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,33 +26,83 @@ from benchmarks.loft import DEFAULT_DATA, open_storage, passages, ranking, tenth
 from benchmarks.loft_data import LoftSet, Query, load
 from compllm_rag.compressor import Compressor
 from compllm_rag.config import GenerationConfig, Mode
+from compllm_rag.evaluation.asking import Asker
+from compllm_rag.evaluation.bodies import Bodies, Segmented, Setting
 from compllm_rag.evaluation.results import EvalConfig
-from compllm_rag.evaluation.runner import evaluate_many, in_seeded_order
+from compllm_rag.evaluation.runner import in_seeded_order
+from compllm_rag.evaluation.statistics import statistics as summary
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer
-from compllm_rag.questions import Question
+from compllm_rag.prompt import TextSpan
+from compllm_rag.questions import QAPrompt, Question
 from compllm_rag.store import DiskStore
 
 _RESAMPLES = 1000
 Row = dict[str, Any]
 
 
-def settings(text_ks: Sequence[int], rates: Sequence[float], most: int) -> list[tuple[str, float | None, int]]:
-    """(mode, rate, k): each k as text, and as concepts each k and the rate's multiple of it, up to `most` documents."""
+def settings(
+    text_ks: Sequence[int], rates: Sequence[float], positions: Mapping[tuple[float | None, int], float]
+) -> list[tuple[str, float | None, int]]:
+    """(mode, rate, k): each k as text; as concepts each k, and the one whose prompts are nearest in length to text's.
+
+    Args:
+        text_ks: Documents read as text.
+        rates: Of concepts.
+        positions: Mean prompt positions by rate (None is text) and k.
+    """
     made: list[tuple[str, float | None, int]] = [("text", None, k) for k in text_ks]
     for rate in rates:
-        ks = sorted({k * c for k in text_ks for c in (1, round(rate)) if k * c <= most})
-        made += [("concepts", rate, k) for k in ks]
+        ks = [k for at, k in positions if at == rate]
+        equal = {min(ks, key=lambda k: abs(np.log(positions[rate, k] / positions[None, t]))) for t in text_ks}
+        made += [("concepts", rate, k) for k in sorted(equal | (set(text_ks) & set(ks)))]
     return made
 
 
+def mean_positions(
+    compressor: Compressor, asked: Mapping[int, Sequence[Question]], rates: Sequence[float]
+) -> dict[tuple[float | None, int], float]:
+    """Mean prompt positions by rate (None is text) and k, counted without compressing anything.
+
+    Args:
+        compressor: Cuts texts, and says how many concepts they take.
+        asked: By k, questions over their first k documents.
+        rates: Of concepts.
+    """
+    prompt, segmented = QAPrompt(compressor.llm.tokenizer), Segmented(compressor)
+    bodies: dict[float | None, Bodies] = {None: Bodies(compressor, Setting("text"), segmented)}
+    bodies |= {rate: Bodies(compressor, Setting("concepts", rate), segmented) for rate in rates}
+
+    def length(question: Question, body: Bodies) -> int:
+        shown = [(p.title, TextSpan((0,) * body.size(p.text))) for p in question.passages]
+        return prompt.plan(question.question, shown).positions
+
+    return {
+        (rate, k): statistics.fmean(length(question, body) for question in questions)
+        for rate, body in bodies.items()
+        for k, questions in asked.items()
+    }
+
+
 def quality(compressor: Compressor, asked: list[Question], mode: str, rate: float | None, config: EvalConfig) -> Row:
-    """One setting's metrics, and F1 question by question in the order of the ids."""
-    (result,) = evaluate_many(compressor, asked, [(mode, rate)], config=config, progress=tenths())
-    record = result.to_dict()
-    kept = {name: record[name] for name in ("n", "f1", "em", "subspan_em", "nll", "positions", "achieved_rate")}
-    by_id = {r.id: round(r.f1 or 0.0, 4) for r in sorted(result.records, key=lambda r: r.id)}
-    return kept | {"interval": record["intervals"]["f1"], "f1_by_question": by_id}
+    """One setting's metrics, and F1 question by question in the order of the ids.
+
+    Only this setting is asked: `evaluate_many` would read the text again for every one.
+
+    Raises:
+        PromptTooLongError: A question does not fit the window.
+    """
+    generation = GenerationConfig(max_new_tokens=config.max_new_tokens)
+    asker = Asker(compressor, Setting.of(mode, rate), Segmented(compressor), generation)
+    show = tenths()
+    done = asker.ask(
+        asked, batch_size=config.batch_size, answer=True, progress=lambda n: show(f"{mode}", n / len(asked))
+    )
+    found = summary(done, done, done)
+    names = ("f1", "em", "subspan_em", "nll", "positions", "achieved_rate")
+    by_id = {r.id: round(r.f1 or 0.0, 4) for r in sorted(done, key=lambda r: r.id)}
+    values = {name: found.values[name] for name in names}
+    return {"n": len(done), **values, "interval": found.intervals["f1"], "f1_by_question": by_id}
 
 
 def ttft(
@@ -132,7 +182,7 @@ def main() -> None:
     options.add_argument("--storage", type=Path, help="keep the storage there (default: a temporary folder)")
     options.add_argument("--text-ks", type=int, nargs="+", default=[1, 2, 4])
     options.add_argument("--rates", type=float, nargs="+", default=[2.0, 4.0])
-    options.add_argument("--most", type=int, default=8, help="documents at most")
+    options.add_argument("--most", type=int, default=16, help="documents at most")
     options.add_argument("--limit", type=int, default=60, help="questions")
     options.add_argument("--timed", type=int, default=8, help="questions whose TTFT is measured")
     options.add_argument("--batch-size", type=int, default=16)
@@ -143,7 +193,7 @@ def main() -> None:
     queries = in_seeded_order(loft.queries, limit=args.limit)
     with tempfile.TemporaryDirectory() as scratch:
         index = open_storage(loft, args.storage or Path(scratch) / "storage", args.llm, args.embedder)
-        compressor, ranked = index.compressor, ranking(index, queries, args.most)
+        compressor, ranked = index.compressor, ranking(index, queries, max([args.most, *args.text_ks]))
         index.close()
         same = {
             "set": loft.name,
@@ -169,12 +219,13 @@ def _quality_rows(
     same: Row,
 ) -> list[Row]:
     rows, known = [], _former(args.json, same)
-    for mode, rate, k in settings(args.text_ks, args.rates, args.most):
+    asked = {k: passages(loft, queries, ranked, k) for k in range(1, max([args.most, *args.text_ks]) + 1)}
+    for mode, rate, k in settings(args.text_ks, args.rates, mean_positions(compressor, asked, args.rates)):
         row = known.get((mode, rate, k))
         if row is None:
             progress(f"{mode}" + (f" at rate {rate:g}" if rate else "") + f", {k} documents")
             row = {"mode": mode, "rate": rate, "k": k}
-            row |= quality(compressor, passages(loft, queries, ranked, k), mode, rate, config)
+            row |= quality(compressor, asked[k], mode, rate, config)
         rows.append(row)
         if args.json is not None:
             args.json.write_text(json.dumps({**same, "rows": rows}), encoding="utf-8")

@@ -29,6 +29,7 @@ from compllm_rag.evaluation.asking import Asker
 from compllm_rag.evaluation.bodies import Segmented, Setting
 from compllm_rag.evaluation.results import EvalConfig, EvalResult
 from compllm_rag.evaluation.runner import evaluate_many, in_seeded_order
+from compllm_rag.evaluation.statistics import Record
 from compllm_rag.questions import Question
 
 RECALL_AT = (1, 2, 5, 10)
@@ -73,10 +74,10 @@ def passages(loft: LoftSet, queries: Iterable[Query], ranked: dict[str, list[str
     return [loft.ask(query, [loft.documents[name] for name in ranked[query.id][:k]]) for query in queries]
 
 
-def scores(loft: LoftSet, queries: dict[str, Query], result: EvalResult, seed: int = 0) -> dict[str, Any]:
+def scores(loft: LoftSet, queries: dict[str, Query], records: Iterable[Record], seed: int = 0) -> dict[str, Any]:
     """LOFT's metrics over the records of a setting, each with its bootstrap 95 % interval over questions."""
     score = multi_value if loft.multi_value else single_value
-    rows = [score(record.answer or "", queries[record.id].answers) for record in result.records]
+    rows = [score(record.answer or "", queries[record.id].answers) for record in records]
     drawn = np.random.default_rng(seed).integers(0, len(rows), size=(_RESAMPLES, len(rows)))
     made = {}
     for name in rows[0]:
@@ -101,18 +102,20 @@ def tenths() -> Callable[[str, float | None], None]:
 
 def in_context(loft: LoftSet, compressor: Compressor, queries: list[Query], settings: list[Any], config: Any) -> Any:
     """All documents in one prompt, in the order of the file; or why that cannot be."""
-    everything = list(loft.documents.values())
+    everything, segmented = list(loft.documents.values()), Segmented(compressor)
+    generation = GenerationConfig(max_new_tokens=config.max_new_tokens)
     made = []
     for mode, rate in settings:
-        asker = Asker(compressor, Setting.of(mode, rate), Segmented(compressor), GenerationConfig())
-        needed, window = asker.room(loft.ask(queries[0], everything)), asker.window
+        asker = Asker(compressor, Setting.of(mode, rate), segmented, generation)
+        needed, window = max(asker.room(loft.ask(query, everything)) for query in queries), asker.window
         row = {"mode": mode, "rate": rate, "positions": needed, "window": window}
         if needed > window:
             made.append(row | {"left_out": f"the prompt takes {needed} positions, the LLM reads {window}"})
             continue
+        # Not `evaluate_many`: it leaves out what does not fit as text, and reads the text again for every setting.
         asked = [loft.ask(query, everything) for query in queries]
-        (result,) = evaluate_many(compressor, asked, [(mode, rate)], config=config, progress=tenths())
-        made.append(row | {"loft": scores(loft, {q.id: q for q in queries}, result), **_values(result)})
+        records = asker.ask(asked, batch_size=1, answer=True, progress=lambda _: None)
+        made.append(row | {"loft": scores(loft, {q.id: q for q in queries}, records)})
     return made
 
 
@@ -197,7 +200,13 @@ def _one(
         return [{"left_out": str(error)}]
     known = {query.id: query for query in queries}
     return [
-        {"mode": r.mode, "rate": r.rate, **_values(r), "loft": scores(loft, known, r), "skipped": len(r.skipped)}
+        {
+            "mode": r.mode,
+            "rate": r.rate,
+            **_values(r),
+            "loft": scores(loft, known, r.records),
+            "skipped": len(r.skipped),
+        }
         for r in results
     ]
 

@@ -8,7 +8,7 @@ prints: a folder with corpus.jsonl.gz ({"id", "title", "text"}) and queries.json
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,13 +103,14 @@ def load(folder: Path, split: str = "dev") -> LoftSet:
 
 def _turns(row: dict[str, Any]) -> Iterator[Query]:
     """One query, or one a turn: those before it are told with their gold answers."""
-    gold = _gold(row)
+    qrels = (row.get("metadata") or {}).get("qrels") or []
     if not isinstance(row["query_text"], list):
-        yield Query(str(row["qid"]), str(row["query_text"]).strip(), _answers(row["answers"]), gold)
+        yield Query(str(row["qid"]), str(row["query_text"]).strip(), _answers(row["answers"]), _gold(qrels))
         return
     told: list[str] = []
     for number, (text, answers) in enumerate(zip(row["query_text"], row["answers"], strict=True)):
-        known = _answers(answers)
+        # Each turn of a conversation has a list of its own.
+        known, gold = _answers(answers), _gold(qrels[number]) if number < len(qrels) else ()
         yield Query(f"{row['qid']}#{number}", " ".join([*told, str(text).strip()]), known, gold)
         told.append(f"{str(text).strip()} {known[0]}.")
 
@@ -118,10 +119,9 @@ def _answers(answers: Any) -> tuple[str, ...]:
     return tuple(map(str, answers)) if isinstance(answers, list) else (str(answers),)
 
 
-def _gold(row: dict[str, Any]) -> tuple[str, ...]:
-    """Documents that the metadata names, as [pid, relevance] pairs."""
-    found = (row.get("metadata") or {}).get("qrels") or ()
-    return tuple(str(pair[0]) for pair in found if isinstance(pair, list) and pair)
+def _gold(qrels: Sequence[Any]) -> tuple[str, ...]:
+    """Documents of [pid, relevance] pairs."""
+    return tuple(str(pair[0]) for pair in qrels if isinstance(pair, list) and pair)
 
 
 def _rows(path: Path, *fields: str) -> Iterator[dict[str, Any]]:

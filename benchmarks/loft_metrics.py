@@ -17,6 +17,23 @@ from scipy.optimize import linear_sum_assignment
 
 from compllm_rag.evaluation.metrics import exact_match, f1, first_line, normalize, subspan_match
 
+# An apostrophe within a word would end a Python string that stands between apostrophes.
+_WITHIN_WORD = re.compile(r"(?<=\w)'(?=\w)")
+
+
+def bracketed_values(answer: str) -> list[str] | None:
+    """The values of the list in an answer, None where no line is a list or tells a final answer as one."""
+    for line in answer.replace("*", "").replace("`", "").splitlines():
+        start, end = line.find("["), line.rfind("]")
+        if not 0 <= start < end or not ("final answer" in line.lower() or line.strip() == line[start : end + 1]):
+            continue
+        try:
+            found = ast.literal_eval(_WITHIN_WORD.sub(r"\'", line[start : end + 1]))
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return _listed(line[start + 1 : end])
+        return [str(value).strip() for value in found if str(value).strip()]
+    return None
+
 
 def parse_values(answer: str) -> list[str]:
     """The values of an answer: those of a Python list where there is one, else what commas and `and` part.
@@ -24,20 +41,21 @@ def parse_values(answer: str) -> list[str]:
     Args:
         answer: Of the LLM; the first line counts, but for a bracketed list anywhere.
     """
-    listed = re.search(r"\[.*\]", answer, re.DOTALL)
-    if listed:
-        try:
-            found = ast.literal_eval(listed.group(0))
-            return [str(value).strip() for value in found if str(value).strip()]
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            pass
-    parts = re.split(r"[,;]|\band\b", first_line(answer).strip("[]"))
-    return [part.strip(" '\"") for part in parts if part.strip(" '\"")]
+    values = bracketed_values(answer)
+    return _listed(first_line(answer)) if values is None else values
+
+
+def _listed(line: str) -> list[str]:
+    """Values between commas; the last two may have an `and` between them."""
+    *parts, last = re.split(r"[,;]", line)
+    ends = re.split(r"\band\b", last, maxsplit=1) if parts else [last]
+    return [value for part in [*parts, *ends] if (value := part.strip(" '\".[]"))]
 
 
 def single_value(answer: str, golds: Sequence[str]) -> dict[str, float]:
-    """em, subspan_em and f1, 0 to 100, the best over the gold answers."""
-    answer, golds = _plain(answer), [_plain(gold) for gold in golds]
+    """em, subspan_em and f1, 0 to 100, the best over the gold answers; of a list the first value counts."""
+    values = bracketed_values(answer)
+    answer, golds = _plain(answer if values is None else next(iter(values), "")), [_plain(gold) for gold in golds]
     return {
         "em": exact_match(answer, golds),
         "subspan_em": subspan_match(answer, golds),

@@ -13,11 +13,15 @@ import pytest
 import toy
 import toy_embedder
 from benchmarks.equal_cost import pairs, settings
-from benchmarks.loft_data import RECONSTRUCTED, load
+from benchmarks.loft import in_context
+from benchmarks.loft_data import RECONSTRUCTED, LoftSet, Query, load
 from benchmarks.loft_metrics import multi_value, parse_values, single_value
 from benchmarks.pages import equal_cost as equal_cost_page
 from benchmarks.pages import loft as loft_page
+from compllm_rag.compressor import Compressor
 from compllm_rag.errors import ConfigurationError, DataFileError
+from compllm_rag.evaluation.results import EvalConfig
+from compllm_rag.questions import SourcePassage
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,11 +102,35 @@ def test_single_values_are_the_best_over_the_alternatives() -> None:
     assert single_value("in old Rome", ["Rome"]) == {"em": 0, "subspan_em": 100, "f1": pytest.approx(50)}
 
 
-def test_more_documents_as_concepts() -> None:
-    made = settings([1, 2, 4], [2.0, 4.0], 8)
+def test_as_many_documents_as_concepts_as_cost_what_text_costs() -> None:
+    positions = {(None, k): 60.0 + 120 * k for k in range(1, 17)} | {(4.0, k): 60.0 + 42 * k for k in range(1, 17)}
+    made = settings([1, 2, 4], [4.0], positions)
     assert [k for mode, _, k in made if mode == "text"] == [1, 2, 4]
-    assert [k for _, rate, k in made if rate == 2.0] == [1, 2, 4, 8]
-    assert [k for _, rate, k in made if rate == 4.0] == [1, 2, 4, 8]
+    assert [k for _, rate, k in made if rate == 4.0] == [1, 2, 3, 4, 6, 11]
+
+
+def test_a_corpus_that_fits_as_concepts_alone_is_read_as_concepts() -> None:
+    documents = {str(i): SourcePassage(f"T{i}", toy.TEXT) for i in range(3)}
+    found = LoftSet("nq", documents, [Query("q", "Who?", ("Ada",), ("0",))])
+    compressor = Compressor(toy.llm(window=700))
+    text, concepts = in_context(
+        found, compressor, found.queries, [("text", None), ("concepts", 4.0)], EvalConfig(max_new_tokens=4)
+    )
+    assert str(text["positions"]) in text["left_out"] and concepts["positions"] <= 700 and "loft" in concepts
+
+
+def test_turns_have_gold_documents_of_their_own(tmp_path: Path) -> None:
+    metadata = {"qrels": [[["p1", 1]], [["p2", 1], ["p0", 1]]]}
+    row = {"qid": "c", "query_text": ["Who?", "When?"], "answers": ["Ada", "1843"], "metadata": metadata}
+    assert [q.gold for q in load(official(tmp_path, "topiocqa", [row])).queries] == [("p1",), ("p2", "p0")]
+
+
+def test_the_list_of_a_final_answer_counts() -> None:
+    assert single_value("TITLE: T | ID: 3\nFinal Answer: ['Ada', 'x']", ["Ada"])["em"] == 100
+    assert single_value("[1] Ada", ["1 Ada"])["em"] == 100, "a citation is no list"
+    golds = ["Trinidad and Tobago", "the devil's sleep"]
+    assert multi_value("Trinidad and Tobago, the devil's sleep", golds)["em"] == 100
+    assert multi_value("Final Answer: ['Trinidad and Tobago', 'the devil's sleep']", golds)["em"] == 100
 
 
 def test_pairs_are_of_the_nearest_cost_and_paired_by_question() -> None:
