@@ -23,7 +23,7 @@ from compllm_rag.compressor import Compressor
 from compllm_rag.config import DEFAULT_LLM
 from compllm_rag.loading import load_compressor_for
 
-_PACKAGES = ("torch", "transformers", "llama-index-core", "faiss-cpu", "diskcache")
+_PACKAGES = ("compllm-rag", "torch", "transformers", "llama-index-core", "faiss-cpu", "diskcache")
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -103,12 +103,11 @@ def environment() -> dict[str, Any]:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    git = shutil.which("git")
-    commit = (
-        subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-        if git
-        else ""
-    )
+    git, root = shutil.which("git"), Path(__file__).parents[1]
+    commit = ""
+    if git and (root / ".git").exists():  # of this checkout; an installed package may lie within somebody's repository
+        found = subprocess.run([git, "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+        commit = found.stdout.strip()
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),

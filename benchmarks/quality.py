@@ -55,7 +55,7 @@ def main() -> None:
     """Run it."""
     options = parser(__doc__)
     options.add_argument("--data-dir", type=Path, help="holds eval/*.jsonl.gz; without it only the probes run")
-    options.add_argument("--out", type=Path, required=True, help="folder for the results")
+    options.add_argument("--out", type=Path, default=Path("quality"), help="folder for the results, a file a set")
     options.add_argument("--sets", nargs="+", choices=[*SETS, "probes"], default=["probes", *SETS])
     options.add_argument("--limit", type=int, help="questions of each set (default: 500 of SQuAD, 200 of the others)")
     options.add_argument("--rates", type=float, nargs="+", default=[2.0, 4.0, 6.0])
@@ -69,14 +69,20 @@ def main() -> None:
         reader=None if args.reader == "none" else args.reader,
         compressor=None if args.compressor == "none" else args.compressor,
     )
+    made = []
     for name in args.sets:
         chosen = SETS.get(name)
         if chosen is not None and args.data_dir is None:
             progress(f"{name}: left out, there is no --data-dir")
             continue
+        made.append(name)
         path = probe_file() if chosen is None else args.data_dir / "eval" / chosen.file
         limit = args.limit or (chosen.limit if chosen else None)
         _one(name, path, chosen or EvalSet(path.name, "Fidelity probes", 0), limit, compressor, args)
+    text = json.dumps({name: json.loads((args.out / f"{name}.json").read_text(encoding="utf-8")) for name in made})
+    print(text)
+    if args.json is not None:
+        args.json.write_text(text + "\n", encoding="utf-8")
 
 
 def _one(name: str, path: Path, chosen: EvalSet, limit: int | None, compressor: Any, args: Any) -> None:

@@ -1,6 +1,7 @@
 """Turn the JSON files of benchmarks/results into docs/quality.md, docs/storage.md, docs/benchmarks.md and their plots.
 
-`--check` writes nothing and ends with 1 where a page is not what the files give.
+A section is left out, with the command that makes it, while its JSON is missing or its run is not finished. `--check`
+writes nothing and ends with 1 where a page that is there is not what the files give; plots are not compared.
 
 python -m benchmarks.report
 """
@@ -9,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -38,7 +41,8 @@ def main() -> None:
     if args.check:
         with tempfile.TemporaryDirectory() as scratch:
             made = pages(args.results, Path(scratch))
-        stale = [name for name, text in made.items() if _text(args.docs / name) != text]
+        there = {name: args.docs / name for name in made if (args.docs / name).exists()}
+        stale = [name for name, path in there.items() if path.read_text(encoding="utf-8") != made[name]]
         if stale:
             sys.exit(f"error: {', '.join(stale)} not as the JSON files give. Next step: python -m benchmarks.report")
         return
@@ -77,7 +81,7 @@ def benchmarks(results: Path, docs: Path) -> str:
     ]
     missing = []
     for name, asks in SECTIONS.items():
-        section = importlib.import_module(f"benchmarks.pages.{name}").section(results, docs)
+        section = _section(name, results, docs)
         if section is None:
             missing.append(f"- {asks} `python -m benchmarks.{name}`")
         else:
@@ -87,8 +91,15 @@ def benchmarks(results: Path, docs: Path) -> str:
     return "\n".join(lines)
 
 
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+def _section(name: str, results: Path, docs: Path) -> str | None:
+    path = results / f"{name}.json"
+    # What a benchmark keeps to go on with after an interruption lacks the environment, which is written at the end.
+    if path.exists() and "environment" not in json.loads(path.read_text(encoding="utf-8")):
+        return None
+    if importlib.util.find_spec(f"benchmarks.pages.{name}") is None:
+        return None
+    made: str | None = importlib.import_module(f"benchmarks.pages.{name}").section(results, docs)
+    return made
 
 
 if __name__ == "__main__":

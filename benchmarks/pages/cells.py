@@ -32,4 +32,6 @@ def source(record: dict[str, Any]) -> str:
     """The command, commit and machine that a record comes from."""
     where = record["environment"]
     device = where["gpu"] or f"{where['cpu']}, {where['torch_threads']} threads of {where['cores']} cores"
-    return f"`{record['command']}`, commit {where['commit'][:9]}, {device}, torch {where['versions']['torch']}"
+    versions = where["versions"]
+    code = f"commit {where['commit'][:9]}" if where["commit"] else f"version {versions.get('compllm-rag', 'unknown')}"
+    return f"`{record['command']}`, {code}, {device}, torch {versions['torch']}"
