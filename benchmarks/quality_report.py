@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages.cells import source
 from benchmarks.quality import SETS
 
 
@@ -27,8 +28,8 @@ def quality(results: Path, docs: Path) -> str:
         "The same LLM and reader read the same passages as text, as concepts, pruned to the same number of positions "
         "(the anchors' own token embeddings), and not at all. *Recovered* is the share of what text gains over no "
         "passages, by the likelihood of the gold answer (docs/design.md, section 7). Brackets are bootstrap 95 % "
-        "intervals over questions; *ΔF1* is the paired difference to text. All values in percent, but for NLL (nats "
-        "per token) and positions.",
+        "intervals over questions; Δ is the paired difference to text, on the same questions. All values in percent, "
+        "but for the achieved rate (tokens per concept), NLL (nats per token) and positions.",
         "",
     ]
     for name in sets:
@@ -47,25 +48,25 @@ def quality(results: Path, docs: Path) -> str:
 def _section(record: dict[str, Any]) -> list[str]:
     choices = any(r["accuracy"] is not None for r in record["results"])
     answers = any(r["f1"] is not None for r in record["results"])
-    head = ["mode", "rate", "positions", "NLL", "recovered"]
-    head += ["F1", "ΔF1", "EM", "as text says"] if answers else []
-    head += ["accuracy"] if choices else []
+    head = ["mode", "rate", "positions", "NLL", "ΔNLL", "recovered"]
+    head += ["F1", "ΔF1", "EM", "ΔEM", "as text says"] if answers else []
+    head += ["accuracy", "Δaccuracy"] if choices else []
     lines = [
         f"## {record['title']}",
         "",
-        f"{record['results'][0]['n']} questions; `{record['command']}`, commit {record['environment']['commit'][:9]}.",
+        f"{record['results'][0]['n']} questions; {source(record)}.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
     ]
     for row in record["results"]:
-        cells = [row["mode"], _number(row["achieved_rate"], 2), _number(row["positions"], 0), _number(row["nll"], 2)]
-        cells.append(_with(row, "recovered"))
+        cells = [row["mode"], _number(row["achieved_rate"], 2), _number(row["positions"], 0)]
+        cells += [_with(row, "nll", 2), _paired(row, "nll", 2), _with(row, "recovered")]
         if answers:
-            paired = (row["paired"].get("f1") or {}).get("difference")
-            cells += [_with(row, "f1"), _number(paired), _number(row["em"]), _number(row["agreement"])]
+            cells += [_with(row, "f1"), _paired(row, "f1"), _with(row, "em"), _paired(row, "em")]
+            cells.append(_with(row, "agreement"))
         if choices:
-            cells.append(_with(row, "accuracy"))
+            cells += [_with(row, "accuracy"), _paired(row, "accuracy")]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
 
@@ -130,12 +131,24 @@ def _number(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _with(row: dict[str, Any], name: str) -> str:
-    interval = row["intervals"].get(name)
-    if row[name] is None:
+def _with(row: dict[str, Any], name: str, digits: int = 1) -> str:
+    interval, value = row["intervals"].get(name), row[name]
+    if value is None:
         return "–"
-    shown = f"{row[name]:.1f}"
-    return f"{shown} [{interval[0]:.0f}, {interval[1]:.0f}]" if interval and interval[0] != interval[1] else shown
+    shown = f"{value:.{digits}f}"
+    if not interval or interval[0] == interval[1]:
+        return shown
+    ends = [f"{end:.{digits if digits > 1 else 0}f}" for end in interval]
+    return f"{shown} [{ends[0]}, {ends[1]}]"
+
+
+def _paired(row: dict[str, Any], name: str, digits: int = 1) -> str:
+    """The difference to text with its interval; text itself has none."""
+    found = row["paired"].get(name)
+    if row["mode"] == "text" or not found:
+        return "–"
+    low, high = found["interval"]
+    return f"{found['difference']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def plot(found: dict[str, dict[str, Any]], sets: list[str], path: Path) -> None:

@@ -115,7 +115,11 @@ def test_quality_and_its_report(tmp_path: Path, toy_folder: Path, world: Path) -
     )  # fmt: skip
     page = (tmp_path / "docs/quality.md").read_text()
     assert "## SQuAD v1.1 dev" in page and "## Fidelity probes" in page and "5 questions" in page
-    assert f"| {squad['results'][0]['nll']:.2f} |" in page
+    assert f"| {squad['results'][0]['nll']:.2f} [" in page
+    change = squad["results"][1]["paired"]["f1"]
+    low, high = change["interval"]
+    assert f"| {change['difference']:+.1f} [{low:+.1f}, {high:+.1f}] |" in page
+    assert "Δaccuracy" in page and "Not run yet" in (tmp_path / "docs/benchmarks.md").read_text()
     assert (tmp_path / "docs/quality.png").read_bytes()[:4] == b"\x89PNG"
 
 
