@@ -25,13 +25,17 @@ from compllm_rag.evaluation.statistics import Record, Statistics, statistics
 from compllm_rag.loading import load_compressor_for
 from compllm_rag.prompt import PromptPlan, Span, TextSpan
 from compllm_rag.questions import QAPrompt, read_rows
+from compllm_rag.training.material import is_held_out
 
 REQUEST = "Repeat the passage word for word."  # decides only the system turn in front of the passage
 
 
+_MOST_OF_ONE = 8
+
+
 @dataclass(frozen=True)
 class Domain:
-    """A kind of text: its file, and whether texts of that file were among what the shipped adapters trained on."""
+    """A kind of text: its file, and whether it is a file of training texts, of which those held out are taken."""
 
     file: str
     title: str
@@ -55,8 +59,10 @@ class Piece:
     rest: tuple[int, ...]
 
 
-def pieces(compressor: Compressor, path: Path, n: int, context: int, length: int, seed: int = 0) -> list[Piece]:
-    """One passage from each of n texts, in seeded order.
+def pieces(
+    compressor: Compressor, path: Path, n: int, context: int, length: int, *, held_out: bool = False, seed: int = 0
+) -> list[Piece]:
+    """A passage from each of n texts, in seeded order, or where texts are held out several of each.
 
     Args:
         compressor: Its segmenter cuts the texts; a passage is whole segments.
@@ -64,6 +70,7 @@ def pieces(compressor: Compressor, path: Path, n: int, context: int, length: int
         n: Passages wanted; fewer where the file has fewer texts that are long enough.
         context: Most source tokens of a passage; texts that give less than half of it are left out.
         length: Tokens of the continuation.
+        held_out: Only texts that the trainer keeps out of training, and as many passages from each as are needed.
         seed: Of the order and of where in its text a passage begins.
     """
     rng = random.Random(seed)
@@ -71,11 +78,17 @@ def pieces(compressor: Compressor, path: Path, n: int, context: int, length: int
         (str(row.get("id", number)), str(row.get("text") or row.get("context") or ""))
         for number, row in read_rows(path)
     ]
+    if held_out:
+        rows = [(name, text) for name, text in rows if is_held_out(f"{path.name}/{name}")]
     rng.shuffle(rows)
     made: list[Piece] = []
-    for name, text in rows:
+    # Of few texts several passages each; a short text has but one.
+    rounds = [(name, text, again) for again in range(_MOST_OF_ONE if held_out else 1) for name, text in rows]
+    for name, text, again in rounds:
         if len(made) == n:
             break
+        if again and len(text) < 20 * (context + length):
+            continue
         # About 4 characters a token: somewhere in a long text, at the beginning of a short one.
         span = 6 * (context + length)
         begin = rng.randrange(len(text) - span) if len(text) > span else 0
@@ -189,10 +202,11 @@ def main() -> None:
     done = _done(args.json, same)
     for name in args.domains:
         if name not in done:
-            found = pieces(compressor, args.data_dir / DOMAINS[name].file, args.limit, args.context, args.length)
+            domain = DOMAINS[name]
+            path = args.data_dir / domain.file
+            found = pieces(compressor, path, args.limit, args.context, args.length, held_out=domain.trained_on)
             progress(f"{name}: {len(found)} passages")
             rows = measure(compressor, found, args.rates, args.batch_size)
-            domain = DOMAINS[name]
             done[name] = {"title": domain.title, "trained_on": domain.trained_on, "n": len(found), "rows": rows}
             if args.json is not None:
                 args.json.write_text(json.dumps({**same, "domains": done}), encoding="utf-8")

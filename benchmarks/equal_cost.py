@@ -1,9 +1,9 @@
 """Text top-k against more passages as concepts at equal cost: which answers better?
 
-On the LOFT corpus of `benchmarks.loft`: the top k documents as text for several k, and more of them as concepts, are
-scored on the same questions, and the TTFT of each setting is measured on some of them, all settings in turns, from a
-warm store on disk. For each k as text the setting of concepts with the most equal prompt positions, and the one with
-the most equal TTFT, are compared with it, paired over questions.
+On paragraphs of SQuAD dev as a corpus, or on a set of LOFT: the top k documents as text for several k, and more of them
+as concepts, are scored on the same questions, and the TTFT of each setting is measured on some of them, all settings in
+turns, from a warm store on disk. For each k as text the setting of concepts with the most equal prompt positions, and
+the one with the most equal TTFT, are compared with it, paired over questions.
 
 Settings that are done are kept in the JSON and not asked again.
 """
@@ -22,8 +22,8 @@ import numpy as np
 from llama_index.core.schema import NodeWithScore, TextNode
 
 from benchmarks.common import parser, progress, write
-from benchmarks.loft import DEFAULT_DATA, open_storage, passages, ranking, tenths
-from benchmarks.loft_data import LoftSet, Query, load
+from benchmarks.loft import open_storage, passages, ranking, recall, tenths
+from benchmarks.loft_data import SQUAD, LoftSet, Query, load, squad
 from compllm_rag.compressor import Compressor
 from compllm_rag.config import GenerationConfig, Mode
 from compllm_rag.evaluation.asking import Asker
@@ -176,7 +176,7 @@ def main() -> None:
     """Run it."""
     options = parser(__doc__)
     options.set_defaults(repeats=2)
-    options.add_argument("--data-dir", type=Path, help=f"holds {DEFAULT_DATA}")
+    options.add_argument("--data-dir", type=Path, help=f"holds {SQUAD}")
     options.add_argument("--loft", type=Path, help="folder rag/SET/SIZE in LOFT's layout, in place of --data-dir")
     options.add_argument("--embedder", help="retrieval embedder; default: the embedded one")
     options.add_argument("--storage", type=Path, help="keep the storage there (default: a temporary folder)")
@@ -189,7 +189,7 @@ def main() -> None:
     args = options.parse_args()
     if args.loft is None and args.data_dir is None:
         options.error("--data-dir or --loft is needed")
-    loft = load(args.loft or args.data_dir / DEFAULT_DATA)
+    loft = load(args.loft) if args.loft else squad(args.data_dir / SQUAD)
     queries = in_seeded_order(loft.queries, limit=args.limit)
     with tempfile.TemporaryDirectory() as scratch:
         index = open_storage(loft, args.storage or Path(scratch) / "storage", args.llm, args.embedder)
@@ -199,6 +199,8 @@ def main() -> None:
             "set": loft.name,
             "note": loft.note,
             "n": len(queries),
+            "documents": len(loft.documents),
+            "recall": recall(queries, ranked),
             "llm": compressor.llm.source,
             "fingerprint": compressor.fingerprint,
         }

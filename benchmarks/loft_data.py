@@ -26,6 +26,9 @@ RECONSTRUCTED = (
 )
 
 
+SQUAD = "eval/squad_dev.jsonl.gz"
+
+
 @dataclass(frozen=True)
 class Query:
     """One question, or one turn of a conversation.
@@ -133,3 +136,21 @@ def _rows(path: Path, *fields: str) -> Iterator[dict[str, Any]]:
                 next_step="pass a folder in LOFT's layout",
             )  # fmt: skip
         yield row
+
+
+def squad(path: Path, every: int = 6) -> LoftSet:
+    """Paragraphs of SQuAD dev as a corpus: many are about one article, so that one document is often not the right one.
+
+    Args:
+        path: squad_dev.jsonl.gz.
+        every: Take every so manyth paragraph.
+    """
+    made = LoftSet("SQuAD dev", note=f"A corpus made here: every {every}th paragraph of SQuAD dev, all its questions.")
+    for number, row in read_rows(path):
+        if number % every:
+            continue
+        made.documents[str(number)] = SourcePassage(str(row.get("title", "")), str(row["context"]))
+        for asked in row["qas"]:
+            answers = tuple(dict.fromkeys(map(str, asked["answers"])))
+            made.queries.append(Query(str(asked["id"]), str(asked["question"]), answers, (str(number),)))
+    return made

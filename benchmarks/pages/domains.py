@@ -25,9 +25,9 @@ def section(results: Path, docs: Path) -> str | None:
         f"The {record['length']} tokens behind a passage of up to {record['context']} tokens, scored directly after "
         f"it: perplexity, and what is recovered of what the passage as text gains. `{record['llm']}`; brackets are "
         "bootstrap 95 % intervals over passages. Answers to questions over encyclopedia and stories are in "
-        "[quality.md](quality.md). Kinds marked with * come from files of which some texts trained the shipped "
-        "adapters; nothing was held back there, so they may look better than unseen text would. A dash stands where "
-        "the passage as text gains less than 0.3 nats a token: too little to recover.",
+        "[quality.md](quality.md). Kinds marked with * come from files of training texts: of the texts that the "
+        "trainer holds out, one in 40 (what the first part of the shipped reader saw of them is not known). A dash "
+        "stands where the passage as text gains less than 0.3 nats a token: too little to recover.",
         "",
         f"{source(record)}.",
         "",

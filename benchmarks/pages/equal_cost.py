@@ -22,12 +22,16 @@ def section(results: Path, docs: Path) -> str | None:
     lines = [
         "## Equal cost",
         "",
-        f"LOFT {record['set']}, {record['n']} questions, `{record['llm']}`: fewer documents as text against more of "
+        f"{record['set']}, {record['n']} questions, `{record['llm']}`: fewer documents as text against more of "
         f"them as concepts. TTFT is the median over {record['timed']} of the questions, from a warm store, all "
         "settings in turns. Brackets are bootstrap 95 % intervals over questions; differences are paired. "
         + record["note"],
         "",
         f"{source(record)}.",
+        "",
+        "Recall of the document with the answer: "
+        + ", ".join(f"{number(v)} % at {k}" for k, v in record["recall"].items())
+        + f", of {record['documents']} documents.",
         "",
         "| read as | rate | documents | positions | TTFT (s) | F1 | subspan EM | NLL |",
         "|---|---|---|---|---|---|---|---|",

@@ -98,9 +98,9 @@ class Material:
             for n, row in read_rows(path)
             if len(str(row.get("text", ""))) > 200
         ]
-        self.groups = [g for g in groups if not _held_out(g.passages[0].title or g.passages[0].text)]
-        self.held_out = [g for g in groups if _held_out(g.passages[0].title or g.passages[0].text)]
-        self.texts = [text for name, text in texts if not _held_out(name)]
+        self.groups = [g for g in groups if not is_held_out(g.passages[0].title or g.passages[0].text)]
+        self.held_out = [g for g in groups if is_held_out(g.passages[0].title or g.passages[0].text)]
+        self.texts = [text for name, text in texts if not is_held_out(name)]
         if not self.groups and not self.texts:
             raise DataFileError(
                 "nothing to train on",
@@ -219,5 +219,6 @@ class Material:
         return Example(tuple(prefix), tuple(branches))
 
 
-def _held_out(name: str) -> bool:
+def is_held_out(name: str) -> bool:
+    """Whether a group of questions (by title) or a text (by `FILE/ID`) is kept out of training; one in 40 is."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % _HELD_OUT == 0

@@ -13,6 +13,7 @@ import toy
 from benchmarks.domains import pieces
 from benchmarks.pages import domains as page
 from compllm_rag.compressor import Compressor
+from compllm_rag.training.material import is_held_out
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +39,8 @@ def test_a_passage_and_what_follows_it_join_to_the_text(tmp_path: Path) -> None:
 def test_it_runs_resumes_and_has_its_section(tmp_path: Path, toy_folder: Path) -> None:
     text = " ".join(toy.TEXT.split())
     write(tmp_path / "eval/squad_dev.jsonl.gz", [{"context": f"{n} {text}", "qas": []} for n in range(3)])
-    write(tmp_path / "text/python_docs.jsonl.gz", [{"id": "d", "text": text}])
+    name = next(name for name in map(str, range(1000)) if is_held_out(f"python_docs.jsonl.gz/{name}"))
+    write(tmp_path / "text/python_docs.jsonl.gz", [{"id": "trained on", "text": text}, {"id": name, "text": text}])
     out = tmp_path / "domains.json"
     words = ["--llm", toy_folder, "--data-dir", tmp_path, "--context", 60, "--length", 8, "--rates", 2]
     command = [sys.executable, "-m", "benchmarks.domains", "--json", out, *words, "--domains", "squad"]

@@ -14,7 +14,7 @@ import toy
 import toy_embedder
 from benchmarks.equal_cost import pairs, settings
 from benchmarks.loft import in_context
-from benchmarks.loft_data import RECONSTRUCTED, LoftSet, Query, load
+from benchmarks.loft_data import RECONSTRUCTED, LoftSet, Query, load, squad
 from benchmarks.loft_metrics import multi_value, parse_values, single_value
 from benchmarks.pages import equal_cost as equal_cost_page
 from benchmarks.pages import loft as loft_page
@@ -84,6 +84,17 @@ def test_folders_that_are_no_loft_are_refused(tmp_path: Path) -> None:
 )
 def test_values_of_an_answer(answer: str, values: list[str]) -> None:
     assert parse_values(answer) == values
+
+
+def test_paragraphs_of_squad_are_a_corpus(tmp_path: Path) -> None:
+    rows = [
+        {"title": f"T{n}", "context": f"Text {n}.", "qas": [{"id": f"q{n}", "question": "Who?", "answers": ["A", "A"]}]}
+        for n in range(5)
+    ]
+    write(tmp_path / "squad.jsonl.gz", rows)
+    made = squad(tmp_path / "squad.jsonl.gz", every=2)
+    assert list(made.documents) == ["0", "2", "4"] and made.documents["2"].title == "T2"
+    assert [(q.id, q.answers, q.gold) for q in made.queries][1] == ("q2", ("A",), ("2",))
 
 
 def test_lists_are_paired_one_to_one() -> None:
@@ -196,7 +207,21 @@ def test_a_corpus_that_does_not_fit_is_said_to(data: Path, toy_folder: Path, tmp
 
 def test_equal_cost_runs_resumes_and_has_its_section(data: Path, toy_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "equal_cost.json"
-    options = [*common(data, toy_folder), "--text-ks", 1, "--rates", 2, "--most", 2, "--repeats", 1, "--timed", 2]
+    options = [
+        *common(data, toy_folder),
+        "--loft",
+        data / "eval/loft_nq_128k",
+        "--text-ks",
+        1,
+        "--rates",
+        2,
+        "--most",
+        2,
+        "--repeats",
+        1,
+        "--timed",
+        2,
+    ]
     record, _ = run("equal_cost", out, *options)
     assert [(row["mode"], row["k"]) for row in record["rows"]] == [("text", 1), ("concepts", 1), ("concepts", 2)]
     assert all(len(row["ttft_all_s"]) == 2 and row["ttft_s"] > 0 for row in record["rows"])
