@@ -2,110 +2,36 @@
 
 From each text one passage is taken, and the tokens behind it are scored directly after the passage as text, as
 concepts, pruned, and without it: nats per token, perplexity, and the share of what text gains over no passage that is
-recovered. No question is asked, so kinds of text without questions can be compared with those that have them.
+recovered. That compares kinds of text without questions with those that have them; where there are questions, their
+answers are scored too, behind the whole passage in the default prompt. Intervals are by bootstrap over passages (or
+questions), differences to text and to pruning are paired.
 
-Kinds that are done are kept in the JSON and not scored again.
+Which texts are taken, and what of their kind the shipped adapters trained on: benchmarks/domain_texts.py. Kinds that
+are done are kept in the JSON and not scored again.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import parser, progress, write
+from benchmarks.domain_texts import DOMAINS, Piece, pieces, questions_of
 from compllm_rag.compressor import Compressor
+from compllm_rag.config import GenerationConfig
+from compllm_rag.errors import DataFileError
+from compllm_rag.evaluation.asking import Asker
 from compllm_rag.evaluation.bodies import Bodies, Segmented, Setting
 from compllm_rag.evaluation.scoring import ScoringGenerator
 from compllm_rag.evaluation.statistics import Record, Statistics, statistics
 from compllm_rag.loading import load_compressor_for
 from compllm_rag.prompt import PromptPlan, Span, TextSpan
-from compllm_rag.questions import QAPrompt, read_rows
-from compllm_rag.training.material import is_held_out
+from compllm_rag.questions import QAPrompt, Question
 
 REQUEST = "Repeat the passage word for word."  # decides only the system turn in front of the passage
-
-
-_MOST_OF_ONE = 8
-
-
-@dataclass(frozen=True)
-class Domain:
-    """A kind of text: its file, and whether it is a file of training texts, of which those held out are taken."""
-
-    file: str
-    title: str
-    trained_on: bool
-
-
-DOMAINS = {
-    "squad": Domain("eval/squad_dev.jsonl.gz", "encyclopedia (SQuAD dev)", False),
-    "stories": Domain("eval/fairytaleqa_val.jsonl.gz", "stories (FairytaleQA validation)", False),
-    "biomedical": Domain("text/pubmed_abstracts.jsonl.gz", "biomedical abstracts (PubMed)", True),
-    "code": Domain("text/python_docs.jsonl.gz", "code documentation (Python)", True),
-}
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A passage and the token ids behind it."""
-
-    id: str
-    passage: str
-    rest: tuple[int, ...]
-
-
-def pieces(
-    compressor: Compressor, path: Path, n: int, context: int, length: int, *, held_out: bool = False, seed: int = 0
-) -> list[Piece]:
-    """A passage from each of n texts, in seeded order, or where texts are held out several of each.
-
-    Args:
-        compressor: Its segmenter cuts the texts; a passage is whole segments.
-        path: Rows with a `text` or a `context`.
-        n: Passages wanted; fewer where the file has fewer texts that are long enough.
-        context: Most source tokens of a passage; texts that give less than half of it are left out.
-        length: Tokens of the continuation.
-        held_out: Only texts that the trainer keeps out of training, and as many passages from each as are needed.
-        seed: Of the order and of where in its text a passage begins.
-    """
-    rng = random.Random(seed)
-    rows = [
-        (str(row.get("id", number)), str(row.get("text") or row.get("context") or ""))
-        for number, row in read_rows(path)
-    ]
-    if held_out:
-        rows = [(name, text) for name, text in rows if is_held_out(f"{path.name}/{name}")]
-    rng.shuffle(rows)
-    made: list[Piece] = []
-    # Of few texts several passages each; a short text has but one.
-    rounds = [(name, text, again) for again in range(_MOST_OF_ONE if held_out else 1) for name, text in rows]
-    for name, text, again in rounds:
-        if len(made) == n:
-            break
-        if again and len(text) < 20 * (context + length):
-            continue
-        # About 4 characters a token: somewhere in a long text, at the beginning of a short one.
-        span = 6 * (context + length)
-        begin = rng.randrange(len(text) - span) if len(text) > span else 0
-        begin = text.find("\n", begin) + 1 if begin else 0
-        piece = text[begin : begin + span].strip()
-        if not piece:
-            continue
-        segments = compressor.segmenter.split(piece)
-        kept, used = 0, 0
-        while kept < len(segments) and used + len(segments[kept]) <= context:
-            used += len(segments[kept])
-            kept += 1
-        rest = tuple(token for segment in segments[kept:] for token in segment)[:length]
-        passage = compressor.llm.tokenizer.decode([token for segment in segments[:kept] for token in segment])
-        if used >= context // 2 and len(rest) == length:
-            made.append(Piece(name, passage, rest))
-    return made
 
 
 def score(
@@ -149,16 +75,44 @@ def _record(
     )
 
 
-def measure(compressor: Compressor, found: Sequence[Piece], rates: Sequence[float], batch: int) -> list[dict[str, Any]]:
+def settings_of(rates: Sequence[float]) -> list[Setting]:
+    """Text, both compressed ways at each rate, and no passage."""
+    compressed = [Setting.of(mode, rate) for rate in rates for mode in ("concepts", "pruned")]
+    return [Setting("text"), *compressed, Setting("none")]
+
+
+def continuations(
+    compressor: Compressor, found: Sequence[Piece], rates: Sequence[float], batch: int
+) -> list[dict[str, Any]]:
     """All settings over the same passages."""
-    text, none, segmented = Setting("text"), Setting("none"), Segmented(compressor)
-    settings = [text, *(Setting.of(mode, rate) for rate in rates for mode in ("concepts", "pruned")), none]
-    records = {}
-    for setting in settings:
+    records, segmented = {}, Segmented(compressor)
+    for setting in settings_of(rates):
         records[setting] = score(compressor, found, setting, segmented, batch)
         progress(f"  {setting}: {sum(r.nll for r in records[setting]) / len(found):.3f} nats a token")
-    made = [(setting, statistics(records[setting], records[text], records[none])) for setting in settings]
-    return [_row(setting, values) for setting, values in made]
+    return compared(records)
+
+
+def answers(
+    compressor: Compressor, asked: Sequence[Question], rates: Sequence[float], batch: int
+) -> list[dict[str, Any]]:
+    """All settings over the same questions: likelihood of the gold answers, nothing is generated."""
+    records, segmented = {}, Segmented(compressor)
+    for setting in settings_of(rates):
+        asker = Asker(compressor, setting, segmented, GenerationConfig(max_new_tokens=1))
+        records[setting] = asker.ask(asked, batch_size=batch, answer=False, progress=lambda _: None)
+        progress(f"  answers, {setting}: {sum(r.nll for r in records[setting]) / len(asked):.3f} nats a token")
+    return compared(records)
+
+
+def compared(records: dict[Setting, list[Record]]) -> list[dict[str, Any]]:
+    """A row for each setting, against text, pruning at its rate, and no passage."""
+    text, none = records[Setting("text")], records[Setting("none")]
+    rows = []
+    for setting, mine in records.items():
+        pruned = records.get(Setting("pruned", setting.rate)) if setting.mode == "concepts" else None
+        to_pruned = statistics(mine, pruned, none).paired["nll"] if pruned else None
+        rows.append(_row(setting, statistics(mine, text, none)) | {"to_pruned": to_pruned})
+    return rows
 
 
 def _row(setting: Setting, found: Statistics) -> dict[str, Any]:
@@ -169,6 +123,7 @@ def _row(setting: Setting, found: Statistics) -> dict[str, Any]:
         "mode": setting.mode,
         "rate": setting.rate,
         "nll": nll,
+        "nll_interval": ends,
         "perplexity": math.exp(nll),
         "perplexity_interval": [math.exp(end) for end in ends],
         "recovered": found.values["recovered"],
@@ -179,6 +134,37 @@ def _row(setting: Setting, found: Statistics) -> dict[str, Any]:
     }
 
 
+def measure(compressor: Compressor, name: str, args: Any) -> dict[str, Any]:
+    """One kind of text."""
+    domain = DOMAINS[name]
+    path = args.data_dir / domain.file
+    found = pieces(compressor, path, args.limit, args.context, args.length)
+    if not found:
+        raise DataFileError(
+            "no text is long enough",
+            got=str(path),
+            expected=f"{args.context // 2 + args.length} tokens",
+            next_step="lower --context or --length, or leave this kind out with --domains",
+        )
+    texts = len({piece.id for piece in found})
+    progress(f"{name}: {len(found)} passages of {texts} texts")
+    made: dict[str, Any] = {
+        "title": domain.title,
+        "file": domain.file,
+        "in_training_mix": domain.training,
+        "held_out": domain.held_out,
+        "n": len(found),
+        "texts": texts,
+        "rows": continuations(compressor, found, args.rates, args.batch_size),
+        "answers": None,
+    }
+    asked = questions_of(path, args.questions, compressor, args.longest) if domain.asked and args.questions else []
+    if asked:
+        rows = answers(compressor, asked, args.rates, args.batch_size)
+        made["answers"] = {"n": len(asked), "rows": rows}
+    return made
+
+
 def main() -> None:
     """Run it."""
     options = parser(__doc__)
@@ -187,29 +173,22 @@ def main() -> None:
     options.add_argument("--limit", type=int, default=60, help="passages of each kind")
     options.add_argument("--context", type=int, default=160, help="source tokens of a passage")
     options.add_argument("--length", type=int, default=40, help="tokens of its continuation")
+    options.add_argument("--questions", type=int, default=60, help="of each kind that has any; 0 asks none")
+    options.add_argument("--longest", type=int, default=300, help="most source tokens of a passage asked about")
     options.add_argument("--rates", type=float, nargs="+", default=[2.0, 4.0])
     options.add_argument("--batch-size", type=int, default=12)
     args = options.parse_args()
     compressor = load_compressor_for(args.llm)
-    same = {
-        "llm": compressor.llm.source,
-        "fingerprint": compressor.fingerprint,
-        "limit": args.limit,
-        "context": args.context,
-        "length": args.length,
-        "rates": args.rates,
-    }
+    names = ("limit", "context", "length", "questions", "longest", "rates")
+    same = {"llm": args.llm, "fingerprint": compressor.fingerprint} | {name: getattr(args, name) for name in names}
     done = _done(args.json, same)
     for name in args.domains:
-        if name not in done:
-            domain = DOMAINS[name]
-            path = args.data_dir / domain.file
-            found = pieces(compressor, path, args.limit, args.context, args.length, held_out=domain.trained_on)
-            progress(f"{name}: {len(found)} passages")
-            rows = measure(compressor, found, args.rates, args.batch_size)
-            done[name] = {"title": domain.title, "trained_on": domain.trained_on, "n": len(found), "rows": rows}
-            if args.json is not None:
-                args.json.write_text(json.dumps({**same, "domains": done}), encoding="utf-8")
+        if name in done:
+            progress(f"{name}: done before")
+            continue
+        done[name] = measure(compressor, name, args)
+        if args.json is not None:
+            args.json.write_text(json.dumps({**same, "domains": done}), encoding="utf-8")
     write({**same, "domains": {name: done[name] for name in args.domains}}, args.json)
 
 
