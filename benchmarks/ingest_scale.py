@@ -3,7 +3,8 @@
 Documents are ingested into one storage, slice after slice, through the whole path: chunks, vectors, concepts, commit.
 Beside some slices the same number of tokens goes into a fresh storage, so that a slice is compared with a small ingest
 of the same minute. Resident memory is read after each slice; the FAISS index, which is meant to lie in memory, is
-stated. At the end small ingests of other depths (layers that compress) and batch sizes are timed in turns.
+stated. Embedding and compressing are timed apart. At the end small ingests with other depths (layers that compress),
+segment lengths and batch sizes are timed in turns.
 """
 
 from __future__ import annotations
@@ -12,22 +13,61 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from llama_index.core import Document
+from llama_index.core.base.embeddings.base import BaseEmbedding
+from llama_index.core.bridge.pydantic import PrivateAttr
 
-import compllm_rag.compressor as compression
-from benchmarks.common import in_turns, parser, progress, reworded, texts, trained_like, write
-from benchmarks.ingest import ensure, passages
-from benchmarks.memory import resident
+from benchmarks.common import parser, progress, reworded, texts, trained_like, write
+from benchmarks.ingest import passages
+from benchmarks.ingest_sweeps import batch_sizes, sweep, variant
+from benchmarks.memory import Peak, resident
 from compllm_rag import ConceptIndex, load_embedder
 from compllm_rag.compressor import Compressor
 from compllm_rag.questions import read_rows
 from compllm_rag.segmentation import Segmenter
 
+PARTS = ("growth", "layers", "segments", "batches")
 FILES = ("text/wikipedia_2wiki.jsonl.gz", "text/pubmed_abstracts.jsonl.gz")
+
+
+class TimedEmbedder(BaseEmbedding):
+    """An embedder that counts the seconds its texts take.
+
+    Args:
+        inner: What embeds.
+    """
+
+    _inner: BaseEmbedding = PrivateAttr()
+    _seconds: float = PrivateAttr(default=0.0)
+
+    def __init__(self, inner: BaseEmbedding) -> None:
+        super().__init__(model_name=inner.model_name, embed_batch_size=inner.embed_batch_size)
+        self._inner = inner
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return self._seconds
+
+    def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+        begun = time.perf_counter()
+        made = self._inner.get_text_embedding_batch(texts)
+        self._seconds += time.perf_counter() - begun
+        return made
+
+    def _get_text_embedding(self, text: str) -> list[float]:
+        return self._get_text_embeddings([text])[0]
+
+    def _get_query_embedding(self, query: str) -> list[float]:
+        return self._inner.get_query_embedding(query)
+
+    async def _aget_query_embedding(self, query: str) -> list[float]:
+        return self._get_query_embedding(query)
 
 
 def slices(segmenter: Segmenter, sources: Iterator[Document], size: int, count: int) -> list[list[Document]]:
@@ -53,97 +93,75 @@ def documents(data_dir: Path | None, folder: Path | None) -> Iterator[Document]:
         yield Document(text=text, id_=f"reworded {number}")
 
 
-def grow(parts: list[list[Document]], options: dict[str, Any], every: int) -> list[dict[str, Any]]:
-    """Ingest slice after slice into one storage, and beside every few of them one into a fresh storage."""
+def grow(parts: list[list[Document]], compressor: Compressor, embedder: BaseEmbedding, every: int) -> dict[str, Any]:
+    """Ingest slice after slice into one storage, and beside every few of them one into a fresh storage.
+
+    The embedder is loaded once: storages that each load their own would make memory look as if it grew.
+    """
+    timed = TimedEmbedder(embedder)
     rows: list[dict[str, Any]] = []
     tokens = 0
     with tempfile.TemporaryDirectory() as scratch:
-        index = ConceptIndex.create(Path(scratch) / "storage", **options)
+        index = ConceptIndex.create(Path(scratch) / "storage", compressor=compressor, embedder=timed)
         for number, part in enumerate(parts):
-            seconds, report = _ingest(index, part)
-            tokens += report.source_tokens
-            row = {
-                "tokens": tokens,
-                "slice_tokens": report.source_tokens,
-                "seconds": seconds,
-                "tokens_per_s": report.source_tokens / seconds,
-                "compressed": report.segments_compressed,
-                "reused": report.segments_reused,
-                "rss_bytes": resident(),
-                "faiss_bytes": index.faiss.n_nodes * index.faiss.dim * 4,
-                "fresh_tokens_per_s": None,
-            }
+            row = _ingest(index, part, timed)
+            tokens += row["slice_tokens"]
+            row |= {"tokens": tokens, "rss_bytes": resident(), "fresh_tokens_per_s": None}
+            # Vectors as float32 under 64-bit ids; what FAISS reserves beyond them counts as growth.
+            row["faiss_bytes"] = index.faiss.n_nodes * (index.faiss.dim * 4 + 8)
             if number % every == 0 or number == len(parts) - 1:
-                # Other ids, the same texts: a fresh storage shares nothing with the large one.
-                fresh = ConceptIndex.create(Path(scratch) / f"fresh{number}", **options)
-                took, again = _ingest(fresh, part)
-                row["fresh_tokens_per_s"] = again.source_tokens / took
+                # The same texts again: a fresh storage shares nothing with the large one.
+                fresh = ConceptIndex.create(Path(scratch) / f"fresh{number}", compressor=compressor, embedder=timed)
+                row["fresh_tokens_per_s"] = _ingest(fresh, part, timed)["tokens_per_s"]
                 fresh.close()
             rows.append(row)
             progress(
                 f"{tokens} tokens: {row['tokens_per_s']:.0f} tokens/s, {row['rss_bytes'] / 2**20:.0f} MiB resident"
             )
+        stored = index.store.stats()
         index.close()
-    return rows
+        disk = sum(path.stat().st_size for path in (Path(scratch) / "storage").rglob("*") if path.is_file())
+    sizes = {"concepts": stored.payload_bytes, "faiss": rows[-1]["faiss_bytes"], "disk": disk}
+    return {"rows": rows, "bytes_per_token": {name: size / tokens for name, size in sizes.items()}}
 
 
-def _ingest(index: ConceptIndex, part: list[Document]) -> tuple[float, Any]:
+def _ingest(index: ConceptIndex, part: list[Document], embedder: TimedEmbedder) -> dict[str, Any]:
+    """Ingest a slice: where its time went, and the most memory meanwhile."""
+    embedded, compressed, before = embedder.seconds, index.library.metrics.work.seconds, resident()
     begun = time.perf_counter()
-    report = index.ingest(part)
-    return time.perf_counter() - begun, report
-
-
-def depths(compressor: Compressor, chunks: list[str], layers: list[int | None], repeats: int) -> dict[str, Any]:
-    """Tokens/s of compressing alone by the number of layers, None being all; untrained, which costs the same."""
-    made = {}
-    for depth in layers:
-        config = compressor.config.model_copy(
-            update={"layers": depth, "lora_rank": 0, "lora_alpha": 0, "lora_modules": ()}
-        )
-        made[str(depth or "all")] = Compressor(compressor.llm, config)
-    return _speeds({name: _call(c, chunks) for name, c in made.items()}, compressor, chunks, repeats)
-
-
-def batch_sizes(compressor: Compressor, chunks: list[str], sizes: list[int], repeats: int) -> dict[str, Any]:
-    """Tokens/s of compressing alone by the positions of one batch."""
-    device = compressor.llm.device.type
-    before = compression.BATCH_POSITIONS[device]
-
-    def call(size: int) -> Any:
-        def run() -> None:
-            compression.BATCH_POSITIONS[device] = size
-            ensure(compressor, chunks, 2.0)
-
-        return run
-
-    try:
-        return _speeds({str(size): call(size) for size in sizes}, compressor, chunks, repeats)
-    finally:
-        compression.BATCH_POSITIONS[device] = before
-
-
-def _call(compressor: Compressor, chunks: list[str]) -> Any:
-    return lambda: ensure(compressor, chunks, 2.0)
-
-
-def _speeds(calls: dict[str, Any], compressor: Compressor, chunks: list[str], repeats: int) -> dict[str, Any]:
-    tokens = sum(len(compressor.segmenter.tokenize(text).ids) for text in chunks)
-    seconds = in_turns(calls, repeats)
+    with Peak(torch.device("cpu")) as peak:
+        report = index.ingest(part)
+    seconds = time.perf_counter() - begun
     return {
-        name: {"tokens_per_s": statistics.median(tokens / s for s in series), "seconds": series}
-        for name, series in seconds.items()
+        "slice_tokens": report.source_tokens,
+        "seconds": seconds,
+        "embed_s": embedder.seconds - embedded,
+        "compress_s": index.library.metrics.work.seconds - compressed,
+        "tokens_per_s": report.source_tokens / seconds,
+        "compressed": report.segments_compressed,
+        "reused": report.segments_reused,
+        "peak_rss_bytes": before + peak.bytes,
     }
 
 
-def linearity(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Time per token of the large storage's slices over a fresh storage's of the same minute; memory that grew.
+def linearity(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Time per token of the large storage over that of small ones of the same minutes; memory that grew.
 
+    `time_over_small_ingests` is by size, of all up to there; `time_over_fresh` of single slices.
     `memory_growth_bytes` is from the end of the first quarter, when caches are warm, without the FAISS index.
     """
     both = [r["fresh_tokens_per_s"] / r["tokens_per_s"] for r in rows if r["fresh_tokens_per_s"]]
     start = rows[len(rows) // 4]
     grown = rows[-1]["rss_bytes"] - start["rss_bytes"] - (rows[-1]["faiss_bytes"] - start["faiss_bytes"])
+    sizes = {}
+    for place, row in enumerate(rows):
+        if row["fresh_tokens_per_s"]:
+            # All of the storage so far, over small ingests spread over the same time.
+            small = statistics.median(1 / r["fresh_tokens_per_s"] for r in rows[: place + 1] if r["fresh_tokens_per_s"])
+            whole = sum(r["seconds"] for r in rows[: place + 1]) / row["tokens"]
+            sizes[str(row["tokens"])] = whole / small
     return {
+        "time_over_small_ingests": sizes,
         "time_over_fresh_first": both[0],
         "time_over_fresh_last": both[-1],
         "time_over_fresh_median": statistics.median(both),
@@ -162,36 +180,55 @@ def main() -> None:
     options.add_argument("--embedder", help="retrieval embedder; default: the embedded one")
     options.add_argument("--total", type=int, default=200_000, help="source tokens")
     options.add_argument("--slice", type=int, default=10_000, help="source tokens of a slice")
-    options.add_argument("--every", type=int, default=5, help="a fresh storage beside every so many slices")
+    options.add_argument("--every", type=int, default=4, help="a fresh storage beside every so many slices")
     options.add_argument("--layers", type=int, nargs="*", default=[8, 12, 16, 0], help="layers that compress; 0: all")
+    options.add_argument("--segments", type=int, nargs="*", default=[10, 20, 40], help="most tokens of a segment")
     options.add_argument("--batches", type=int, nargs="*", default=[1024, 4096, 16384], help="positions of a batch")
     options.add_argument("--sweep-tokens", type=int, default=3000)
     args = options.parse_args()
     compressor = trained_like(args.llm)
-    rows = _former(args.json, args)
-    if not rows:
+    source = "sample corpus" if args.texts is None else "texts given"
+    same = {"llm": args.llm, "fingerprint": compressor.fingerprint, "total": args.total, "slice": args.slice}
+    same |= {"every": args.every, "sweep_tokens": args.sweep_tokens, "repeats": args.repeats}
+    same |= {"texts": "rows of the data folder" if args.data_dir else f"{source}, reworded"}
+    done = _former(args.json, same)
+
+    def part(name: str, settings: Any, make: Callable[[], dict[str, Any]]) -> None:
+        if name in done and done[name]["settings"] == settings:
+            progress(f"{name}: done before")
+            return
+        done[name] = {"settings": settings, **make()}
+        if args.json is not None:
+            args.json.write_text(json.dumps({**same, **done}), encoding="utf-8")
+
+    def growth() -> dict[str, Any]:
         sources = documents(args.data_dir, args.texts)
-        parts = slices(compressor.segmenter, sources, args.slice, args.total // args.slice)
-        # Loaded once: storages that each load their own would make memory look as if it grew.
+        cut = slices(compressor.segmenter, sources, args.slice, args.total // args.slice)
         embedder = load_embedder(args.embedder)[0] if args.embedder else load_embedder()[0]
-        rows = grow(parts, {"compressor": compressor, "embedder": embedder}, args.every)
-    result = {"llm": args.llm, "total": args.total, "slice": args.slice, "rows": rows, **linearity(rows)}
-    if args.json is not None:
-        args.json.write_text(json.dumps(result), encoding="utf-8")
+        made = grow(cut, compressor, embedder, args.every)
+        return made | linearity(made["rows"])
+
+    part("growth", args.embedder, growth)
     chunks = passages(compressor, texts(args.texts), args.sweep_tokens)
-    result["layers"] = depths(compressor, chunks, [depth or None for depth in args.layers], args.repeats)
-    result["batches"] = batch_sizes(compressor, chunks, args.batches, args.repeats)
-    result["layers_shipped"] = compressor.config.layers
-    write({**result, "texts": "rows of the data folder" if args.data_dir else "sample corpus, reworded"}, args.json)
+    depths = {str(depth or "all"): variant(compressor, layers=depth or None) for depth in args.layers}
+    part("layers", args.layers, lambda: {"rows": sweep(depths, chunks, args.repeats)})
+    lengths = {str(length): variant(compressor, segment_length=length) for length in args.segments}
+    part("segments", args.segments, lambda: {"rows": sweep(lengths, chunks, args.repeats)})
+    part("batches", args.batches, lambda: {"rows": batch_sizes(compressor, chunks, args.batches, args.repeats)})
+    shipped = {"layers": compressor.config.layers, "segment_length": compressor.config.segment_length}
+    write({**same, "shipped": shipped, **{name: done[name] for name in PARTS}}, args.json)
 
 
-def _former(path: Path | None, args: Any) -> list[dict[str, Any]]:
-    """The rows of a run that was interrupted behind them."""
+def _former(path: Path | None, same: dict[str, Any]) -> dict[str, Any]:
+    """Parts that a run with the same settings has done."""
     if path is None or not path.exists():
-        return []
-    former = json.loads(path.read_text(encoding="utf-8"))
-    same = all(former.get(name) == getattr(args, name) for name in ("llm", "total", "slice"))
-    return list(former["rows"]) if same and "layers" not in former else []
+        return {}
+    try:
+        former = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    fits = {name: former.get(name) for name in same} == same
+    return {name: former[name] for name in PARTS if name in former} if fits else {}
 
 
 if __name__ == "__main__":

@@ -41,31 +41,53 @@ def _bare(record: dict[str, Any]) -> list[str]:
 
 
 def _scale(record: dict[str, Any]) -> list[str]:
-    rows = record["rows"]
-    last = rows[-1]
-    per_token = last["faiss_bytes"] / last["tokens"]
+    growth = record["growth"]
+    rows = growth["rows"]
+    last, per_token = rows[-1], growth["bytes_per_token"]
+    sizes = growth["time_over_small_ingests"]
+    seconds, embedding, compressing = (sum(row[name] for row in rows) for name in ("seconds", "embed_s", "compress_s"))
+    peak = max(row["peak_rss_bytes"] for row in rows)
     lines = [
         f"One storage grown to {last['tokens']:,} tokens in slices of {record['slice']:,} (texts: {record['texts']}), "
-        "chunks, vectors, concepts and commit included. Time per token against a fresh storage that ingests the same "
-        f"slice in the same minute: {record['time_over_fresh_first']:.2f} at the first slice, "
-        f"{record['time_over_fresh_last']:.2f} at the last, median {record['time_over_fresh_median']:.2f}. Resident "
-        f"memory grew by {record['memory_growth_bytes'] / 2**20:+.1f} MiB over the last "
-        f"{record['memory_growth_tokens']:,} tokens, the FAISS index not counted, which takes {per_token:.1f} bytes "
-        f"per source token ({last['faiss_bytes'] / 2**20:.1f} MiB at the end).",
+        "chunks, vectors, concepts and commit included; beside some slices a fresh storage ingests the same slice. Of "
+        f"the {seconds:,.0f} s embedding took {100 * embedding / seconds:.0f} %, compressing "
+        f"{100 * compressing / seconds:.0f} %. A slice takes {growth['time_over_fresh_first']:.2f} times as long as in "
+        f"the fresh storage at the beginning and {growth['time_over_fresh_last']:.2f} times at the end, median "
+        f"{growth['time_over_fresh_median']:.2f}. All up to a size, per token, over the median of the small ingests:",
+        "",
+        "| tokens in the storage | time per token, small ingests = 1 |",
+        "|---|---|",
+        *(f"| {int(size):,} | {over:.2f} |" for size, over in sizes.items()),
+        "",
+        f"Resident memory grew by {growth['memory_growth_bytes'] / 2**20:+.1f} MiB over the last "
+        f"{growth['memory_growth_tokens']:,} tokens, the FAISS index not counted; its peak was {peak / 2**20:.0f} MiB. "
+        f"A token takes {per_token['faiss']:.1f} bytes in the FAISS index ({last['faiss_bytes'] / 2**20:.1f} MiB "
+        f"at the end), {per_token['concepts']:.0f} as concepts, and {per_token['disk']:.0f} on disk all in all.",
         "",
         f"{source(record)}.",
         "",
         "![Speed and memory while a storage grows](ingest.png)",
         "",
-        "Compressing alone, small ingests in turns (untrained weights, which cost the same):",
+        f"Compressing alone, ingests of {record['sweep_tokens']:,} tokens in turns (layers and segment lengths with "
+        "untrained weights, which cost the same; concepts in fp16 at rate 2):",
         "",
-        "| layers that compress | tokens/s |",
-        "|---|---|",
+        "| setting | | tokens/s | bytes per token |",
+        "|---|---|---|---|",
     ]
-    lines += [f"| {name} | {row['tokens_per_s']:.0f} |" for name, row in record["layers"].items()]
-    lines += ["", "| positions of a batch | tokens/s |", "|---|---|"]
-    lines += [f"| {int(name):,} | {row['tokens_per_s']:.0f} |" for name, row in record["batches"].items()]
-    return [*lines, "", "Bytes per token are in [storage.md](storage.md).", ""]
+    for part, title in (("layers", "layers that compress"), ("segments", "most tokens of a segment")):
+        for name, row in record[part]["rows"].items():
+            lines.append(f"| {title} | {name} | {row['tokens_per_s']:.0f} | {row['bytes_per_token']:.0f} |")
+            title = ""
+    title = "positions of a batch"
+    for name, row in record["batches"]["rows"].items():
+        lines.append(f"| {title} | {int(name):,} | {row['tokens_per_s']:.0f} | – |")
+        title = ""
+    shipped = record["shipped"]
+    lines += [
+        "",
+        f"Shipped: {shipped['layers'] or 'all'} layers, segments of at most {shipped['segment_length']} tokens.",
+    ]
+    return [*lines, "Bytes in other encodings are in [storage.md](storage.md).", ""]
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
@@ -74,7 +96,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(8.0, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    rows = record["rows"]
+    rows = record["growth"]["rows"]
     tokens = [row["tokens"] / 1000 for row in rows]
     left.plot(tokens, [row["tokens_per_s"] for row in rows], marker="o", markersize=3, label="the growing storage")
     fresh = [(t, row["fresh_tokens_per_s"]) for t, row in zip(tokens, rows, strict=True) if row["fresh_tokens_per_s"]]

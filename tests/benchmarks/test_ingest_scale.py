@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,11 +10,13 @@ import pytest
 
 import toy
 import toy_embedder
+from benchmarks import ingest_scale
 from benchmarks.ingest_scale import documents, linearity, slices
+from benchmarks.ingest_sweeps import variant
 from benchmarks.pages import ingest as page
+from compllm_rag.compressor import Compressor
+from compllm_rag.config import CompressorConfig
 from compllm_rag.segmentation import Segmenter
-
-ROOT = Path(__file__).parents[2]
 
 
 def folder_of_texts(tmp_path: Path) -> Path:
@@ -41,28 +42,54 @@ def test_slices_take_each_document_once(tmp_path: Path) -> None:
 
 def test_growth_of_memory_leaves_out_the_index_and_the_warming_up() -> None:
     rows = [
-        {"tokens": t, "rss_bytes": rss, "faiss_bytes": index, "tokens_per_s": 100, "fresh_tokens_per_s": fresh}
+        {"tokens": t, "rss_bytes": rss, "faiss_bytes": index, "fresh_tokens_per_s": fresh}
+        | {"tokens_per_s": 100, "seconds": 0.1}
         for t, rss, index, fresh in ((10, 100, 5, 100), (20, 500, 10, None), (30, 520, 15, None), (40, 540, 20, 110))
     ]
     found = linearity(rows)
     assert found["memory_growth_bytes"] == 30 and found["memory_growth_tokens"] == 20
     assert found["time_over_fresh_first"] == 1 and found["time_over_fresh_last"] == pytest.approx(1.1)
+    # 0.01 s a token all along, over 1/100 s and then over the median of 1/100 and 1/110 s.
+    assert found["time_over_small_ingests"] == {"10": pytest.approx(1), "40": pytest.approx(2 / (1 + 100 / 110))}
 
 
-def test_it_runs_and_has_its_section(tmp_path: Path, toy_folder: Path) -> None:
+def test_variants_keep_the_shipped_lora() -> None:
+    config = CompressorConfig(layers=1, lora_rank=2, lora_alpha=4, lora_modules=("q_proj",))
+    made = variant(Compressor(toy.llm(), config), layers=None, segment_length=10)
+    assert made.config.layers is None and made.segmenter.segment_length == 10
+    assert any(name.startswith("lora.") for name in made.state())
+
+
+def test_it_runs_resumes_and_has_its_section(
+    tmp_path: Path, toy_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     embedder = toy_embedder.save_sentence_transformer(tmp_path / "e", toy.TEXT)
-    words = ["--llm", toy_folder, "--embedder", embedder, "--texts", folder_of_texts(tmp_path), "--total", 900]
-    words += ["--slice", 300, "--every", 2, "--layers", 1, 0, "--batches", 64, 128, "--sweep-tokens", 100]
-    command = [sys.executable, "-m", "benchmarks.ingest_scale", "--json", tmp_path / "ingest_scale.json", *words]
-    command += ["--repeats", 1]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "ingest_scale.json").read_text())
-    assert [row["fresh_tokens_per_s"] is not None for row in record["rows"]] == [True, False, True]
-    assert all(row["compressed"] > row["reused"] for row in record["rows"])
-    assert record["rows"][0]["faiss_bytes"] < record["rows"][-1]["faiss_bytes"]
-    assert list(record["layers"]) == ["1", "all"] and list(record["batches"]) == ["64", "128"]
+    out = tmp_path / "ingest_scale.json"
+    words = ["--json", out, "--llm", toy_folder, "--embedder", embedder, "--texts", folder_of_texts(tmp_path)]
+    words += ["--total", 900, "--slice", 300, "--every", 2, "--layers", 1, 0, "--segments", 10, 20]
+    words += ["--batches", 64, 128, "--sweep-tokens", 100, "--repeats", 1]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/ingest_scale.py", *map(str, words)])
+    ingest_scale.main()
+    assert json.loads(out.read_text()) == json.loads(capsys.readouterr().out)
+    record = json.loads(out.read_text())
+    growth = record["growth"]
+    rows = growth["rows"]
+    assert [row["fresh_tokens_per_s"] is not None for row in rows] == [True, False, True]
+    assert all(row["compressed"] > row["reused"] for row in rows)
+    for row in rows:
+        assert row["embed_s"] > 0 and row["compress_s"] > 0 and row["embed_s"] + row["compress_s"] < row["seconds"]
+        assert row["peak_rss_bytes"] > 0
+    assert rows[0]["faiss_bytes"] < rows[-1]["faiss_bytes"]
+    assert len(growth["time_over_small_ingests"]) == 2
+    # Concepts of 32 values in fp16 at rate 2.
+    assert growth["bytes_per_token"]["concepts"] == pytest.approx(32 * 2 / 2, rel=0.15)
+    assert growth["bytes_per_token"]["disk"] > growth["bytes_per_token"]["concepts"]
+    assert list(record["layers"]["rows"]) == ["1", "all"] and list(record["batches"]["rows"]) == ["64", "128"]
+    assert list(record["segments"]["rows"]) == ["10", "20"] and record["texts"] == "texts given, reworded"
     made = page.section(tmp_path, tmp_path)
-    assert made is not None and "| all |" in made and "the FAISS index not counted" in made
-    assert (tmp_path / "ingest.png").stat().st_size > 1000
+    assert made is not None and "| | all |" in made.replace("|  |", "| |") and "the FAISS index not counted" in made
+    assert (tmp_path / "ingest.png").read_bytes()[:4] == b"\x89PNG"
+    ingest_scale.main()
+    assert capsys.readouterr().err.count("done before") == 4
+    assert json.loads(out.read_text())["growth"] == growth
     assert page.section(tmp_path / "texts", tmp_path) is None
