@@ -120,9 +120,17 @@ def grow(parts: list[list[Document]], compressor: Compressor, embedder: BaseEmbe
             )
         stored = index.store.stats()
         index.close()
-        disk = sum(path.stat().st_size for path in (Path(scratch) / "storage").rglob("*") if path.is_file())
+        disk, adapters = on_disk(Path(scratch) / "storage")
     sizes = {"concepts": stored.payload_bytes, "faiss": rows[-1]["faiss_bytes"], "disk": disk}
-    return {"rows": rows, "bytes_per_token": {name: size / tokens for name, size in sizes.items()}}
+    per_token = {name: size / tokens for name, size in sizes.items()}
+    return {"rows": rows, "bytes_per_token": per_token, "adapter_bytes": adapters}
+
+
+def on_disk(storage: Path) -> tuple[int, int]:
+    """Bytes of what grows with the corpus, and of the copies of the adapters, which every storage holds once."""
+    sizes = {path.relative_to(storage): path.stat().st_size for path in storage.rglob("*") if path.is_file()}
+    adapters = sum(size for path, size in sizes.items() if path.parts[0] in ("compressor", "reader"))
+    return sum(sizes.values()) - adapters, adapters
 
 
 def _ingest(index: ConceptIndex, part: list[Document], embedder: TimedEmbedder) -> dict[str, Any]:

@@ -62,7 +62,8 @@ def _scale(record: dict[str, Any]) -> list[str]:
         f"Resident memory grew by {growth['memory_growth_bytes'] / 2**20:+.1f} MiB over the last "
         f"{growth['memory_growth_tokens']:,} tokens, the FAISS index not counted; its peak was {peak / 2**20:.0f} MiB. "
         f"A token takes {per_token['faiss']:.1f} bytes in the FAISS index ({last['faiss_bytes'] / 2**20:.1f} MiB "
-        f"at the end), {per_token['concepts']:.0f} as concepts, and {per_token['disk']:.0f} on disk all in all.",
+        f"at the end), {per_token['concepts']:.0f} as concepts, and {per_token['disk']:.0f} on disk all in all; the "
+        f"copies of the adapters in each storage take {growth['adapter_bytes'] / 2**20:.1f} MiB more.",
         "",
         f"{source(record)}.",
         "",

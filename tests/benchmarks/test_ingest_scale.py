@@ -83,6 +83,7 @@ def test_it_runs_resumes_and_has_its_section(
     assert len(growth["time_over_small_ingests"]) == 2
     # Concepts of 32 values in fp16 at rate 2.
     assert growth["bytes_per_token"]["concepts"] == pytest.approx(32 * 2 / 2, rel=0.15)
+    assert growth["adapter_bytes"] > 0
     assert growth["bytes_per_token"]["disk"] > growth["bytes_per_token"]["concepts"]
     assert list(record["layers"]["rows"]) == ["1", "all"] and list(record["batches"]["rows"]) == ["64", "128"]
     assert list(record["segments"]["rows"]) == ["10", "20"] and record["texts"] == "texts given, reworded"
