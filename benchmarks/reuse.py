@@ -99,7 +99,7 @@ def measure(compressor: Compressor, chunks: list[str], rate: float, lengths: lis
         concepts = sum(sum(library.passage(text).n_concepts) for text in few)
         _, cache = generator.prefill(inputs(CHUNK))
         kept = {
-            f"{kind}{i}": tensor.contiguous()
+            f"{kind}{i}": tensor.half().contiguous()  # as concepts are kept
             for i, layer in enumerate(cache.layers)
             for kind, tensor in (("k", layer.keys), ("v", layer.values))
         }

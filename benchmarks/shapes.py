@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from compllm_rag.compressor import Compressor
+from compllm_rag.config import CompressorConfig
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.llm import TargetLLM
 from compllm_rag.models import resolve_model
@@ -143,13 +144,13 @@ def tokenizer_of(name: str) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
-def noisy_compressor(llm: TargetLLM) -> Compressor:
+def noisy_compressor(llm: TargetLLM, config: CompressorConfig | None = None) -> Compressor:
     """An untrained compressor whose head is filled with small noise, so that nothing can be skipped.
 
     Segments are shorter than any window, so it runs with the same plain attention for all shapes.
     """
     torch.manual_seed(0)
-    compressor = Compressor(llm)
+    compressor = Compressor(llm, config)
     compressor.decoder.config._attn_implementation = "sdpa"
     with torch.no_grad():
         compressor.head.weight.normal_(std=1e-3)

@@ -28,13 +28,12 @@ import torch
 from benchmarks.common import median_of_quotients, parser, progress, reworded, texts, trained_like, write
 from benchmarks.flops import crossover, layers_of, speed_up
 from benchmarks.memory import Peak
-from benchmarks.shapes import SHAPES, random_llm
+from benchmarks.shapes import SHAPES, attention_for, noisy_compressor, random_llm, tokenizer_of
+from benchmarks.ttft_memory import resident_peak
 from compllm_rag.compressor import Compressor
 from compllm_rag.config import CompressorConfig, GenerationConfig
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import ConceptLibrary
-from compllm_rag.llm import TargetLLM
-from compllm_rag.models import resolve_model
 from compllm_rag.prompt import ConceptSpan, PromptInputs, Span, TextSpan, lay_out
 from compllm_rag.questions import QAPrompt
 from compllm_rag.store import DiskStore, MemoryStore
@@ -183,7 +182,7 @@ def measure(case: Case, rates: list[float], rounds: int, decode: int, cold: bool
         for setting in order:
             runs[setting].append(case.run(setting, 0 if setting.mode == "bound" else decode))
             progress(f"  round {round_ + 1} of {rounds}: {setting}, {runs[setting][-1]['ttft_s']:.3f} s")
-    text = [run["ttft_s"] for run in runs[settings[0]]]
+    text, on_gpu = [run["ttft_s"] for run in runs[settings[0]]], case.llm.device.type == "cuda"
     rows = []
     for setting in settings:
         mine, positions = runs[setting], int(first[setting]["positions"])
@@ -201,7 +200,8 @@ def measure(case: Case, rates: list[float], rounds: int, decode: int, cold: bool
                 "ttft_over_bound": median_of_quotients(total, bound),
                 "ttft_over_text": median_of_quotients(total, text),
                 "kv_bytes": int(mine[0]["kv_bytes"]),
-                "peak_bytes": int(max(run["peak_bytes"] for run in mine)),
+                # On a CPU a process that has answered before tells nothing: `main` asks new ones.
+                "peak_bytes": int(max(run["peak_bytes"] for run in mine)) if on_gpu else None,
                 "ttft_all_s": total,
             }
         )
@@ -236,15 +236,9 @@ def load(args: Any) -> Compressor:
     """The compressor of an LLM, or of a shape with random weights."""
     if args.shape is None:
         return trained_like(args.llm)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(args.llm).path)
-    llm: TargetLLM = random_llm(args.shape, tokenizer, dtype=args.dtype, device=args.device, attention=args.attention)
-    depth = min(12, llm.model.config.num_hidden_layers)
-    compressor = Compressor(llm, CompressorConfig(layers=depth))
-    with torch.no_grad():
-        compressor.head.weight.normal_(0, 1e-3)
-    return compressor
+    attention = args.attention or attention_for(args.shape, args.device)
+    llm = random_llm(args.shape, tokenizer_of(args.llm), dtype=args.dtype, device=args.device, attention=attention)
+    return noisy_compressor(llm, CompressorConfig(layers=min(12, llm.model.config.num_hidden_layers)))
 
 
 def main() -> None:
@@ -258,7 +252,10 @@ def main() -> None:
     options.add_argument("--shape", choices=list(SHAPES), help="random weights of this shape, --llm's tokenizer")
     options.add_argument("--dtype", default="float32", help="of a shape: float32 or bfloat16")
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of a shape")
-    options.add_argument("--attention", default="sdpa", help="of a shape, for text and concepts alike")
+    options.add_argument(
+        "--attention", help="of a shape, for text and concepts alike (default: sdpa, with windows the best)"
+    )
+    options.add_argument("--memory", choices=["longest", "all", "none"], default="longest", help="peaks on a CPU")
     args = options.parse_args()
     compressor = load(args)
     config = compressor.llm.model.config.get_text_config()
@@ -270,6 +267,10 @@ def main() -> None:
         "attention": getattr(config, "_attn_implementation", None),
         "rates": args.rates,
         "decode": args.decode,
+        "repeats": args.repeats,
+        "cold": args.cold,
+        "device": compressor.llm.device.type,
+        "fingerprint": compressor.fingerprint,
     }
     if args.shape:
         same["shape"] = SHAPES[args.shape]
@@ -284,6 +285,8 @@ def main() -> None:
             for row in lengths[str(length)]["rows"]:
                 if row["mode"] == "concepts":
                     row["flop_bound"] = speed_up(layers, lengths[str(length)]["source_tokens"], row["rate"])
+            if args.memory == "all" or (args.memory == "longest" and length == max(args.lengths)):
+                _peaks(args, compressor, length, Path(folder), lengths[str(length)]["rows"])
             if args.json is not None:
                 args.json.write_text(json.dumps({**same, "lengths": lengths}), encoding="utf-8")
     found = {str(length): lengths[str(length)] for length in args.lengths}
@@ -296,6 +299,19 @@ def main() -> None:
         for rate in args.rates
     ]
     write({**same, "lengths": found, "crossover": crossovers}, args.json)
+
+
+def _peaks(args: Any, compressor: Compressor, length: int, folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Give each row the resident peak of a process that reads it so; a GPU's allocator has told its own."""
+    if compressor.llm.device.type == "cuda":
+        return
+    asked = {name: getattr(args, name) for name in ("llm", "shape", "dtype", "device", "attention")}
+    common = {"args": asked, "texts": str(args.texts) if args.texts else None, "length": length, "rates": args.rates}
+    for row in rows:
+        found = resident_peak({**common, "folder": str(folder), "mode": row["mode"], "rate": row["rate"]})
+        row["peak_bytes"] = found["peak_bytes"] - found["before_bytes"]
+        row["resident_peak_bytes"] = found["peak_bytes"]
+        progress(f"  peak of {Setting(row['mode'], row['rate'])}: {row['peak_bytes'] / 2**20:,.0f} MiB")
 
 
 def _former(path: Path | None, same: dict[str, Any]) -> dict[str, Any]:

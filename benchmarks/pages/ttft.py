@@ -77,7 +77,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{gain:.2f}{bound}" if row["mode"] != "text" else "–",
         number(row["thousand_tokens_s"], 1),
         number(row["kv_bytes"] / 2**20, 0),
-        number(row["peak_bytes"] / 2**20, 0),
+        number(None if row["peak_bytes"] is None else row["peak_bytes"] / 2**20, 0),
     ]
 
 

@@ -96,7 +96,7 @@ def test_it_runs_and_has_its_section(toy_folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "reuse.json").read_text())
     assert record["passages"] > 50 and set(record["streams"]) == {"zipf", "conversations"}
-    assert record["costs"]["kv_bytes"] == 2 * 2 * 2 * 8 * 4, "layers, keys and values, heads, width, float32"
+    assert record["costs"]["kv_bytes"] == 2 * 2 * 2 * 8 * 2, "layers, keys and values, heads, width, fp16"
     assert min(record["costs"][name] for name in ("compress", "fetch", "kv_load", "kv_store")) > 0
     made = page.section(tmp_path, tmp_path)
     assert made is not None and "### Conversations" in made and "| chunk KV |" in made
