@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/compllm-rag demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed-dev check
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not network and not gpu and not slow" \
+	$(BIN)/python -m pytest -n auto --dist worksteal --max-worker-restart=0 -m "not network and not gpu and not slow" \
 		--cov --cov-report=term:skip-covered --cov-fail-under=85 $(TEST_ARGS)
 
 check: $(VENV)/.installed-dev
