@@ -1,10 +1,11 @@
 """How long until the first token, and how large is the KV cache: text against concepts, and the least it could be.
 
 For contexts of several lengths, all settings in turns in a new order each round: the context as text; as concepts from
-a warm store on disk; as concepts that are compressed in line (cold). Fetching (text: tokenising), laying out and
-prefill are timed apart. The *bound* is the prefill alone of as many random embeddings. The crossover is the context
-length from which compressing in line takes no longer than reading text, measured, and by the arithmetic
-(benchmarks/flops.py).
+a warm store on disk; as concepts that are compressed in line (cold). Fetching, laying out and prefill are timed apart.
+Passages that were asked for before are remembered as token ids, for text and concepts alike; `fetch_first_s` is the
+fetch of passages that were not, with their tokenising. The *bound* is the prefill alone of as many random embeddings.
+The crossover is the context length from which compressing in line takes no longer than reading text, measured, and by
+the arithmetic (benchmarks/flops.py).
 
 `--shape qwen3-4b --dtype bfloat16 --device cuda --lengths 8192 32768 131072` measures an LLM of that shape with random
 weights (benchmarks/shapes.py), without LlamaIndex and without weights to download. Lengths that are done are kept in
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import median_of_quotients, parser, progress, reworded, texts, trained_like, write
-from benchmarks.flops import crossover, layers_of, speed_up
+from benchmarks.flops import LayerShape, crossover, layers_of, prefill, speed_up
 from benchmarks.memory import Peak
 from benchmarks.shapes import SHAPES, attention_for, noisy_compressor, random_llm, tokenizer_of
 from benchmarks.ttft_memory import resident_peak
@@ -75,6 +76,8 @@ class Case:
         self.generator = LocalGenerator(self.llm, GenerationConfig(max_new_tokens=1))
         self.prompt = QAPrompt(self.llm.tokenizer)
         self.chunks = _chunks(compressor, sources, length)
+        # Text is cut up by the same class as concepts are, so that both sides remember passages alike.
+        self.reader = ConceptLibrary(compressor, MemoryStore(self.llm.hidden_size))
         self.libraries: dict[float, ConceptLibrary] = {}
         for rate in rates:
             store = DiskStore(folder / f"{length}-{rate:g}", hidden_size=self.llm.hidden_size)
@@ -96,6 +99,7 @@ class Case:
             token = logits.argmax(-1, keepdim=True)
             self._wait()
             ended = time.perf_counter()
+            kv_bytes = _kv_bytes(cache)
             per_token = self._decode(token, cache, decode)
         return {
             "positions": inputs.inputs_embeds.shape[1],
@@ -105,16 +109,27 @@ class Case:
             "prefill_s": ended - laid_out,
             "ttft_s": ended - begun,
             "per_token_s": per_token,
-            "kv_bytes": _kv_bytes(cache),
+            "kv_bytes": kv_bytes,
             "peak_bytes": peak.bytes,
         }
+
+    def first_fetch(self, setting: Setting) -> float:
+        """Seconds to fetch passages that were not asked for before in this process, so that they are tokenised too."""
+        begun = time.perf_counter()
+        if setting.rate is None:
+            for text in self.chunks:
+                self.compressor.segmenter.split(text)
+        else:
+            library = ConceptLibrary(self.compressor, self.libraries[setting.rate].store, rate=setting.rate)
+            for text in self.chunks:
+                library.fetch(text, missing="error")
+        return time.perf_counter() - begun
 
     def _bodies(self, setting: Setting) -> tuple[list[Span], float]:
         if setting.mode == "bound":
             return [], 0.0
         if setting.rate is None:
-            ids = [tuple(t for s in self.compressor.segmenter.split(text) for t in s) for text in self.chunks]
-            return [TextSpan(each, number) for number, each in enumerate(ids)], 0.0
+            return [TextSpan(self.reader.passage(text).ids, number) for number, text in enumerate(self.chunks)], 0.0
         library, compress_s = self.libraries[setting.rate], 0.0
         if setting.mode == "cold":
             library = ConceptLibrary(self.compressor, MemoryStore(self.llm.hidden_size), rate=setting.rate)
@@ -172,7 +187,7 @@ def measure(case: Case, rates: list[float], rounds: int, decode: int, cold: bool
     """All settings in turns; medians, and round by round quotients over text and over the bound."""
     settings = [Setting("text"), *(Setting("concepts", rate) for rate in rates)]
     settings += [Setting("cold", rate) for rate in rates] if cold else []
-    first = {setting: case.run(setting, 0) for setting in settings}  # warms up, and tells the positions
+    first = {setting: case.run(setting, decode) for setting in settings}  # warms up, and tells the positions
     counts = {int(first[s]["positions"]) for s in settings}
     bounds = {n: Setting("bound", None, n) for n in sorted(counts)}
     runs: dict[Setting, list[dict[str, float]]] = {s: [] for s in [*settings, *bounds.values()]}
@@ -180,7 +195,10 @@ def measure(case: Case, rates: list[float], rounds: int, decode: int, cold: bool
     for round_ in range(rounds):
         random.Random(round_).shuffle(order)
         for setting in order:
-            runs[setting].append(case.run(setting, 0 if setting.mode == "bound" else decode))
+            taken = case.run(setting, 0 if setting.mode == "bound" else decode)
+            if setting.mode in ("text", "concepts"):
+                taken["fetch_first_s"] = case.first_fetch(setting)
+            runs[setting].append(taken)
             progress(f"  round {round_ + 1} of {rounds}: {setting}, {runs[setting][-1]['ttft_s']:.3f} s")
     text, on_gpu = [run["ttft_s"] for run in runs[settings[0]]], case.llm.device.type == "cuda"
     rows = []
@@ -189,12 +207,14 @@ def measure(case: Case, rates: list[float], rounds: int, decode: int, cold: bool
         bound = [run["prefill_s"] for run in runs[bounds[positions]]]
         total = [run["ttft_s"] for run in mine]
         medians = {name: statistics.median(run[name] for run in mine) for name in (*PARTS, "per_token_s")}
+        firsts = [run["fetch_first_s"] for run in mine if "fetch_first_s" in run]
         rows.append(
             {
                 "mode": setting.mode,
                 "rate": setting.rate,
                 "positions": positions,
                 **medians,
+                "fetch_first_s": statistics.median(firsts) if firsts else None,
                 "thousand_tokens_s": medians["ttft_s"] + 999 * medians["per_token_s"] if decode else None,
                 "bound_s": statistics.median(bound),
                 "ttft_over_bound": median_of_quotients(total, bound),
@@ -270,6 +290,7 @@ def main() -> None:
         "repeats": args.repeats,
         "cold": args.cold,
         "device": compressor.llm.device.type,
+        "threads": torch.get_num_threads(),
         "fingerprint": compressor.fingerprint,
     }
     if args.shape:
@@ -282,9 +303,7 @@ def main() -> None:
             progress(f"context of {length} tokens")
             case = Case(compressor, texts(args.texts), length, args.rates, Path(folder))
             lengths[str(length)] = measure(case, args.rates, args.repeats, args.decode, args.cold)
-            for row in lengths[str(length)]["rows"]:
-                if row["mode"] == "concepts":
-                    row["flop_bound"] = speed_up(layers, lengths[str(length)]["source_tokens"], row["rate"])
+            add_bounds(lengths[str(length)], layers)
             if args.memory == "all" or (args.memory == "longest" and length == max(args.lengths)):
                 _peaks(args, compressor, length, Path(folder), lengths[str(length)]["rows"])
             if args.json is not None:
@@ -299,6 +318,19 @@ def main() -> None:
         for rate in args.rates
     ]
     write({**same, "lengths": found, "crossover": crossovers}, args.json)
+
+
+def add_bounds(found: dict[str, Any], layers: list[LayerShape]) -> None:
+    """Put beside concepts how much faster than text the arithmetic allows them to be.
+
+    `flop_bound` takes the rate at its word; `flop_bound_positions` counts the positions that were prefilled, those of
+    the question and the lines in front of passages too, and as many concepts as there are.
+    """
+    text = found["rows"][0]["positions"]
+    for row in found["rows"]:
+        if row["mode"] == "concepts":
+            row["flop_bound"] = speed_up(layers, found["source_tokens"], row["rate"])
+            row["flop_bound_positions"] = prefill(layers, text) / prefill(layers, row["positions"])
 
 
 def _peaks(args: Any, compressor: Compressor, length: int, folder: Path, rows: list[dict[str, Any]]) -> None:

@@ -9,43 +9,50 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+import toy
 from benchmarks.pages import reuse as page
-from benchmarks.reuse import (
-    Costs,
-    PrefixCache,
-    conversation_stream,
-    fit,
-    positions,
-    simulate,
-    zipf_stream,
-)
+from benchmarks.reuse import PREFIXES, first_below, simulate, systems_of
+from benchmarks.reuse_costs import Costs, fit, load_cache
+from benchmarks.reuse_streams import PrefixCache, Sizes, conversation_stream, positions, sizes_of, zipf_stream
+from compllm_rag.compressor import Compressor
 
 ROOT = Path(__file__).parents[2]
-TOKENS = [200] * 30
-COSTS = Costs((0.0, 1e-3, 1e-7), 1e-3, 1e-3, 1e-2, 1e-2, 46_000, 600)
+N = 30
+SIZES = Sizes(text=(200,) * N, concepts=(103,) * N, head=40, marker=6, question=20)
+COSTS = Costs((0.0, 1e-3, 1e-7), 1e-3, 1e-3, 1e-2, 1e-2, 46_000, 1152)
 
 
 def test_streams_are_seeded_and_draw_some_passages_more_often() -> None:
-    first, again = (list(itertools.islice(zipf_stream(TOKENS, 3, 1.0, 7), 200)) for _ in range(2))
+    first, again = (list(itertools.islice(zipf_stream(N, 3, 1.0, 7), 200)) for _ in range(2))
     assert first == again
-    drawn = [name for prompt, _ in first for name, n in prompt if n]
+    drawn = [p for prompt in first for _, p in prompt if p >= 0]
     assert len(drawn) == 600 and len(set(drawn)) > 20
-    counts = sorted((drawn.count(name) for name in set(drawn)), reverse=True)
+    counts = sorted((drawn.count(p) for p in set(drawn)), reverse=True)
     assert counts[0] > 5 * counts[-1]
-    assert all(len({name for name, n in prompt if n}) == 3 for prompt, _ in first), "no passage twice in a prompt"
+    assert all(len({p for _, p in prompt if p >= 0}) == 3 for prompt in first), "no passage twice in a prompt"
 
 
 def test_a_turn_goes_on_where_the_last_one_ended() -> None:
-    one, two, three, other = (prompt for prompt, _ in itertools.islice(conversation_stream(TOKENS, 2, 1.0, 0, 3), 4))
+    one, two, three, other = itertools.islice(conversation_stream(N, 2, 1.0, 0, 3), 4)
     assert two[: len(one)] == one and three[: len(two)] == two
-    assert other[: len(one)] != one and sum(n > 0 for _, n in three) == 4
+    assert other[: len(one)] != one and sum(p >= 0 for _, p in three) == 4
 
 
-def test_positions_shrink_for_passages_alone() -> None:
-    prompt = [("head", 0), ("p1", 200), ("q0", 0)]
-    assert positions(prompt, 1) == [("head", 40), ("p1", 200), ("q0", 20)]
-    assert positions(prompt, 4)[1] == ("p1", 50)
+def test_positions_shrink_for_passages_but_not_for_what_stands_around_them() -> None:
+    prompt = [("head", -1), ("p1", 1), ("q0", -1)]
+    assert positions(prompt, SIZES, SIZES.text) == [("head", 40), ("p1", 206), ("q0", 20)]
+    assert positions(prompt, SIZES, SIZES.concepts)[1] == ("p1", 109)
+
+
+def test_sizes_are_those_of_the_default_prompt() -> None:
+    compressor = Compressor(toy.llm())
+    sizes = sizes_of(compressor, [toy.TEXT], 2.0)
+    n = len(compressor.segmenter.tokenize(toy.TEXT).ids)
+    assert sizes.text == (n,) and n / 2 <= sizes.concepts[0] < 0.6 * n
+    assert min(sizes.head, sizes.marker, sizes.question) > 0
 
 
 def test_the_prefix_cache_wants_the_same_beginning() -> None:
@@ -54,6 +61,7 @@ def test_the_prefix_cache_wants_the_same_beginning() -> None:
     assert cache.hit([("head", 40), ("b", 100), ("a", 100)]) == 32, "the head, in whole blocks of 16"
     assert cache.hit([("head", 40), ("a", 100), ("r", 20)]) == 128
     assert cache.hit([("a", 100)]) == 0
+    assert cache.positions == 160 + 200 + 20 + 100, "each position once"
 
 
 def test_costs_of_a_known_prefix_are_not_paid_again() -> None:
@@ -67,12 +75,51 @@ def test_the_fit_gives_back_the_curve() -> None:
     assert found == pytest.approx((0.01, 1e-3, 1e-7), rel=1e-6)
 
 
+def test_what_a_query_costs_in_each_system() -> None:
+    prompt = [("head", -1), ("p1", 1), ("p2", 2), ("q0", -1)]
+    systems = systems_of(SIZES, COSTS)
+    for system in systems.values():
+        system.ask(prompt, SIZES, COSTS)
+    spent = {name: system.spent[1] - system.spent[0] for name, system in systems.items()}
+    text, short = 40 + 2 * 206 + 20, 40 + 2 * 109 + 20
+    assert spent["text"] == pytest.approx(COSTS.read(text)) == pytest.approx(spent[PREFIXES])
+    assert spent["concepts"] == pytest.approx(COSTS.read(short) + 2 * COSTS.fetch)
+    assert spent["concepts, lazy"] == pytest.approx(spent["concepts"] + 400 * COSTS.compress)
+    assert spent["chunk KV"] == pytest.approx(COSTS.read(text, 400) + 2 * COSTS.kv_load)
+    assert systems["chunk KV"].prefilled == text - 400
+    again = [*prompt[:-1], ("q1", -1)]
+    for name in ("concepts, prefix cache", "chunk KV, prefix cache", "concepts, lazy"):
+        systems[name].ask(again, SIZES, COSTS)
+    assert systems["concepts, lazy"].spent[2] - systems["concepts, lazy"].spent[1] == pytest.approx(spent["concepts"])
+    # 258 positions are known, 256 of them in whole blocks: the second passage ends beyond and is fetched again.
+    cost = COSTS.read(short, 256) + COSTS.fetch
+    assert systems["concepts, prefix cache"].spent[2] - systems["concepts, prefix cache"].spent[1] == pytest.approx(
+        cost
+    )
+    assert systems["chunk KV, prefix cache"].prefilled <= systems["chunk KV"].prefilled + 20
+
+
+def test_breaking_even_is_for_good() -> None:
+    assert first_below([5.0, 6.0, 7.0, 8.0], [0.0, 3.0, 6.0, 9.0]) == 3
+    assert first_below([0.0, 1.0], [0.0, 1.0]) is None
+    assert first_below([1.0, 1.5, 5.0, 5.5], [0.0, 2.0, 4.0, 6.0]) == 3
+
+
+def test_a_joined_cache_holds_what_the_files_hold(tmp_path: Path) -> None:
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    parts = [torch.randn(1, 2, n, 4).half() for n in (3, 5)]
+    for path, part in zip(paths, parts, strict=True):
+        save_file({"k0": part}, path)
+    joined = load_cache(paths, torch.float32, torch.device("cpu"))["k0"]
+    assert joined.dtype == torch.float32 and torch.equal(joined, torch.cat(parts, 2).float())
+
+
 def test_concepts_pay_off_and_prefix_caching_helps_conversations_most() -> None:
     found = {
-        name: simulate(stream, TOKENS, COSTS, 2.0, 300)
+        name: simulate(stream, SIZES, COSTS, 300)
         for name, stream in (
-            ("zipf", zipf_stream(TOKENS, 3, 1.0, 0)),
-            ("conversations", conversation_stream(TOKENS, 3, 1.0, 0, 4)),
+            ("zipf", zipf_stream(N, 3, 1.0, 0)),
+            ("conversations", conversation_stream(N, 3, 1.0, 0, 4)),
         )
     }
     for stream in found.values():
@@ -82,22 +129,32 @@ def test_concepts_pay_off_and_prefix_caching_helps_conversations_most() -> None:
         assert systems["text"]["breaks_even_with_text"] is None
         once, often = (systems["concepts"]["amortised_s"][q] for q in ("1", "300"))
         assert once > often
+        assert systems["concepts, lazy"]["amortised_s"]["1"] < once
+        assert systems["chunk KV"]["kept_bytes"] == 200 * N * COSTS.kv_bytes
+        assert systems["concepts"]["kept_bytes"] == 103 * N * COSTS.concept_bytes
+        assert systems[PREFIXES]["kept_bytes"] > 0 == systems["text"]["kept_bytes"]
     share = {
-        name: s["systems"]["text, prefix cache"]["positions_per_query"] / s["systems"]["text"]["positions_per_query"]
+        name: s["systems"][PREFIXES]["positions_per_query"] / s["systems"]["text"]["positions_per_query"]
         for name, s in found.items()
     }
     assert share["conversations"] < share["zipf"]
 
 
-def test_it_runs_and_has_its_section(toy_folder: Path, tmp_path: Path) -> None:
-    words = ["--llm", toy_folder, "--repeats", 1, "--queries", 20, "--lengths", 16, 64, 128]
-    command = [sys.executable, "-m", "benchmarks.reuse", "--json", tmp_path / "reuse.json", *words]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "reuse.json").read_text())
-    assert record["passages"] > 50 and set(record["streams"]) == {"zipf", "conversations"}
+def test_it_runs_keeps_its_costs_and_has_its_section(toy_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "reuse.json"
+    words = ["--llm", toy_folder, "--repeats", 1, "--lengths", 16, 64, 128, "--queries"]
+    command = [sys.executable, "-m", "benchmarks.reuse", "--json", out, *words]
+    for queries in (20, 30):
+        done = subprocess.run(
+            list(map(str, [*command, queries])), cwd=ROOT, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        assert ("costs, round" in done.stderr) == (queries == 20)
+    record = json.loads(out.read_text())
+    assert record["passages"] > 50 and set(record["streams"]) == {"zipf", "conversations"} and record["queries"] == 30
     assert record["costs"]["kv_bytes"] == 2 * 2 * 2 * 8 * 2, "layers, keys and values, heads, width, fp16"
+    assert record["costs"]["concept_bytes"] == 64 and 0.5 < record["concepts"] / record["source_tokens"] < 0.6
     assert min(record["costs"][name] for name in ("compress", "fetch", "kv_load", "kv_store")) > 0
     made = page.section(tmp_path, tmp_path)
-    assert made is not None and "### Conversations" in made and "| chunk KV |" in made
+    assert made is not None and "### Conversations" in made and "| chunk KV, prefix cache |" in made
     assert (tmp_path / "reuse.png").stat().st_size > 1000

@@ -114,6 +114,7 @@ def test_it_runs_resumes_and_has_its_section(shape: bool, toy_folder: Path, tmp_
     parts = sum(concepts[name] for name in ("fetch_s", "layout_s", "prefill_s"))
     assert concepts["ttft_s"] == pytest.approx(parts, rel=1e-6)
     assert text["thousand_tokens_s"] > text["ttft_s"] and concepts["flop_bound"] > 1
+    assert 1 < concepts["flop_bound_positions"] < 4 and concepts["fetch_first_s"] > 0
     assert [row["rate"] for row in record["crossover"]] == [2.0]
     made = page.section(tmp_path, tmp_path)
     assert made is not None and "| concepts, rate 2 |" in made and "Crossover" in made
