@@ -2,9 +2,10 @@
 
 The corpus is ingested into a storage, the top k documents of each question are retrieved from it, and the question is
 answered with them as text, as concepts, and without any. Recall of the gold documents stands beside. `--in-context`
-puts the whole corpus into the prompt instead (corpus in context), which wants an LLM with a long window and a GPU.
+puts the whole corpus into the prompt instead (corpus in context), which wants an LLM with a long window and a GPU; for
+an LLM that cannot read it the JSON says so.
 
-What is done is kept in the JSON after every k, and not done again for the same settings.
+What is done is kept in the JSON after every k or setting, and not done again for the same settings.
 """
 
 from __future__ import annotations
@@ -20,21 +21,20 @@ from llama_index.core import Document
 
 from benchmarks.common import parser, progress, write
 from benchmarks.loft_data import LoftSet, Query, load
-from benchmarks.loft_metrics import multi_value, single_value
+from benchmarks.loft_in_context import CONTEXT_TOKENS, corpus_in_context, done_before, read_by
+from benchmarks.loft_metrics import scores
+from benchmarks.loft_prompts import ALL_OF_THEM
 from compllm_rag import ConceptIndex
 from compllm_rag.compressor import Compressor
-from compllm_rag.config import GenerationConfig
 from compllm_rag.errors import CompLLMError
-from compllm_rag.evaluation.asking import Asker
-from compllm_rag.evaluation.bodies import Segmented, Setting
 from compllm_rag.evaluation.results import EvalConfig, EvalResult
 from compllm_rag.evaluation.runner import evaluate_many, in_seeded_order
-from compllm_rag.evaluation.statistics import Record
 from compllm_rag.questions import Question
 
 RECALL_AT = (1, 2, 5, 10)
 DEFAULT_DATA = "eval/loft_nq_128k"
-_RESAMPLES = 1000
+# Tokens of an answer: one value, or a list.
+VALUE_TOKENS, LIST_TOKENS = 24, 96
 _KEPT = ("n", "em", "f1", "subspan_em", "nll", "recovered", "positions", "achieved_rate", "intervals", "paired")
 
 
@@ -71,20 +71,8 @@ def recall(queries: Iterable[Query], ranked: dict[str, list[str]]) -> dict[str, 
 
 def passages(loft: LoftSet, queries: Iterable[Query], ranked: dict[str, list[str]], k: int) -> list[Question]:
     """Questions over their first k documents."""
-    return [loft.ask(query, [loft.documents[name] for name in ranked[query.id][:k]]) for query in queries]
-
-
-def scores(loft: LoftSet, queries: dict[str, Query], records: Iterable[Record], seed: int = 0) -> dict[str, Any]:
-    """LOFT's metrics over the records of a setting, each with its bootstrap 95 % interval over questions."""
-    score = multi_value if loft.multi_value else single_value
-    rows = [score(record.answer or "", queries[record.id].answers) for record in records]
-    drawn = np.random.default_rng(seed).integers(0, len(rows), size=(_RESAMPLES, len(rows)))
-    made = {}
-    for name in rows[0]:
-        values = np.array([row[name] for row in rows])
-        low, high = np.percentile(values[drawn].mean(1), [2.5, 97.5])
-        made[name] = {"value": float(values.mean()), "interval": [float(low), float(high)]}
-    return made
+    request = ALL_OF_THEM if loft.multi_value else ""
+    return [loft.ask(query, [loft.documents[name] for name in ranked[query.id][:k]], request) for query in queries]
 
 
 def tenths() -> Callable[[str, float | None], None]:
@@ -98,25 +86,6 @@ def tenths() -> Callable[[str, float | None], None]:
             progress(f"{message}, {10 * now[1]} %")
 
     return show
-
-
-def in_context(loft: LoftSet, compressor: Compressor, queries: list[Query], settings: list[Any], config: Any) -> Any:
-    """All documents in one prompt, in the order of the file; or why that cannot be."""
-    everything, segmented = list(loft.documents.values()), Segmented(compressor)
-    generation = GenerationConfig(max_new_tokens=config.max_new_tokens)
-    made = []
-    for mode, rate in settings:
-        asker = Asker(compressor, Setting.of(mode, rate), segmented, generation)
-        needed, window = max(asker.room(loft.ask(query, everything)) for query in queries), asker.window
-        row = {"mode": mode, "rate": rate, "positions": needed, "window": window}
-        if needed > window:
-            made.append(row | {"left_out": f"the prompt takes {needed} positions, the LLM reads {window}"})
-            continue
-        # Not `evaluate_many`: it leaves out what does not fit as text, and reads the text again for every setting.
-        asked = [loft.ask(query, everything) for query in queries]
-        records = asker.ask(asked, batch_size=1, answer=True, progress=lambda _: None)
-        made.append(row | {"loft": scores(loft, {q.id: q for q in queries}, records)})
-    return made
 
 
 def _values(result: EvalResult) -> dict[str, Any]:
@@ -135,35 +104,38 @@ def main() -> None:
     options.add_argument("--rates", type=float, nargs="+", default=[2.0, 4.0])
     options.add_argument("--limit", type=int, help="ask only N questions, in seeded order")
     options.add_argument("--batch-size", type=int, default=16)
-    options.add_argument("--max-new-tokens", type=int, default=24)
+    options.add_argument(
+        "--max-new-tokens",
+        type=int,
+        help=f"default: {VALUE_TOKENS}, {LIST_TOKENS} where lists are asked for, {CONTEXT_TOKENS} with --in-context",
+    )
     options.add_argument("--in-context", action="store_true", help="the whole corpus in the prompt, no retrieval")
     args = options.parse_args()
     if args.loft is None and args.data_dir is None:
         options.error("--data-dir or --loft is needed")
-    loft = load(args.loft or args.data_dir / DEFAULT_DATA, args.split)
+    folder = args.loft or args.data_dir / DEFAULT_DATA
+    loft = load(folder, args.split)
     queries = in_seeded_order(loft.queries, limit=args.limit)
-    config = EvalConfig(batch_size=args.batch_size, max_new_tokens=args.max_new_tokens)
     settings: list[tuple[str, float | None]] = [("text", None), *(("concepts", rate) for rate in args.rates)]
+    base = {"set": loft.name, "note": loft.note, "documents": len(loft.documents), "n": len(queries)}
+    if not loft.note:
+        base["split"] = args.split
+    (corpus_in_context if args.in_context else _retrieved)(args, loft, queries, settings, base, folder)
+
+
+def _retrieved(
+    args: Any, loft: LoftSet, queries: list[Query], settings: list[Any], base: dict[str, Any], _: Path
+) -> None:
+    """Recall, and answers over the first k documents."""
+    longest = args.max_new_tokens or (LIST_TOKENS if loft.multi_value else VALUE_TOKENS)
+    config = EvalConfig(batch_size=args.batch_size, max_new_tokens=longest)
     with tempfile.TemporaryDirectory() as scratch:
         index = open_storage(loft, args.storage or Path(scratch) / "storage", args.llm, args.embedder)
-        compressor = index.compressor
-        base = {
-            "set": loft.name,
-            "note": loft.note,
-            "documents": len(loft.documents),
-            "n": len(queries),
-            "llm": compressor.llm.source,
-            "fingerprint": compressor.fingerprint,
-            "embedder": index.manifest.embedder,
-        }
-        if args.in_context:
-            rows = in_context(loft, compressor, queries, settings, config)
-            write({**base, "in_context": rows}, args.json)
-            return
+        compressor, embedder = index.compressor, index.manifest.embedder
         ranked = ranking(index, queries, max([*RECALL_AT, *args.ks]))
         index.close()
-    same = {**base, "rates": args.rates, "max_new_tokens": args.max_new_tokens}
-    done = _done(args.json, same)
+    same = {**base, **read_by(compressor), "embedder": embedder, "rates": args.rates, "max_new_tokens": longest}
+    done = done_before(args.json, same, "top", {})
     for k in args.ks:
         if str(k) not in done:
             done[str(k)] = _one(loft, compressor, queries, passages(loft, queries, ranked, k), settings, config)
@@ -172,17 +144,6 @@ def main() -> None:
         if args.json is not None and k != args.ks[-1]:
             args.json.write_text(json.dumps(record), encoding="utf-8")
     write(record, args.json)
-
-
-def _done(path: Path | None, same: dict[str, Any]) -> dict[str, Any]:
-    """What a former run with the same settings has finished."""
-    if path is None or not path.exists():
-        return {}
-    try:
-        former: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return {}
-    return dict(former.get("top", {})) if {name: former.get(name) for name in same} == same else {}
 
 
 def _one(

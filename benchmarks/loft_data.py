@@ -60,10 +60,16 @@ class LoftSet:
         """Whether an answer is a list of values."""
         return self.name in MULTI_VALUE
 
-    def ask(self, query: Query, passages: list[SourcePassage]) -> Question:
-        """A question over passages; a list of values is one gold answer, as the likelihood sees it."""
+    def ask(self, query: Query, passages: list[SourcePassage], request: str = "") -> Question:
+        """A question over passages; a list of values is one gold answer, as the likelihood sees it.
+
+        Args:
+            query: What is asked.
+            passages: In the order in which they are shown.
+            request: Stands behind the question, such as how to answer.
+        """
         answers = (", ".join(query.answers),) if self.multi_value else query.answers
-        return Question(query.id, tuple(passages), query.question, answers)
+        return Question(query.id, tuple(passages), f"{query.question} {request}".rstrip(), answers)
 
 
 def load(folder: Path, split: str = "dev") -> LoftSet:

@@ -3,6 +3,9 @@
 As its evaluation code defines them (google-deepmind/loft, evaluation/rag.py), written anew. A list's subspan_em pairs
 gold and answered values one to one so that as many as possible match, a match being containment either way: a single
 letter can thus match. Coverage, which wants values to be equal, stands beside it for that reason.
+
+Two things are stricter here: a single gold value of which normalising leaves nothing must be met exactly (there every
+answer contains it), and an answer without values counts as coverage 0 (there it is left out of the mean).
 """
 
 from __future__ import annotations
@@ -10,12 +13,15 @@ from __future__ import annotations
 import ast
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from benchmarks.loft_data import LoftSet, Query
 from compllm_rag.evaluation.metrics import exact_match, f1, first_line, normalize, subspan_match
+from compllm_rag.evaluation.statistics import RESAMPLES, Record
 
 # An apostrophe within a word would end a Python string that stands between apostrophes.
 _WITHIN_WORD = re.compile(r"(?<=\w)'(?=\w)")
@@ -85,3 +91,16 @@ def multi_value(answer: str, golds: Sequence[str]) -> dict[str, float]:
 
 def _plain(text: str) -> str:
     return unicodedata.normalize("NFD", text)
+
+
+def scores(loft: LoftSet, queries: Mapping[str, Query], records: Iterable[Record], seed: int = 0) -> dict[str, Any]:
+    """LOFT's metrics over the records of a setting, each with its bootstrap 95 % interval over questions."""
+    score = multi_value if loft.multi_value else single_value
+    rows = [score(record.answer or "", queries[record.id].answers) for record in records]
+    drawn = np.random.default_rng(seed).integers(0, len(rows), size=(RESAMPLES, len(rows)))
+    made = {}
+    for name in rows[0]:
+        values = np.array([row[name] for row in rows])
+        low, high = np.percentile(values[drawn].mean(1), [2.5, 97.5])
+        made[name] = {"value": float(values.mean()), "interval": [float(low), float(high)]}
+    return made

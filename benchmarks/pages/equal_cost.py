@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ def section(results: Path, docs: Path) -> str | None:
         "",
         f"{record['set']}, {record['n']} questions, `{record['llm']}`: fewer documents as text against more of "
         f"them as concepts. TTFT is the median over {record['timed']} of the questions, from a warm store, all "
-        "settings in turns. Brackets are bootstrap 95 % intervals over questions; differences are paired. "
-        + record["note"],
+        "settings in turns. Brackets are bootstrap 95 % intervals over questions, of TTFT ratios the least and the "
+        "most over the same questions in the same rounds; differences are paired. " + record["note"],
         "",
         f"{source(record)}.",
         "",
@@ -41,23 +42,27 @@ def section(results: Path, docs: Path) -> str | None:
         cells += [number(row["ttft_s"], 2), with_interval(row["f1"], row["interval"]), number(row["subspan_em"])]
         lines.append("| " + " | ".join([*cells, number(row["nll"], 2)]) + " |")
     for name, title in (("equal_positions", "prompt positions"), ("equal_ttft", "TTFT")):
-        lines += ["", f"At the most equal {title}:", "", *_pairs(record[name])]
+        lines += ["", f"At the most equal {title}:", "", *_pairs(record[name], record["rows"])]
     return "\n".join([*lines, "", "![F1 over TTFT](equal_cost.png)", ""])
 
 
-def _pairs(rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["| text, top | concepts, top | rate | cost / text | F1 text | F1 concepts | difference |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for row in rows:
-        low, high = row["interval"]
-        cells = [str(row["text_k"]), str(row["concepts_k"]), f"{row['rate']:g}", f"{row['cost_ratio']:.2f}"]
-        cells += [
-            number(row["f1_text"]),
-            number(row["f1_concepts"]),
-            f"{row['difference']:+.1f} [{low:+.1f}, {high:+.1f}]",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+def _pairs(pairs: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[str]:
+    head = ["text, top", "concepts, top", "rate", "cost / text", "TTFT / text", "F1 text", "F1 concepts", "difference"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    known = {(row["mode"], row["rate"], row["k"]): row["ttft_all_s"] for row in rows}
+    for pair in pairs:
+        low, high = pair["interval"]
+        timed = known["concepts", pair["rate"], pair["concepts_k"]], known["text", None, pair["text_k"]]
+        cells = [str(pair["text_k"]), str(pair["concepts_k"]), f"{pair['rate']:g}", f"{pair['cost_ratio']:.2f}"]
+        cells += [_ratio(*timed), number(pair["f1_text"]), number(pair["f1_concepts"])]
+        lines.append("| " + " | ".join([*cells, f"{pair['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"]) + " |")
     return lines
+
+
+def _ratio(over: list[float], under: list[float]) -> str:
+    """Median and range of quotients of the same question in the same round."""
+    quotients = [a / b for a, b in zip(over, under, strict=True)]
+    return f"{statistics.median(quotients):.2f} [{min(quotients):.2f}, {max(quotients):.2f}]"
 
 
 def plot(record: dict[str, Any], path: Path) -> None:

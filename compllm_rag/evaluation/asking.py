@@ -27,6 +27,7 @@ class Asker:
         generation: Limits of an answer.
         bodies: What stands for passages in place of what the setting says, such as a rival's; its positions are counted
             as those of concepts are. None follows the setting.
+        prompt: Lays out passages and question; None takes the default prompt.
 
     Raises:
         ConfigurationError, RateOutOfReachError: The rate cannot be kept.
@@ -39,10 +40,11 @@ class Asker:
         segmented: Segmented,
         generation: GenerationConfig,
         bodies: PassageBodies | None = None,
+        prompt: QAPrompt | None = None,
     ) -> None:
         self._llm, self._setting, self._segmented = compressor.llm, setting, segmented
         self._generator = ScoringGenerator(compressor.llm, generation)
-        self._prompt = QAPrompt(compressor.llm.tokenizer)
+        self._prompt = prompt or QAPrompt(compressor.llm.tokenizer)
         self._counted = bodies is not None or setting.mode in COMPRESSED
         self._bodies: PassageBodies = bodies or Bodies(compressor, setting, segmented)
         self._end = int(compressor.llm.tokenizer.eos_token_id)

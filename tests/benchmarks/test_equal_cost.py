@@ -1,0 +1,74 @@
+"""Equal cost: settings, pairs, and the benchmark on a toy corpus."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.equal_cost import pairs, settings
+from benchmarks.loft_data import squad
+from benchmarks.pages import equal_cost as equal_cost_page
+from loft_corpus import options, reconstructed, run, write
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reconstructed(tmp_path_factory.mktemp("loft"))
+
+
+def test_paragraphs_of_squad_are_a_corpus(tmp_path: Path) -> None:
+    rows = [
+        {"title": f"T{n}", "context": f"Text {n}.", "qas": [{"id": f"q{n}", "question": "Who?", "answers": ["A", "A"]}]}
+        for n in range(5)
+    ]
+    write(tmp_path / "squad.jsonl.gz", rows)
+    made = squad(tmp_path / "squad.jsonl.gz", every=2)
+    assert list(made.documents) == ["2", "4"], "lines are counted from 1"
+    assert made.documents["2"].title == "T1" and made.documents["2"].text == "Text 1."
+    assert [(q.id, q.answers, q.gold) for q in made.queries] == [("q1", ("A",), ("2",)), ("q3", ("A",), ("4",))]
+
+
+def test_as_many_documents_as_concepts_as_cost_what_text_costs() -> None:
+    positions = {(None, k): 60.0 + 120 * k for k in range(1, 17)} | {(4.0, k): 60.0 + 42 * k for k in range(1, 17)}
+    made = settings([1, 2, 4], [4.0], positions)
+    assert [k for mode, _, k in made if mode == "text"] == [1, 2, 4]
+    assert [k for _, rate, k in made if rate == 4.0] == [1, 2, 3, 4, 6, 11]
+
+
+def test_pairs_are_of_the_nearest_cost_and_paired_by_question() -> None:
+    text = {"mode": "text", "rate": None, "k": 1, "positions": 100, "f1": 50, "f1_by_question": {"a": 100, "b": 0}}
+    near = {"mode": "concepts", "rate": 2.0, "k": 2, "positions": 105, "f1": 75, "f1_by_question": {"b": 50, "a": 100}}
+    far = near | {"k": 1, "positions": 55}
+    (pair,) = pairs([text, far, near], "positions")
+    assert (pair["concepts_k"], pair["difference"], pair["cost_ratio"]) == (2, 25, 1.05)
+    assert pair["interval"] == [0, 50]
+
+
+def test_equal_cost_runs_resumes_and_has_its_section(data: Path, toy_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "equal_cost.json"
+    words = [
+        *options(data, toy_folder),
+        "--loft",
+        data / "eval/loft_nq_128k",
+        "--text-ks",
+        1,
+        "--rates",
+        2,
+        "--most",
+        2,
+        "--repeats",
+        1,
+        "--timed",
+        2,
+    ]
+    record, _ = run("equal_cost", out, *words)
+    assert [(row["mode"], row["k"]) for row in record["rows"]] == [("text", 1), ("concepts", 1), ("concepts", 2)]
+    assert all(len(row["ttft_all_s"]) == 2 and row["ttft_s"] > 0 for row in record["rows"])
+    assert [pair["text_k"] for pair in record["equal_positions"] + record["equal_ttft"]] == [1, 1]
+    again, log = run("equal_cost", out, *words)
+    assert "questions" not in log
+    assert again["rows"][0]["f1_by_question"] == record["rows"][0]["f1_by_question"]
+    page = equal_cost_page.section(tmp_path, tmp_path)
+    assert page is not None and "At the most equal TTFT" in page and "| TTFT / text |" in page
+    assert (tmp_path / "equal_cost.png").stat().st_size > 1000
