@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -57,6 +58,12 @@ def run(command: Sequence[str], limit: float = LIMIT_S) -> subprocess.CompletedP
         out = process.stdout.read()
         code = process.wait(limit)
         return subprocess.CompletedProcess(list(command), code, out, errors(process))
+
+
+def hearing_interrupts(command: Sequence[str]) -> list[str]:
+    """The command as a process that ends at SIGINT: a shell starts its background jobs deaf to it, and so on down."""
+    script = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    return [sys.executable, "-c", script, *command]
 
 
 def said(process: subprocess.Popen[str]) -> str:

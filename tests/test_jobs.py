@@ -13,6 +13,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+import processes
 import toy
 from toy_embedder import save_sentence_transformer
 
@@ -34,7 +35,9 @@ def test_the_job_is_taken_up_after_a_ctrl_c(tmp_path: Path, toy_folder: Path, em
     command = [sys.executable, str(ROOT / "pipelines" / "ingest.py"), str(tmp_path / "rows.jsonl")]
     command += ["--storage", str(tmp_path / "s"), "--llm", str(toy_folder), "--embedder", str(embedder_folder)]
     command += ["--log", str(log)]
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        processes.hearing_interrupts(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 240
     while not log.exists() and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)

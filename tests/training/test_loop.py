@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import processes
 import toy
 from compllm_rag.compressor import Compressor
 from compllm_rag.errors import ConfigurationError, DivergedError, UnsupportedFormatError
@@ -122,7 +123,8 @@ def test_an_interrupt_ends_after_the_step_and_a_kill_loses_little(world: Path, t
         "print(train(task(Path(sys.argv[1])), run, Path(sys.argv[2]))['interrupted'])\n"
     )
     for number, expected in ((signal.SIGINT, "True"), (signal.SIGKILL, "")):
-        process = subprocess.Popen(child(script, world, tmp_path / "out"), stdout=subprocess.PIPE, text=True)
+        command = processes.hearing_interrupts(child(script, world, tmp_path / "out"))
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         seen = _last_step(tmp_path / "out")
         try:
             _wait(lambda seen=seen: _last_step(tmp_path / "out") >= seen + 3)
