@@ -82,7 +82,10 @@ def _probes(record: dict[str, Any]) -> list[str]:
         "| kind | n | " + " | ".join(names) + " |",
         "|" + "---|" * (len(names) + 2),
     ]
-    for kind, cell in record["kinds"][0].items():
+    # A needle's depths in their order behind it: "needle at 25 %" by its number, everything else by name.
+    order = sorted(record["kinds"][0], key=lambda kind: [int(w) if w.isdigit() else -1 for w in kind.split()])
+    for kind in sorted(order, key=lambda kind: kind.split(" at ")[0]):
+        cell = record["kinds"][0][kind]
         values = [_number(kinds[kind]["f1"], 0) for kinds in record["kinds"]]
         lines.append(f"| {kind} | {cell['n']} | " + " | ".join(values) + " |")
     return [*lines, ""]

@@ -26,7 +26,7 @@ def section(results: Path, docs: Path) -> str | None:
 def _bare(record: dict[str, Any]) -> list[str]:
     lines = [
         "Compressing into a store on disk (tokenise, cut, choose anchors, compress, write, fsync) against a bare "
-        f"batched forward of the same tokens and anchors through the same {record['layers'] or 'all'} layers:",
+        f"batched forward of the same tokens and anchors through {_layers(record['layers'])}:",
         "",
         f"{source(record)}.",
         "",
@@ -38,6 +38,10 @@ def _bare(record: dict[str, Any]) -> list[str]:
         spread = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
         lines.append(f"| {row['source_tokens']:,} | {number(row['tokens_per_s']['ensure'], 0)} | {spread} |")
     return [*lines, ""]
+
+
+def _layers(number_: int | None) -> str:
+    return f"the same {number_} layers" if number_ else "all layers"
 
 
 def _scale(record: dict[str, Any]) -> list[str]:

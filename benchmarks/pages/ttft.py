@@ -129,6 +129,10 @@ def plot(record: dict[str, Any], path: Path) -> None:
     panel.plot([], [], linestyle=":", color="gray", label="bound: the prefill alone")
     panel.set_xscale("log")
     panel.set_yscale("log")
+    contexts = [found["source_tokens"] for found in record["lengths"].values()]
+    panel.set_xticks(contexts, [f"{n:,}" for n in contexts])
+    panel.minorticks_off()
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     panel.set_xlabel("context (source tokens)")
     panel.set_ylabel("TTFT (s)")
     panel.legend(frameon=False, fontsize="small")
