@@ -1,10 +1,12 @@
-"""What to do when a device has no memory left for a step."""
+"""What to do when a device has no memory left for a step, and how to give back what is kept for later."""
 
 from __future__ import annotations
 
+import ctypes
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
@@ -26,9 +28,22 @@ def memory_trouble(error: BaseException) -> str | None:
 
 
 def release_unused(device: torch.device) -> None:
-    """Give memory that the allocator keeps for later back to the device."""
+    """Give memory that the allocator keeps for later back to the device, or to the system."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    trim = _malloc_trim()
+    if trim is not None:
+        # Batches of many lengths leave holes behind that glibc keeps: a long ingestion would seem to leak.
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """Of glibc; None under another C library."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return None
 
 
 @contextmanager

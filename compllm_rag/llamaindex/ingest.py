@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from llama_index.core.schema import BaseNode, Document, MetadataMode
 
+from compllm_rag.device_memory import release_unused
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.llamaindex.kvstore import CatalogKVStore
 from compllm_rag.llamaindex.origins import Origins
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 _BATCH_CHARS = 400_000
 # Seconds between commits: each one writes the whole FAISS index, and what lies after it is lost in a crash.
 _COMMIT_EVERY_S = 60.0
+# From so many segments on, compressing takes so long that the time to tidy memory up does not count beside it.
+_MANY_SEGMENTS = 256
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,8 @@ def _ingest_batch(index: ConceptIndex, documents: list[Document], report: Ingest
     replace_documents(index, changed, nodes)
     for document in documents:
         index.origins.record(document)
+    if made.compressed >= _MANY_SEGMENTS:
+        release_unused(index.library.compressor.llm.device)
     totals = [index.accounts.of_document(d.id_) for d in documents]
     segments = sum(t.segments for t in totals)
     return replace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from llama_index.core import Document
 import toy
 from compllm_rag import Compressor
 from compllm_rag.errors import DeviceMemoryError
+from processes import run as run_process
 from tests.faults.fault_samples import QUESTION, check_whole, create, documents, filled, load, run, sound
 
 Refuse = Callable[[torch.Tensor], bool]
@@ -163,3 +165,25 @@ def test_a_real_shortage_of_memory() -> None:
         "print(made._most_positions < 2**22, all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, expected)))\n"
     )
     assert done.stdout == "True True\n", done.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc and glibc")
+def test_what_the_allocator_keeps_goes_back_to_the_system() -> None:
+    # Many blocks, too large for Python's own allocator and too small for pages of their own, under one that stays.
+    done = run_process(
+        [
+            sys.executable,
+            "-c",
+            "import torch\n"
+            "from benchmarks.memory import resident\n"
+            "from compllm_rag.device_memory import release_unused\n"
+            "blocks = [bytes(4000) for _ in range(50_000)]\n"
+            "last = bytes(4000)\n"
+            "del blocks\n"
+            "before = resident()\n"
+            "release_unused(torch.device('cpu'))\n"
+            "print(before - resident())\n",
+        ]
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 100 * 2**20
