@@ -1,8 +1,8 @@
 """What do answers lose when passages are read as concepts? Text, concepts, pruning and nothing, on several sets.
 
 Reads evaluation sets from a folder (`--data-dir`, with `eval/*.jsonl.gz`), writes one JSON file a set as soon as that
-set is done, and leaves out sets that are done for the same compressor, so it can be interrupted and run again. The
-probes need no data. `python -m benchmarks.report` turns the files into docs/quality.md.
+set is done, and keeps each setting that is done beside it (SET.records.jsonl), so it can be interrupted and run again.
+The probes need no data. `python -m benchmarks.report` turns the files into docs/quality.md.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.common import command, environment, parser, progress
+from compllm_rag.evaluation.journal import Journal
 from compllm_rag.evaluation.probes import probe_file
 from compllm_rag.evaluation.results import EvalConfig
 from compllm_rag.evaluation.runner import evaluate_many
@@ -99,6 +100,7 @@ def _one(name: str, path: Path, chosen: EvalSet, limit: int | None, compressor: 
         config=config,
         data=path.name,
         progress=_Steps(),
+        journal=Journal(args.out / f"{name}.records.jsonl"),
     )
     record: dict[str, Any] = {
         "command": command(sys.argv),

@@ -33,6 +33,7 @@ from compllm_rag.config import GenerationConfig
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.evaluation.asking import Asker
 from compllm_rag.evaluation.bodies import Segmented, Setting
+from compllm_rag.evaluation.journal import Journal
 from compllm_rag.evaluation.statistics import Record, Statistics, statistics
 from compllm_rag.loading import load_compressor_for
 from compllm_rag.questions import Question, read_questions
@@ -85,11 +86,7 @@ class Parts:
     """
 
     def __init__(self, path: Path | None, same: dict[str, Any]) -> None:
-        self._path, self._same, self._known = path, same, dict[str, dict[str, Any]]()
-        if path is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                part = json.loads(line)
-                self._known[part["key"]] = part
+        self._same, self._journal = same, Journal(path)
 
     def outcome(self, rival: Baseline, task: Task, rate: float) -> tuple[Outcome, float]:
         """A rival's outcome and the seconds it took, from the file if it is there.
@@ -99,26 +96,19 @@ class Parts:
         """
         what = {**self._same, "rival": rival.name, "settings": rival.settings()}
         what["rate"] = rate if rival.compresses else None
-        key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
         label = f"{rival.title} at rate {rate:g}" if rival.compresses else rival.title
-        if key not in self._known:
+        known = self._journal.get(what)
+        if known is None:
             progress(f"{label}: {len(task.questions)} questions")
             begun = time.perf_counter()
             made = rival.ask(task, rate)
-            part = {"key": key, "rival": rival.name, "rate": what["rate"], "seconds": time.perf_counter() - begun}
-            self._add(part | asdict(made))
-            progress(f"{label}: {part['seconds']:.0f} s")
+            known = {"seconds": time.perf_counter() - begun} | asdict(made)
+            self._journal.put(what, known)
+            progress(f"{label}: {known['seconds']:.0f} s")
         else:
             progress(f"{label}: done before")
-        known = self._known[key]
-        records = [Record(**{**record, "golds": tuple(record["golds"])}) for record in known["records"]]
+        records = [Record.from_dict(record) for record in known["records"]]
         return Outcome(records, known["prefilled"], known["prepare_s"], known["notes"]), known["seconds"]
-
-    def _add(self, part: dict[str, Any]) -> None:
-        self._known[part["key"]] = part
-        if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(part) + "\n")
 
 
 def measure(task: Task, rivals: Sequence[Baseline], rates: Sequence[float], parts: Parts) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What do answers lose when concepts are stored in fewer bits?
 
 The questions of a file are asked with passages as text, as concepts in fp16, int8 and int4, and without passages, all
-the same questions. Differences to fp16 are paired; their intervals are bootstrap 95 % intervals over questions.
+the same questions. Differences to fp16 are paired; their intervals are bootstrap 95 % intervals over questions. What
+is done is kept beside the result (OUT.records.jsonl), so it can be interrupted and run again.
 `python -m benchmarks.report` puts them into docs/storage.md.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import parser, progress, write
+from compllm_rag.evaluation.journal import Journal
 from compllm_rag.evaluation.results import EvalConfig, EvalResult
 from compllm_rag.evaluation.runner import evaluate_many
 from compllm_rag.loading import load_compressor_for
@@ -45,7 +47,9 @@ def _with(value: float, drawn: np.ndarray) -> dict[str, Any]:
     return {"difference": value, "interval": np.percentile(drawn, [2.5, 97.5]).tolist()}
 
 
-def measure(compressor: Any, path: Path, rates: Sequence[float], config: EvalConfig) -> dict[str, Any]:
+def measure(
+    compressor: Any, path: Path, rates: Sequence[float], config: EvalConfig, journal: Journal
+) -> dict[str, Any]:
     """All encodings at all rates, on the same questions."""
     settings: list[Any] = [("text", None), ("none", None)]
     settings += [("concepts", rate, name) for rate in rates for name in ENCODINGS]
@@ -56,7 +60,9 @@ def measure(compressor: Any, path: Path, rates: Sequence[float], config: EvalCon
             last[:] = [message]
             progress(message)
 
-    found = evaluate_many(compressor, read_questions(path), settings, config=config, data=path.name, progress=show)
+    found = evaluate_many(
+        compressor, read_questions(path), settings, config=config, data=path.name, progress=show, journal=journal
+    )
     text, none, rows = found[0], found[1], []
     for (_, rate, name), result in zip(settings[2:], found[2:], strict=True):
         fp16 = next(r for s, r in zip(settings, found, strict=True) if s == ("concepts", rate, "fp16"))
@@ -88,7 +94,8 @@ def main() -> None:
         "trained": bool(compressor.head.weight.any()),
         "data": args.data.name,
     }
-    write(record | measure(compressor, args.data, args.rates, config), args.json)
+    journal = Journal(args.json.with_suffix(".records.jsonl") if args.json else None)
+    write(record | measure(compressor, args.data, args.rates, config, journal), args.json)
 
 
 if __name__ == "__main__":

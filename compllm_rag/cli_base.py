@@ -22,6 +22,7 @@ Offline = Annotated[bool, typer.Option("--offline", help="Never touch the networ
 
 KEPT = "interrupted; what was finished is kept, run the same command again to go on"
 LOST = "interrupted; nothing was kept"
+LOST_WITHOUT_JOURNAL = "interrupted; what was finished is kept where --journal says, without it nothing was"
 
 
 def reported(command: Callable[..., None], *, interrupted: str = KEPT) -> Callable[..., None]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from compllm_rag.cli_base import LOST, AsJson, Offline, print_json, progress_show, reported
+from compllm_rag.cli_base import LOST, LOST_WITHOUT_JOURNAL, AsJson, Offline, print_json, progress_show, reported
 from compllm_rag.config import DEFAULT_LLM
 from compllm_rag.errors import ConfigurationError
 
@@ -33,12 +33,16 @@ Adapter = Annotated[
 BatchSize = Annotated[int, typer.Option(min=1, help="Questions of one batch.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 Records = Annotated[Path | None, typer.Option(help="Write one JSON line per question there.")]
+Kept = Annotated[
+    Path | None,
+    typer.Option("--journal", help="Keep what is done there: after an interruption the same command goes on from it."),
+]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    app.command("eval")(reported(eval_command, interrupted=LOST))
+    app.command("eval")(reported(eval_command, interrupted=LOST_WITHOUT_JOURNAL))
     app.command("probe")(reported(probe_command, interrupted=LOST))
 
 
@@ -56,6 +60,7 @@ def eval_command(
     max_new_tokens: MaxNewTokens = 24,
     no_generate: Annotated[bool, typer.Option("--no-generate", help="Likelihoods only: no answers, no F1.")] = False,
     records: Records = None,
+    journal: Kept = None,
     dtype: Dtype = None,
     offline: Offline = False,
     as_json: AsJson = False,
@@ -69,6 +74,7 @@ def eval_command(
     Example: compllm-rag eval --data squad_dev.jsonl.gz --mode concepts --rate 2 --limit 200
     """
     from compllm_rag.evaluation.bodies import Setting
+    from compllm_rag.evaluation.journal import Journal
     from compllm_rag.evaluation.results import EvalConfig, record_lines
     from compllm_rag.evaluation.runner import evaluate
     from compllm_rag.questions import read_questions
@@ -84,9 +90,19 @@ def eval_command(
     )
     questions = read_questions(data)
     _check_target(records)
+    kept = Journal(journal)
     with progress_show(as_json) as show:
         made = _load(llm, reader, compressor, dtype, offline, show)
-        result = evaluate(made, questions, mode=mode, rate=rate, config=config, data=data.name, progress=show.fetching)
+        result = evaluate(
+            made,
+            questions,
+            mode=mode,
+            rate=rate,
+            config=config,
+            data=data.name,
+            progress=show.fetching,
+            journal=kept,
+        )
     _write(records, record_lines([result]))
     if as_json:
         print_json(result.to_dict())

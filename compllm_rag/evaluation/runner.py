@@ -6,17 +6,21 @@ are run once and serve every setting.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TypeVar
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
 
+from compllm_rag import __version__
 from compllm_rag.compressor import Compressor
 from compllm_rag.config import GenerationConfig
 from compllm_rag.errors import ConfigurationError, PromptTooLongError
 from compllm_rag.evaluation.asking import Asker
 from compllm_rag.evaluation.bodies import Segmented, Setting
+from compllm_rag.evaluation.journal import Journal
 from compllm_rag.evaluation.results import METRICS, EvalConfig, EvalResult
 from compllm_rag.evaluation.statistics import Record, statistics
 from compllm_rag.questions import Question, QuestionFile
@@ -35,6 +39,7 @@ def evaluate(
     config: EvalConfig | None = None,
     data: str = "",
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> EvalResult:
     """Ask questions in one setting, and in text and none for comparison.
 
@@ -46,14 +51,17 @@ def evaluate(
         config: Which questions, and how they are asked.
         data: Where they came from; goes into the result.
         progress: Called with a message and a share from 0 to 1.
+        journal: Keeps settings that are done; those that are there for the same compressor, questions and way of
+            asking are not asked again.
 
     Raises:
         ConfigurationError: Unknown mode, no question left.
         RateOutOfReachError: The compressor's segments are too short for the rate.
         PromptTooLongError: No question fits the window of the LLM.
     """
-    settings = [(mode, rate)]
-    return evaluate_many(compressor, questions, settings, config=config, data=data, progress=progress)[0]
+    return evaluate_many(
+        compressor, questions, [(mode, rate)], config=config, data=data, progress=progress, journal=journal
+    )[0]
 
 
 def evaluate_many(
@@ -64,6 +72,7 @@ def evaluate_many(
     config: EvalConfig | None = None,
     data: str = "",
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> list[EvalResult]:
     """Ask the same questions in several settings; text and none are run once.
 
@@ -74,6 +83,7 @@ def evaluate_many(
         config: See `evaluate`.
         data: See `evaluate`.
         progress: See `evaluate`.
+        journal: See `evaluate`.
 
     Returns:
         One result per setting, in their order.
@@ -89,13 +99,27 @@ def evaluate_many(
         for setting in dict.fromkeys([TEXT, NONE, *asked])
     }
     chosen, skipped = _choose(questions, config, askers[TEXT])
+    journal = journal or Journal()
+    run = {
+        "version": __version__,
+        "compressor": compressor.fingerprint,
+        "dtype": str(compressor.llm.dtype),
+        "asked": config.model_dump(include={"batch_size", "max_new_tokens"}),
+        "questions": _digest(chosen),
+    }
     runs: dict[Setting, tuple[list[Record], float]] = {}
     for setting, asker in askers.items():
         answer = config.generate and (setting in asked or setting == TEXT)
+        what = run | {"setting": asdict(setting), "answer": answer}
+        known = journal.get(what)
+        if known is not None:
+            runs[setting] = [Record.from_dict(record) for record in known["records"]], known["seconds"]
+            continue
         show = _share(progress, f"{setting}: {len(chosen)} questions", len(chosen))
         begun = time.perf_counter()
         records = asker.ask(chosen, batch_size=config.batch_size, answer=answer, progress=show)
         runs[setting] = records, time.perf_counter() - begun
+        journal.put(what, {"records": [record.to_dict() for record in records], "seconds": runs[setting][1]})
     made = []
     for setting in asked:
         records, seconds = runs[setting]
@@ -160,6 +184,11 @@ def _choose(
         expected=f"at least one that fits {window} positions",
         next_step="use other questions, fewer passages or an LLM with a longer window",
     )
+
+
+def _digest(questions: Sequence[Question]) -> str:
+    held: list[dict[str, Any]] = [asdict(question) for question in questions]
+    return hashlib.sha256(json.dumps(held, default=str).encode()).hexdigest()
 
 
 def _share(progress: Progress | None, message: str, total: int) -> Callable[[int], None]:

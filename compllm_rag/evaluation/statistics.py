@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -59,6 +59,11 @@ class Record:
     def to_dict(self) -> dict[str, Any]:
         """As a line of `--records`."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, line: Mapping[str, Any]) -> Record:
+        """What `to_dict` gave, also after JSON."""
+        return cls(**{**line, "golds": tuple(line["golds"])})
 
 
 Sums = dict[str, tuple[Array, Array]]

@@ -58,6 +58,17 @@ def test_eval_json(data: Path, toy_folder: Path, tmp_path: Path, mode: str) -> N
     assert {"mode", "rate", "answer", "f1", "em", "nll", "n_tokens"} <= set(lines[0])
 
 
+def test_eval_goes_on_from_its_journal(data: Path, toy_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "kept.jsonl"
+    words = ("eval", "--data", data, "--llm", toy_folder, "--no-generate", "--json", "--journal", path)
+    first, kept = json.loads(run(*words).stdout), path.read_bytes()
+    assert kept.count(b"\n") == 3  # concepts, and text and none beside them
+    assert json.loads(run(*words).stdout) == first and path.read_bytes() == kept
+    run(*words, "--mode", "text")
+    assert path.read_bytes() == kept
+    assert "is no finished part of a run" in refused(*words[:-1], data)
+
+
 def test_eval_without_answers(data: Path, toy_folder: Path) -> None:
     found = json.loads(run("eval", "--data", data, "--llm", toy_folder, "--no-generate", "--json").stdout)
     assert (found["em"], found["f1"], found["agreement"]) == (None, None, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ import trained
 from compllm_rag.compressor import Compressor
 from compllm_rag.errors import ConfigurationError, PromptTooLongError, RateOutOfReachError
 from compllm_rag.evaluation import asking, bodies
+from compllm_rag.evaluation.journal import Journal
 from compllm_rag.evaluation.results import METRICS, EvalConfig, EvalResult
 from compllm_rag.evaluation.runner import evaluate, evaluate_many
 from compllm_rag.questions import QuestionFile, read_questions
@@ -179,3 +181,45 @@ def test_concepts_can_go_through_the_encoding_of_a_storage(compressor: Compresso
     assert without_time(again) == without_time(int4)
     with pytest.raises(ConfigurationError, match="int3"):
         evaluate_many(compressor, questions(), [("concepts", 2.0, "int3")], config=QUICK)
+
+
+def test_a_run_that_was_interrupted_goes_on(
+    compressor: Compressor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [("text", None), ("pruned", 2.0), ("pruned", 4.0)]
+    whole = evaluate_many(compressor, questions(), settings, config=QUICK)
+    asked: list[str] = []
+    real = asking.Asker.ask
+
+    def ask(self: asking.Asker, *args: Any, **more: Any) -> Any:
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        asked.append(str(self._setting))
+        return real(self, *args, **more)
+
+    monkeypatch.setattr(asking.Asker, "ask", ask)
+    path = tmp_path / "kept" / "run.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_many(compressor, questions(), settings, config=QUICK, journal=Journal(path))
+    first = asked[:]
+    with path.open("ab") as file:
+        file.write(b'{"key": "torn')
+    asked.clear()
+    again = evaluate_many(compressor, questions(), settings, config=QUICK, journal=Journal(path))
+    assert len(first) == 3 and len(asked) == 1 and not set(first) & set(asked)
+    assert list(map(without_time, again)) == list(map(without_time, whole))
+    asked.clear()
+    evaluate_many(compressor, questions(), settings, config=QUICK, journal=Journal(path))
+    assert not asked
+    with pytest.raises(KeyboardInterrupt):  # other questions: all four settings are asked again
+        evaluate_many(compressor, questions()[:3], settings, config=QUICK, journal=Journal(path))
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("text", ["my notes\nmore\n", "a line without an end", '{"id": 1}'])
+def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(text)
+    with pytest.raises(ConfigurationError, match=r"line 1 of .*notes.txt is no finished part"):
+        Journal(path)
+    assert path.read_text() == text
