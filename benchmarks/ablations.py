@@ -19,10 +19,11 @@ from compllm_rag.training.cards import read_log
 from compllm_rag.training.compressor_task import CompressorTask, RatesConfig
 from compllm_rag.training.jobs import new_compressor
 from compllm_rag.training.live_reader import LiveReader
-from compllm_rag.training.loop import RunConfig, train
+from compllm_rag.training.loop import train
 from compllm_rag.training.material import Material, MaterialConfig
 from compllm_rag.training.objective import ObjectiveConfig
 from compllm_rag.training.reader_task import LINEARS
+from compllm_rag.training.run_config import RunConfig
 
 EQUAL = {
     "time": "of equal time on the same machine, so a cheaper choice takes more steps",

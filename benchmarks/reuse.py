@@ -37,7 +37,7 @@ from benchmarks.reuse_streams import (
     sizes_of,
     zipf_stream,
 )
-from benchmarks.ttft import CHUNK, Case
+from benchmarks.ttft_case import CHUNK, Case
 
 PREFIXES = "text, prefix cache"
 

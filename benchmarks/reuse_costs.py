@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.common import progress, timed
-from benchmarks.ttft import CHUNK
+from benchmarks.ttft_case import CHUNK
 from compllm_rag.compressor import Compressor
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import ConceptLibrary

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from benchmarks.ttft import QUESTION
+from benchmarks.ttft_case import QUESTION
 from compllm_rag.compressor import Compressor
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.questions import QAPrompt

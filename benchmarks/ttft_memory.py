@@ -39,7 +39,8 @@ def main() -> None:
 
     # Not above: `benchmarks.ttft` takes this module's function.
     from benchmarks.common import texts
-    from benchmarks.ttft import Case, Setting, load
+    from benchmarks.ttft import load
+    from benchmarks.ttft_case import Case, Setting
 
     task: dict[str, Any] = json.load(sys.stdin)
     torch.set_num_threads(task["threads"])

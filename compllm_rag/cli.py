@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compllm_rag import cli_bench, cli_eval, cli_namespace, cli_store, cli_train
+from compllm_rag import cli_bench, cli_eval, cli_models, cli_namespace, cli_store, cli_train
 from compllm_rag.cli_base import AsJson, Offline, print_json, progress_show, reported
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
 from compllm_rag.errors import ConfigurationError
@@ -29,13 +29,6 @@ app = typer.Typer(
     "query feeds the retrieved concepts to the LLM in place of tokens, at half or a quarter of the positions.\n\n"
     "Start with: compllm-rag demo",
 )
-models_app = typer.Typer(no_args_is_help=True, help="The models that answer to an alias: list them, fetch them.")
-app.add_typer(models_app, name="models")
-cli_bench.register(app)
-cli_eval.register(app)
-cli_namespace.register(app)
-cli_store.register(app)
-cli_train.register(app, models_app)
 
 Storage = Annotated[Path, typer.Option("--storage", help="Folder of the storage.")]
 TenantName = Annotated[
@@ -238,41 +231,9 @@ def demo(
     )
 
 
-@models_app.command("list")
-@reported
-def models_list(as_json: AsJson = False) -> None:
-    """List the aliases: what each is for, its licence, and whether it is fetched."""
-    from compllm_rag.models import list_models
-
-    found = list_models()
-    if as_json:
-        print_json([{**vars(m), "path": str(m.path) if m.path else None} for m in found])
-        return
-    for m in found:
-        typer.echo(f"{m.alias}  ({m.licence}, {'fetched' if m.fetched else 'not fetched'})\n    {m.role}")
-
-
-@models_app.command("fetch")
-@reported
-def models_fetch(
-    names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="Aliases or org/name@revision.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Fetch models into the user's cache and verify them; without names the two defaults."""
-    from compllm_rag.models import resolve_model
-
-    found = []
-    with progress_show(as_json) as show:
-        for name in names or [DEFAULT_LLM, DEFAULT_EMBEDDER]:
-            files = resolve_model(name, progress=show.fetching, verify=True)
-            found.append({"model": name, "path": str(files.path), "digests": files.digests})
-    if as_json:
-        print_json(found)
-        return
-    for entry in found:
-        typer.echo(f"{entry['model']}  verified  {entry['path']}")
+# In the order of `--help`, after those above: what a newcomer needs stands first.
+for _more in (cli_models, cli_store, cli_namespace, cli_eval, cli_bench, cli_train):
+    _more.register(app)
 
 
 def _index(storage: Path, *, create: bool, show: Any, **options: Any) -> ConceptIndex:

@@ -1,4 +1,4 @@
-"""The command line of training: `compllm-rag train reader | compressor`, `compllm-rag models export`."""
+"""The command line of training: `compllm-rag train reader | compressor`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from compllm_rag.cli_base import AsJson, print_json, progress_show, reported
 from compllm_rag.config import DEFAULT_LLM, checked
 
 if TYPE_CHECKING:
-    from compllm_rag.training.jobs import DataOptions
-    from compllm_rag.training.loop import RunConfig
+    from compllm_rag.training.job_options import DataOptions
+    from compllm_rag.training.run_config import RunConfig
 
 train_app = typer.Typer(
     no_args_is_help=True,
@@ -45,15 +45,13 @@ Patience = Annotated[int, typer.Option(help="Looks without a better score before
 Dtype = Annotated[str | None, typer.Option(help="Of the frozen LLM: float32, bfloat16 or float16.")]
 
 
-def register(app: typer.Typer, models_app: typer.Typer) -> None:
+def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     app.add_typer(train_app, name="train")
-    models_app.command("export")(reported(export_model))
-    models_app.command("push")(reported(push_model))
 
 
 def _run(**fields: Any) -> RunConfig:
-    from compllm_rag.training.loop import RunConfig
+    from compllm_rag.training.run_config import RunConfig
 
     return checked(RunConfig, **fields)
 
@@ -65,7 +63,7 @@ def _data(
     hub: list[str] | None,
     max_context: int,
 ) -> DataOptions:
-    from compllm_rag.training.jobs import DataOptions
+    from compllm_rag.training.job_options import DataOptions
     from compllm_rag.training.material import MaterialConfig
 
     material = MaterialConfig(max_context=max_context)
@@ -215,7 +213,8 @@ def compressor(
     Example: compllm-rag train compressor --data-dir data --out runs/compressor --minutes 9
     """
     from compllm_rag.training.cards import plot_curves
-    from compllm_rag.training.jobs import CompressorOptions, train_compressor
+    from compllm_rag.training.job_options import CompressorOptions
+    from compllm_rag.training.jobs import train_compressor
 
     with progress_show(as_json) as show:
         record = train_compressor(
@@ -279,51 +278,3 @@ def _rates(rates: list[float] | None) -> Any:
     from compllm_rag.training.compressor_task import RatesConfig
 
     return checked(RatesConfig, rates=tuple(rates)) if rates else RatesConfig()
-
-
-def export_model(
-    folder: Annotated[Path, typer.Argument(help="Where the checkpoint goes.")],
-    llm: Llm = DEFAULT_LLM,
-    reader_adapter: Annotated[
-        str, typer.Option("--reader", help="Folder of a reader adapter; auto: the shipped one; none.")
-    ] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    as_json: AsJson = False,
-) -> None:
-    """Write the LLM with its reader merged as an ordinary checkpoint, for vLLM and the like.
-
-    Example: compllm-rag models export smollm2-with-reader
-    """
-    from compllm_rag.training.exporting import export_checkpoint
-
-    with progress_show(as_json) as show:
-        path = export_checkpoint(
-            folder,
-            llm,
-            reader=None if reader_adapter == "none" else reader_adapter,
-            dtype=dtype,
-            progress=show.fetching,
-        )
-    if as_json:
-        print_json({"path": str(path)})
-        return
-    typer.echo(f"written: {path}")
-
-
-def push_model(
-    folder: Annotated[Path, typer.Argument(help="The best/ folder of a training run.")],
-    repo_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Where on the hub.")],
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Upload a trained reader or compressor with its model card to the hub, with your own token.
-
-    Example: compllm-rag models push runs/compressor/best me/my-compressor
-    """
-    from compllm_rag.pretrained import push_folder
-
-    commit = push_folder(folder, repo_id, private=private)
-    if as_json:
-        print_json({"repo_id": repo_id, "commit": commit})
-        return
-    typer.echo(f"uploaded: {repo_id}@{commit}")

@@ -12,7 +12,6 @@ A segment's concepts depend on nothing but the segment: that is why they can be 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 from compllm_rag.adapters import inject_lora, lora_state
+from compllm_rag.anchors import AnchorChooser, fitted, word_begins
 from compllm_rag.config import CompressorConfig
 from compllm_rag.device_memory import memory_trouble, out_of_memory, release_unused
 from compllm_rag.errors import ConfigurationError
@@ -33,8 +33,6 @@ from compllm_rag.segmentation import Segmenter
 BATCH_POSITIONS = {"cpu": 4096, "cuda": 65536}
 # Segments read ahead and sorted by length, so that batches are nearly rectangular and memory stays bounded.
 _READ_AHEAD = 2048
-# Tokens; a longer run without white space is no word.
-_LONGEST_WORD = 8
 
 
 class Compressor:
@@ -68,9 +66,10 @@ class Compressor:
         table = information if information is not None else information_for(llm.tokenizer)
         rows = llm.embedding.weight.shape[0]
         # fp16 is what is saved: a table kept finer than its file would choose other anchors after a reload.
-        self.information = _fit(table, rows).half().float().to(llm.device)
+        self.information = fitted(table, rows).half().float().to(llm.device)
         # Where a word begins; without words every token is one.
-        self._begins = word_begins(llm.tokenizer, rows).to(llm.device) if self.config.anchor_words else None
+        begins = word_begins(llm.tokenizer, rows).to(llm.device) if self.config.anchor_words else None
+        self._chooser = AnchorChooser(self.information, begins)
         self.decoder = _own_tree(llm.model, self.config.layers)
         if self.config.lora_rank:
             inject_lora(
@@ -138,28 +137,7 @@ class Compressor:
 
     def anchors(self, segment: Sequence[int], n_concepts: int) -> list[int]:
         """Indices of a segment's K most informative tokens, in order; among equals the earlier one."""
-        ids = torch.tensor([list(segment)], device=self.information.device)
-        scores = self._scores(ids, torch.ones_like(ids, dtype=torch.bool))[0]
-        order = torch.argsort(scores, descending=True, stable=True)[:n_concepts]
-        return sorted(order.tolist())
-
-    def _scores(self, ids: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
-        """How informative each token is where it stands, (batch, n_tokens); minus infinity for padding."""
-        scores = self.information[ids].masked_fill(~is_token, -math.inf)
-        if self._begins is None:
-            return scores
-        # A name or a number that is kept in part tells nothing, so a word's tokens stand and fall together.
-        first = torch.zeros_like(is_token)
-        first[:, 1:] = is_token[:, 1:] & ~is_token[:, :-1]
-        word = (self._begins[ids] | first).long().cumsum(1)
-        best = torch.full((ids.shape[0], ids.shape[1] + 1), -math.inf, device=ids.device)
-        best = best.scatter_reduce(1, word, scores, "amax").gather(1, word)
-        length = (
-            torch.zeros_like(best[:, :1]).expand(-1, ids.shape[1] + 1).scatter_add(1, word, torch.ones_like(scores))
-        )
-        # Scripts without blanks have no words to go by.
-        best = torch.where(length.gather(1, word) <= _LONGEST_WORD, best, scores)
-        return best.masked_fill(~is_token, -math.inf)
+        return self._chooser.choose(segment, n_concepts)
 
     def compress(self, segments: Sequence[Sequence[int]], n_concepts: Sequence[int]) -> list[torch.Tensor]:
         """Compress segments, all at once.
@@ -262,7 +240,7 @@ class Compressor:
         begins = torch.tensor([n - len(lead) - len(s) for s in segments], device=device)[:, None]
         counts = torch.tensor(list(ks), device=device)[:, None]
         slots, ordinals = torch.arange(n, device=device), torch.arange(k, device=device)
-        where = self._anchor_positions(ids, slots >= begins + len(lead), counts, k)
+        where = self._chooser.places(ids, slots >= begins + len(lead), counts, k)
         tokens = self.llm.embedding(ids)
         if self.config.queries == "anchor":
             start = queries = torch.gather(tokens, 1, where[..., None].expand(-1, -1, tokens.shape[-1]))
@@ -284,16 +262,6 @@ class Compressor:
         normed = nn.functional.rms_norm(hidden.float(), (hidden.shape[-1],), eps=1e-6)
         concepts: torch.Tensor = start.float() + self.config.scale * self.head(normed)
         return concepts
-
-    def _anchor_positions(
-        self, ids: torch.Tensor, is_token: torch.Tensor, counts: torch.Tensor, k: int
-    ) -> torch.Tensor:
-        """Indices (batch, max K) of each row's anchors in order of place; padding repeats the last slot."""
-        n = ids.shape[1]
-        order = torch.argsort(self._scores(ids, is_token), dim=1, descending=True, stable=True)
-        slots = torch.arange(n, device=ids.device).expand_as(ids)
-        rank = torch.empty_like(order).scatter_(1, order, slots)
-        return torch.where(rank < counts, slots, n).sort(dim=1).values[:, :k].clamp_max(n - 1)
 
     def _sink_id(self) -> int:
         token = self.llm.tokenizer.bos_token_id
@@ -326,29 +294,6 @@ def _pooled(
     member = nn.functional.one_hot(run, k + 1)[..., :k].to(tokens.dtype)
     sums = member.transpose(1, 2) @ tokens
     return sums / member.sum(1).clamp_min(1)[..., None]
-
-
-def word_begins(tokenizer: Any, rows: int) -> torch.Tensor:
-    """Which tokens begin a word: those with white space in front, and all that are not letters or digits.
-
-    Returns:
-        Boolean (rows,); what is beyond the vocabulary begins one.
-    """
-    begins = torch.ones(rows, dtype=torch.bool)
-    names = tokenizer.convert_ids_to_tokens(list(range(min(rows, len(tokenizer)))))
-    for index, name in enumerate(names):
-        # Letters of a byte-level vocabulary that stand for blanks and line breaks, and SentencePiece's mark, count as
-        # white space; so does whatever the decoder turns into it.
-        if name and name[0].isalnum() and name[0] not in "\u0120\u010a\u2581":
-            begins[index] = False
-    return begins
-
-
-def _fit(table: torch.Tensor, rows: int) -> torch.Tensor:
-    """The table for `rows` embedding rows; padded vocabulary rows count as never seen."""
-    if table.numel() < rows:
-        return torch.cat([table, table.max().expand(rows - table.numel())])
-    return table[:rows]
 
 
 def embedding_rms(llm: TargetLLM) -> float:

@@ -18,19 +18,18 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import astuple
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import numpy as np
-
-from compllm_rag.errors import ConfigurationError, StorageNotFoundError, StoreLockedError, StoreReadOnlyError
+from compllm_rag.errors import ConfigurationError, StorageNotFoundError, StoreReadOnlyError
 from compllm_rag.llamaindex.catalog_database import connect, connected, has_tables, make_tables, read_state, storable
 from compllm_rag.llamaindex.catalog_faults import damaged, explained
+from compllm_rag.llamaindex.catalog_lock import locked
+from compllm_rag.llamaindex.catalog_vectors import CatalogVectors
 from compllm_rag.llamaindex.flat_vectors import FlatVectors
-from compllm_rag.llamaindex.generations import Generation, GenerationFiles, sync_folder
-from compllm_rag.store.index import make_private
+from compllm_rag.llamaindex.generations import sync_folder
+from compllm_rag.store.index_database import make_private
 from compllm_rag.store.lock import WriterLock
 
 _DATABASE = "catalog.db"
@@ -51,11 +50,8 @@ class Catalog:
         self._database = Path(":memory:") if path is None else path / _DATABASE
         self._guard = threading.RLock()
         self._connection: sqlite3.Connection | None = connection
-        self._files = GenerationFiles(path)
+        self._vectors = CatalogVectors(path, self._database)
         self._lock: WriterLock | None = None
-        self._vectors: FlatVectors | None = None
-        self._loaded = -1  # the generation that the vectors are, or were before they were changed
-        self._changed = False
         self._uncommitted = False
 
     @classmethod
@@ -129,13 +125,13 @@ class Catalog:
     def generation(self) -> int:
         """Number of the vectors in force, uncommitted changes aside."""
         with self.reading():
-            return self._state().number
+            return read_state(self._alive()).number
 
     @property
     def dim(self) -> int:
         """Dimensions of every vector."""
         with self.reading():
-            return self._state().dim
+            return read_state(self._alive()).dim
 
     @property
     def pending(self) -> bool:
@@ -226,12 +222,7 @@ class Catalog:
         Raises:
             CorruptRecordError: Their file is damaged, or does not belong to the rows.
         """
-        if self._vectors is None or not self._changed:
-            state = self._state()
-            if self._vectors is None or self._loaded != state.number:
-                self._vectors, self._loaded = self._load(state), state.number
-        self._changed = self._changed or changing
-        return self._vectors
+        return self._vectors.get(self._alive(), changing=changing, uncommitted=self._uncommitted)
 
     def get_meta(self, key: str) -> str | None:
         """One setting, None when it was never set."""
@@ -257,21 +248,17 @@ class Catalog:
             connection = self._alive()
             if not self._uncommitted:
                 return
-            changed, former = self._changed, self._loaded
             try:
-                if changed:
-                    self._name_vectors(connection, former + 1)
+                if self._vectors.changed:
+                    self._vectors.save(connection)
                 connection.execute("COMMIT")
             except BaseException:
                 if not connection.in_transaction:
                     self._abandon(connection)
                 raise
-            self._uncommitted = self._changed = False
+            self._uncommitted = False
+            self._vectors.committed()
             self._release()
-            if changed:
-                self._loaded = former + 1
-                with suppress(OSError):  # the commit stands; what is left is removed by the next one
-                    self._files.keep_only(former + 1, former)
 
     def reclaim(self) -> None:
         """Give the space of what was deleted back to the disk; the claim of this writer, if any, is given up.
@@ -281,9 +268,9 @@ class Catalog:
         with self._guard, explained(self._database, writing=True):
             self.claim()
             connection = self._alive()
-            if self._changed or self.path is None:
+            if self._vectors.changed or self.path is None:
                 raise ConfigurationError("uncommitted changes are in the way", next_step="commit them first")
-            self._files.keep_only(self._state().number)
+            self._vectors.keep_only(read_state(connection).number)
             self._abandon(connection)
             with suppress(sqlite3.OperationalError):  # somebody writes again already; there is a next time
                 free, pages = (
@@ -306,7 +293,8 @@ class Catalog:
             connection, self._connection = self._connection, None
             if connection is not None:
                 connection.close()
-            self._vectors, self._loaded, self._changed, self._uncommitted = None, -1, False, False
+            self._vectors.forget()
+            self._uncommitted = False
             self._release()
 
     def __enter__(self) -> Self:
@@ -348,7 +336,7 @@ class Catalog:
             )
         if not self._uncommitted:
             if self.path is not None:
-                self._lock = _locked(self.path)
+                self._lock = locked(self.path)
             self._uncommitted = True
             try:
                 connection.execute("BEGIN IMMEDIATE")
@@ -359,43 +347,13 @@ class Catalog:
                 raise
         return connection
 
-    def _state(self) -> Generation:
-        return read_state(self._alive())
-
-    def _load(self, state: Generation) -> FlatVectors:
-        try:
-            vectors = self._files.load(state)
-        except FileNotFoundError as error:
-            if not self._uncommitted:
-                raise  # a reader looks again
-            raise damaged("the vector file that the catalog names is not there", got=error.filename) from error
-        rows = self._alive().execute("SELECT id FROM nodes ORDER BY id")
-        ids = np.fromiter((id_ for (id_,) in rows), dtype=np.int64)
-        # Equal counts are not enough: ids that moved by one give wrong passages at the best scores.
-        if not np.array_equal(vectors.ids(), ids):
-            raise damaged(
-                "text and vectors do not belong together",
-                got=f"{len(vectors)} vectors in {state.file or 'no file'} and {len(ids)} nodes in {self._database}",
-                expected="one vector for every node, under its id",
-            )
-        return vectors
-
-    def _name_vectors(self, connection: sqlite3.Connection, number: int) -> None:
-        vectors = self.vectors()
-        (n_nodes,) = connection.execute("SELECT count(*) FROM nodes").fetchone()
-        if n_nodes != len(vectors):
-            raise damaged("text and vectors went apart; nothing was committed", got=f"{n_nodes} and {len(vectors)}")
-        made = self._files.save(number, vectors)
-        connection.execute("UPDATE state SET generation = ?, dim = ?, ntotal = ?, file = ?, sha256 = ?", astuple(made))
-
     def _abandon(self, connection: sqlite3.Connection) -> None:
         try:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
         finally:
-            if self._changed:  # the next look loads the committed ones
-                self._vectors, self._loaded = None, -1
-            self._changed = self._uncommitted = False
+            self._vectors.abandoned()
+            self._uncommitted = False
             self._release()
 
     def _release(self) -> None:
@@ -411,28 +369,3 @@ def _check_dim(dim: int) -> None:
 
 def _missing(folder: Path) -> StorageNotFoundError:
     return StorageNotFoundError("no catalog lies here", got=folder, next_step="name another folder, or create one")
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """The writer's lock of a catalog whose vectors may be damaged, for a block.
-
-    Raises:
-        StoreLockedError: Another writer has uncommitted work.
-    """
-    lock = _locked(folder)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _locked(folder: Path) -> WriterLock:
-    try:
-        return WriterLock(folder / "catalog.lock")
-    except StoreLockedError as error:
-        raise StoreLockedError(
-            "another writer has uncommitted work in this catalog",
-            got=error.got,
-            next_step="wait for its commit, or open the catalog with read_only=True",
-        ) from error

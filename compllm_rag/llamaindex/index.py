@@ -39,8 +39,8 @@ from compllm_rag.prometheus import exposition
 from compllm_rag.store.base import ConceptStore
 
 if TYPE_CHECKING:
+    from compllm_rag.llamaindex.storage_check import StorageCheck
     from compllm_rag.llamaindex.upkeep import StorageCompaction
-    from compllm_rag.llamaindex.verification import StorageCheck
 
 
 class ConceptIndex(VectorStoreIndex):

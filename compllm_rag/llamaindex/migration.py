@@ -19,14 +19,15 @@ from typing import Any
 
 from compllm_rag.config import FORMAT_VERSION
 from compllm_rag.errors import UnsupportedFormatError
-from compllm_rag.llamaindex.catalog import Catalog, claimed
+from compllm_rag.llamaindex.catalog import Catalog
 from compllm_rag.llamaindex.catalog_database import connected
 from compllm_rag.llamaindex.catalog_faults import explained
+from compllm_rag.llamaindex.catalog_lock import claimed
 from compllm_rag.llamaindex.generations import sync_folder
 from compllm_rag.llamaindex.manifest import META_KEY, Manifest
 from compllm_rag.llamaindex.verification import CATALOG, CONCEPTS, refuse_newer, require_storage
 from compllm_rag.store.disk import DiskStore
-from compllm_rag.store.index import make_private
+from compllm_rag.store.index_database import make_private
 from compllm_rag.store.lock import WriterLock
 
 Step = Callable[[Path, sqlite3.Connection], None]

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from compllm_rag.config import IngestConfig, checked
 from compllm_rag.errors import CompLLMError, ConfigurationError, StorageNotFoundError
-from compllm_rag.llamaindex.catalog import claimed
 from compllm_rag.llamaindex.catalog_faults import explained
+from compllm_rag.llamaindex.catalog_lock import claimed
 from compllm_rag.llamaindex.generations import sync_folder
 from compllm_rag.llamaindex.storage import read_manifest
 from compllm_rag.llamaindex.verification import CATALOG, CONCEPTS

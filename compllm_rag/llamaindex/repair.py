@@ -25,15 +25,17 @@ from llama_index.core.schema import MetadataMode
 from compllm_rag.compressor import Compressor
 from compllm_rag.errors import CorruptRecordError, StorageMismatchError, StorageNotFoundError
 from compllm_rag.llamaindex import node_rows
-from compllm_rag.llamaindex.catalog import claimed
 from compllm_rag.llamaindex.catalog_database import FORMAT_VERSION, connected, read_state
+from compllm_rag.llamaindex.catalog_lock import claimed
 from compllm_rag.llamaindex.flat_vectors import FlatVectors, unit_vector
 from compllm_rag.llamaindex.generations import Generation, GenerationFiles
 from compllm_rag.llamaindex.index import ConceptIndex
 from compllm_rag.llamaindex.manifest import Manifest
 from compllm_rag.llamaindex.node_rows import StoredNode
-from compllm_rag.llamaindex.storage import load_embedder_of, load_index, load_own_compressor, read_manifest
-from compllm_rag.llamaindex.verification import CATALOG, CONCEPTS, StorageCheck, verify_storage
+from compllm_rag.llamaindex.storage import load_index, read_manifest
+from compllm_rag.llamaindex.storage_check import StorageCheck
+from compllm_rag.llamaindex.storage_parts import load_embedder_of, load_own_compressor
+from compllm_rag.llamaindex.verification import CATALOG, CONCEPTS, verify_storage
 from compllm_rag.store.disk import DiskStore
 
 Progress = Callable[[str, float | None], None]

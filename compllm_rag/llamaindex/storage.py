@@ -7,7 +7,6 @@ target LLM and the embedder are named, not copied.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,20 +16,28 @@ from pydantic import ValidationError
 
 from compllm_rag.compressor import Compressor
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM, GenerationConfig, IngestConfig
-from compllm_rag.errors import CompLLMError, ConfigurationError, StorageMismatchError, StorageNotFoundError
+from compllm_rag.errors import CompLLMError, ConfigurationError
 from compllm_rag.llamaindex.accounts import Accounts, stats_fields
-from compllm_rag.llamaindex.adapter_files import COMPRESSOR, FILES_KEY, READER, adapter_digests
+from compllm_rag.llamaindex.adapter_files import FILES_KEY, adapter_digests
 from compllm_rag.llamaindex.awaiting import Awaiting, count_awaited
 from compllm_rag.llamaindex.catalog_database import connected
 from compllm_rag.llamaindex.catalog_faults import damaged
-from compllm_rag.llamaindex.embedding import embedder_identity, load_embedder
 from compllm_rag.llamaindex.kvstore import CatalogKVStore
 from compllm_rag.llamaindex.manifest import META_KEY, Manifest
 from compllm_rag.llamaindex.references import count_keys
+from compllm_rag.llamaindex.storage_parts import (
+    embedder_named,
+    is_made,
+    keep_adapters,
+    load_embedder_of,
+    load_own_compressor,
+    new_vectors,
+    open_vectors,
+)
 from compllm_rag.llamaindex.uploads import UploadQueue
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 from compllm_rag.llamaindex.verification import CATALOG, CONCEPTS, require_storage
-from compllm_rag.loading import AUTO, load_compressor_for, shipped_adapter
+from compllm_rag.loading import AUTO, load_compressor_for
 from compllm_rag.store import DiskStore, MemoryStore
 
 if TYPE_CHECKING:
@@ -84,7 +91,7 @@ def create_index(
         raise ConfigurationError(
             "storage is not a folder", got=folder, expected="a folder, or a path where one can be made"
         )
-    if folder is not None and _is_made(folder):
+    if folder is not None and is_made(folder):
         return load_index(
             cls,
             folder,
@@ -106,15 +113,15 @@ def create_index(
         )
     )
     _check_rate(config, made)
-    embed, source, identity = _embedder(embedder or DEFAULT_EMBEDDER, progress, model_options)
+    embed, source, identity = embedder_named(embedder or DEFAULT_EMBEDDER, progress, model_options)
     dimension = len(embed.get_text_embedding("dimension"))
     manifest = Manifest.of(made, source, identity, dimension, config)
     if folder is None:
         memory = MemoryStore(made.hidden_size, encoding=config.encoding)
         vectors = FaissTextVectorStore(dim=dimension)
         return _join(cls, made, memory, vectors, embed, manifest, generation, None)
-    vectors = _new_vectors(folder, dimension)
-    _keep_adapters(folder, made, llm or DEFAULT_LLM, reader)
+    vectors = new_vectors(folder, dimension)
+    keep_adapters(folder, made, llm or DEFAULT_LLM, reader)
     disk = DiskStore(folder / CONCEPTS, hidden_size=made.hidden_size, encoding=config.encoding)
     vectors.catalog.set_meta(FILES_KEY, adapter_digests(folder))
     vectors.catalog.set_meta(META_KEY, manifest.model_dump_json())
@@ -159,7 +166,7 @@ def load_index(
         EmbedderMismatchError: The same for the embedder.
         UnsupportedFormatError, CorruptRecordError: The storage is damaged or too new.
     """
-    vectors = _open_vectors(folder, read_only=read_only)
+    vectors = open_vectors(folder, read_only=read_only)
     try:
         manifest = Manifest.parse(vectors.catalog.get_meta(META_KEY))
         manifest.check_ingest(**(expect or {}))
@@ -190,7 +197,7 @@ def storage_stats(folder: Path) -> dict[str, Any]:
         StorageNotFoundError: There is no storage here.
         UnsupportedFormatError, CorruptRecordError: The storage is damaged or too new.
     """
-    with _open_vectors(folder, read_only=True) as vectors:
+    with open_vectors(folder, read_only=True) as vectors:
         manifest = Manifest.parse(vectors.catalog.get_meta(META_KEY))
         kvstore = CatalogKVStore(vectors.catalog)
         with DiskStore(folder / CONCEPTS, hidden_size=manifest.hidden_size, read_only=True) as store:
@@ -228,83 +235,6 @@ def _check_complete(vectors: FaissTextVectorStore, store: DiskStore) -> None:
     )
 
 
-def _open_vectors(folder: Path, *, read_only: bool) -> FaissTextVectorStore:
-    require_storage(folder)
-    return FaissTextVectorStore.open(folder, read_only=read_only)
-
-
-def _is_made(folder: Path) -> bool:
-    """Whether a storage lies here whose making came to its end; the manifest is the last thing written."""
-    try:
-        with FaissTextVectorStore.open(folder, read_only=True) as vectors:
-            return vectors.catalog.get_meta(META_KEY) is not None
-    except StorageNotFoundError:
-        return False
-
-
-def _new_vectors(folder: Path, dimension: int) -> FaissTextVectorStore:
-    """An empty catalog; one that an interrupted making left behind without manifest is taken up."""
-    try:
-        left = FaissTextVectorStore.open(folder)
-    except StorageNotFoundError:
-        return FaissTextVectorStore.create(folder, dimension)
-    nodes, dim = left.n_nodes, left.dim
-    if dim == dimension and not nodes:
-        return left
-    left.close()
-    raise StorageMismatchError(
-        "folder holds vectors that are no storage of compllm-rag",
-        got=f"{nodes} nodes of {dim} dimensions without a manifest in {folder}",
-        expected="an empty or new folder",
-        next_step="choose another folder",
-    )
-
-
-def load_own_compressor(
-    folder: Path,
-    manifest: Manifest,
-    llm: str | None,
-    progress: Callable[[str, float | None], None] | None,
-    model_options: dict[str, Any],
-) -> Compressor:
-    """Load the compressor that lies in a storage, with its reader and the LLM it names."""
-    kept = folder / READER
-    return load_compressor_for(
-        llm or manifest.llm,
-        reader=kept if kept.is_dir() else None,
-        compressor=folder / COMPRESSOR,
-        progress=progress,
-        **model_options,
-    )
-
-
-def load_embedder_of(
-    manifest: Manifest,
-    embedder: str | BaseEmbedding | None,
-    progress: Callable[[str, float | None], None] | None,
-    model_options: dict[str, Any],
-) -> BaseEmbedding:
-    """Load the embedder of a storage.
-
-    Raises:
-        EmbedderMismatchError: It is not the one the storage was made by.
-    """
-    embed, source, identity = _embedder(embedder or manifest.embedder, progress, model_options)
-    manifest.check_embedder(source, identity, len(embed.get_text_embedding("dimension")))
-    return embed
-
-
-def _embedder(
-    embedder: str | BaseEmbedding,
-    progress: Callable[[str, float | None], None] | None,
-    model_options: dict[str, Any],
-) -> tuple[BaseEmbedding, str, str]:
-    if isinstance(embedder, BaseEmbedding):
-        return embedder, *embedder_identity(embedder)
-    known = {k: v for k, v in model_options.items() if k in ("device", "cache_dir", "offline")}
-    return load_embedder(embedder, progress=progress, **known)
-
-
 def _config(**asked: Any) -> IngestConfig:
     try:
         return IngestConfig(**{name: value for name, value in asked.items() if value is not None})
@@ -322,13 +252,6 @@ def _check_rate(config: IngestConfig, compressor: Compressor) -> None:
     from compllm_rag.rates import FixedRate
 
     FixedRate(config.rate, compressor.config.segment_length)
-
-
-def _keep_adapters(folder: Path, compressor: Compressor, llm: str, reader: str | Path | None) -> None:
-    compressor.save_pretrained(folder / COMPRESSOR)
-    own = shipped_adapter(llm, "reader") if reader == AUTO else reader
-    if own is not None and any(name.startswith("reader/") for name in compressor.llm.digests):
-        shutil.copytree(own, folder / READER, dirs_exist_ok=True)
 
 
 def _join(

@@ -29,8 +29,9 @@ from compllm_rag.errors import ConfigurationError
 from compllm_rag.llamaindex import node_rows
 from compllm_rag.llamaindex.catalog import Catalog
 from compllm_rag.llamaindex.filters import matches
-from compllm_rag.llamaindex.flat_vectors import FlatVectors, unit_vector
+from compllm_rag.llamaindex.flat_vectors import unit_vector
 from compllm_rag.llamaindex.node_rows import StoredNode, encode_node
+from compllm_rag.llamaindex.node_search import allowed_ids, nearest
 
 
 class NodeWatch(Protocol):
@@ -44,9 +45,6 @@ class NodeWatch(Protocol):
 
     def cleared(self) -> None:
         """All nodes are deleted."""
-
-
-_WIDEN = 4  # how much further each search looks while filters leave too few
 
 
 class FaissTextVectorStore(BasePydanticVectorStore):
@@ -251,8 +249,8 @@ class FaissTextVectorStore(BasePydanticVectorStore):
         vector = unit_vector(query.query_embedding, self.dim, "the query")
         with self._catalog.reading() as connection:
             vectors = self._catalog.vectors()
-            allowed = self._allowed(connection, query)
-            found = self._nearest(connection, vectors, vector, query.similarity_top_k, allowed, query.filters)
+            allowed = allowed_ids(connection, query)
+            found = nearest(connection, vectors, vector, query.similarity_top_k, allowed, query.filters)
             nodes = [row.node() for row, _ in found]
         return VectorStoreQueryResult(
             nodes=nodes, similarities=[score for _, score in found], ids=[node.node_id for node in nodes]
@@ -350,33 +348,3 @@ class FaissTextVectorStore(BasePydanticVectorStore):
             found = node_rows.read_ids(connection, node_rows.ids_where(connection, "node_id", node_ids))
             rows = (found[id_] for id_ in sorted(found))
         return (row for row in rows if filters is None or matches(filters, row.metadata, row.ref_doc_id))
-
-    def _allowed(self, connection: sqlite3.Connection, query: VectorStoreQuery) -> npt.NDArray[np.int64] | None:
-        limits = []
-        if query.node_ids:
-            limits.append(set(node_rows.ids_where(connection, "node_id", query.node_ids)))
-        if query.doc_ids is not None:
-            limits.append(set(node_rows.ids_where(connection, "ref_doc_id", query.doc_ids)))
-        return np.array(sorted(set.intersection(*limits)), dtype=np.int64) if limits else None
-
-    def _nearest(
-        self,
-        connection: sqlite3.Connection,
-        vectors: FlatVectors,
-        vector: npt.NDArray[np.float32],
-        top_k: int,
-        allowed: npt.NDArray[np.int64] | None,
-        filters: MetadataFilters | None,
-    ) -> list[tuple[StoredNode, float]]:
-        candidates = len(vectors) if allowed is None else len(allowed)
-        width, seen = top_k if filters is None else top_k * _WIDEN, set[int]()
-        passed: list[tuple[StoredNode, float]] = []
-        while True:
-            hits = [(id_, score) for id_, score in vectors.search(vector, width, allowed) if id_ not in seen]
-            seen.update(id_ for id_, _ in hits)
-            for row, score in node_rows.with_rows(connection, hits):
-                if filters is None or matches(filters, row.metadata, row.ref_doc_id):
-                    passed.append((row, score))
-            if len(passed) >= top_k or width >= candidates:
-                return sorted(passed, key=lambda hit: (-hit[1], hit[0].id))[:top_k]
-            width *= _WIDEN

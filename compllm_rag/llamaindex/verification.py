@@ -10,9 +10,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,79 +22,14 @@ from compllm_rag.llamaindex.catalog_database import connected, has_tables, read_
 from compllm_rag.llamaindex.generations import GenerationFiles
 from compllm_rag.llamaindex.manifest import META_KEY, Manifest
 from compllm_rag.llamaindex.references import count_keys, is_counted, referred_keys
+from compllm_rag.llamaindex.storage_check import StorageCheck
 from compllm_rag.store.base import ConceptStore
 from compllm_rag.store.disk import DiskStore
 from compllm_rag.store.verification import StoreCheck
 
 Progress = Callable[[str, float | None], None]
 CATALOG, CONCEPTS = "catalog.db", "concepts"
-_SHOWN = 100  # a lost pack damages a million records in one way
 _RETRIES = 20
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong.
-
-    Attributes:
-        part: `database`, `manifest`, `text`, `vectors`, `counts`, `concepts` or `adapters`.
-        what: In words.
-        key: The concept record, where it is one.
-    """
-
-    part: str
-    what: str
-    key: str | None = None
-
-
-@dataclass
-class StorageCheck:
-    """What a storage holds and what is wrong with it.
-
-    Attributes:
-        deep: Whether every payload and every row was read.
-        format_version: Version of the storage's format; None when it cannot be told.
-        documents: Documents accounted for.
-        chunks: Rows of text.
-        segments: Different segments that chunks refer to.
-        records: Sound concept records.
-        dead_records: Records nothing refers to; None when that is not known.
-        pack_bytes: Bytes of all packs.
-        dead_bytes: Bytes of packs that no record uses.
-        findings: The first hundred things that are wrong.
-        n_findings: How many there are.
-        seconds: Wall time.
-        segments_awaiting: Segments of uploads that are still to be compressed.
-    """
-
-    deep: bool
-    format_version: int | None = None
-    documents: int = 0
-    chunks: int = 0
-    segments: int = 0
-    records: int = 0
-    dead_records: int | None = None
-    pack_bytes: int = 0
-    dead_bytes: int = 0
-    findings: list[Finding] = field(default_factory=list)
-    n_findings: int = 0
-    seconds: float = 0.0
-    segments_awaiting: int = 0
-
-    @property
-    def sound(self) -> bool:
-        """Whether nothing is wrong."""
-        return not self.n_findings
-
-    def add(self, part: str, what: str, key: str | None = None) -> None:
-        """Note something that is wrong."""
-        self.n_findings += 1
-        if len(self.findings) < _SHOWN:
-            self.findings.append(Finding(part, what, key))
-
-    def fields(self) -> dict[str, Any]:
-        """Plain values, as `verify --json` prints them."""
-        return {"sound": self.sound, **asdict(self)}
 
 
 def verify_storage(folder: str | Path, *, deep: bool = False, progress: Progress | None = None) -> StorageCheck:

@@ -26,36 +26,33 @@ import torch
 from compllm_rag.errors import (
     ConfigurationError,
     CorruptRecordError,
-    InvalidConceptsError,
-    StoreFullError,
     StoreLockedError,
     StoreReadOnlyError,
 )
 from compllm_rag.store.base import ConceptStore, StoreStats, check_hidden_size, check_keys, encode_record
 from compllm_rag.store.encodings import FP16, encoding_named
 from compllm_rag.store.faults import explained
-from compllm_rag.store.index import LocationIndex, Totals
+from compllm_rag.store.index import LocationIndex
+from compllm_rag.store.index_rows import Totals
 from compllm_rag.store.lock import WriterLock
 from compllm_rag.store.manifest import MANIFEST_NAME, StoreManifest, prepare_folder
 from compllm_rag.store.packs import (
     Location,
     PackWriter,
     pack_header,
-    record_checksum,
     sync_folder,
 )
 from compllm_rag.store.parts import Progress, StoreParts
 from compllm_rag.store.reading import PackReader
+from compllm_rag.store.records import RecordReader
+from compllm_rag.store.writing import LOCK_NAME, StoreWriter
 
 if TYPE_CHECKING:
     from compllm_rag.store.compaction import CompactReport
     from compllm_rag.store.verification import StoreCheck
 
 PACK_BYTES = 256 * 2**20
-_LOCK_NAME = "writer.lock"
 _RECORDS_PER_WRITE = 256
-_FLUSH_BYTES = 64 * 2**20
-_FLUSH_RECORDS = 20_000
 
 
 class DiskStore(ConceptStore):
@@ -99,29 +96,26 @@ class DiskStore(ConceptStore):
                 raise ConfigurationError(f"{name} makes no sense", got=value, expected="at least 1")
         if encoding is not None:
             encoding_named(encoding)  # before anything is made
-        self.path, self.read_only, self._max_bytes = Path(path).absolute(), read_only, max_bytes
+        self.path, self.read_only = Path(path).absolute(), read_only
         self._guard = threading.RLock()
-        self._pending: dict[str, Location] = {}
-        self._pending_bytes = self._hits = self._misses = 0
+        self._hits = self._misses = 0
         self._closed = False
-        self._lock: WriterLock | None = None
-        self._writer: PackWriter | None = None
-        self._pack_bytes, self._beyond = pack_bytes, 0
+        lock: WriterLock | None = None
         if not read_only:
             prepare_folder(self.path)
-            # Held while the store is made, and to find out now whether the folder can be written; else only while
-            # there is something to flush, so that one process may hold a storage open twice, and a server forever.
+            # Held while the store is made, and to find out now whether the folder can be written.
             try:
-                self._lock = WriterLock(self.path / _LOCK_NAME)
+                lock = WriterLock(self.path / LOCK_NAME)
             except StoreLockedError:
                 if not (self.path / MANIFEST_NAME).exists():
                     raise
         try:
-            self._open(encoding, counted=counted)
+            self._open(encoding, pack_bytes, max_bytes, counted=counted)
         finally:
-            self._let_go()
+            if lock is not None:
+                lock.release()
 
-    def _open(self, encoding: str | None, *, counted: bool) -> None:
+    def _open(self, encoding: str | None, pack_bytes: int, max_bytes: int | None, *, counted: bool) -> None:
         new = not self.read_only and not (self.path / MANIFEST_NAME).exists()
         if new:
             chosen = FP16 if encoding is None else encoding_named(encoding)
@@ -145,6 +139,10 @@ class DiskStore(ConceptStore):
         except BaseException:
             self._index.close()
             raise
+        self._records = RecordReader(self._packs, self.encoding, self.hidden_size, self.traffic)
+        self._writer = StoreWriter(
+            self.path, self._index, self._header, self.traffic, pack_bytes=pack_bytes, max_bytes=max_bytes
+        )
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
         """Tell which records are stored; see `ConceptStore.contains`."""
@@ -174,48 +172,8 @@ class DiskStore(ConceptStore):
         if not batch:
             return 0
         with self._guard:
-            writer = self._require_writer()
-            if writer.full and self._pending:
-                self.flush()
-                writer = self._require_writer()
-            known = self._find(list(batch))
-            fresh = {key: record for (key, record), at in zip(batch.items(), known, strict=True) if at is None}
-            if not fresh:
-                if not self._pending:
-                    self._let_go()
-                return 0
-            taken = self._within_limit(writer, fresh)
-            if taken:
-                run = b"".join(fresh[key][1] for key in taken)
-                pack, offset = writer.append(run)
-                for key in taken:
-                    n_concepts, payload = fresh[key]
-                    self._pending[key] = Location(pack, offset, n_concepts, record_checksum(key, payload))
-                    offset += len(payload)
-                self._pending_bytes += len(run)
-                self.traffic.bytes_written += len(run)
-            if len(taken) < len(fresh):
-                raise StoreFullError(
-                    "the concept store has reached its size limit; nothing was evicted",
-                    got=f"packs of {writer.total_bytes} bytes",
-                    expected=f"at most {self._max_bytes} bytes (max_bytes)",
-                    next_step="raise max_bytes, or remove documents",
-                )
-            if self._pending_bytes >= _FLUSH_BYTES or len(self._pending) >= _FLUSH_RECORDS:
-                self.flush()
-            return len(taken)
-
-    def _within_limit(self, writer: PackWriter, fresh: dict[str, tuple[int, bytes]]) -> list[str]:
-        """The first records of `fresh` for which there is room."""
-        if self._max_bytes is None:
-            return list(fresh)
-        taken, size = [], 0
-        for key, (_, payload) in fresh.items():
-            size += len(payload)
-            if writer.total_bytes + writer.cost(size) > self._max_bytes:
-                break
-            taken.append(key)
-        return taken
+            self._require_writable()
+            return self._writer.append(batch)
 
     def get(self, keys: Sequence[str]) -> list[torch.Tensor | None]:
         """Read records, each (n_concepts, hidden_size) fp16; see `ConceptStore.get`."""
@@ -240,38 +198,13 @@ class DiskStore(ConceptStore):
         """Make everything put so far durable, and visible to readers; see `ConceptStore.flush`."""
         with self._guard:
             self._require_open()
-            if self._writer is None:
-                return
-            if self._pending:
-                try:
-                    self._writer.sync()
-                except OSError:
-                    # What a failed fsync leaves on the disk nobody knows; it must not be tried again, nor built upon.
-                    self._beyond = self._writer.number
-                    self._forget_pending()
-                    raise
-                self._index.add(self._pending, self._totals(), self._writer.runs)
-            self._forget_pending()
-
-    def _forget_pending(self) -> None:
-        self._pending.clear()
-        self._pending_bytes = 0
-        self._let_go()
-
-    def _let_go(self) -> None:
-        """Close the pack and let the next writer in."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+            self._writer.flush()
 
     def stats(self) -> StoreStats:
         """Count what is stored and what was asked for."""
         with self._guard:
             self._require_open()
-            totals = self._totals()
+            totals = self._writer.totals()
             sums = (totals.records, totals.concepts, totals.payload_bytes)
             return StoreStats(*sums, self._hits, self._misses, self.encoding.name)
 
@@ -354,11 +287,10 @@ class DiskStore(ConceptStore):
         with self._guard:
             self._require_writable()
             self.flush()
-            writer = self._require_writer()
             try:
-                yield writer
+                yield self._writer.hold()
             finally:
-                self._let_go()
+                self._writer.let_go()
                 self._packs.close()
 
     def close(self) -> None:
@@ -374,19 +306,12 @@ class DiskStore(ConceptStore):
                 try:
                     self._index.close()
                 finally:
-                    self._let_go()
-
-    def _find(self, keys: Sequence[str]) -> list[Location | None]:
-        self._require_open()
-        if not self._pending:
-            return self._index.find(keys)
-        ours = [self._pending.get(key) for key in keys]
-        flushed = iter(self._index.find([key for key, at in zip(keys, ours, strict=True) if at is None]))
-        return [next(flushed) if at is None else at for at in ours]
+                    self._writer.let_go()
 
     def _locate(self, keys: Sequence[str], *, count: bool = True) -> list[Location | None]:
         check_keys(keys)
-        locations = self._find(keys)
+        self._require_open()
+        locations = self._writer.find(keys)
         if count:
             misses = locations.count(None)
             self._misses += misses
@@ -413,42 +338,13 @@ class DiskStore(ConceptStore):
                 if not partly:
                     there, wanted = [], []
             try:
-                return locations, self._read(wanted, there)
+                return locations, self._records.read(wanted, there)
             except CorruptRecordError:
                 # A compaction may have moved the record since we looked it up, and taken its pack away.
                 if tried == locations:
                     raise
                 tried = locations
                 self._packs.close()
-
-    def _read(self, keys: Sequence[str], locations: Sequence[Location]) -> torch.Tensor:
-        """Concepts (sum of n_concepts, hidden_size) of located records, checked."""
-        each = self.encoding.nbytes(1, self.hidden_size)
-        sizes = [each * location.n_concepts for location in locations]
-        try:
-            data = self._packs.read(keys, locations, sizes, self.encoding.check)
-            self.traffic.bytes_read += data.size
-            return self.encoding.decode(data, data.size // each, self.hidden_size, checked=True)
-        except InvalidConceptsError as error:
-            raise self._name_invalid(keys, locations) from error
-
-    def _name_invalid(self, keys: Sequence[str], locations: Sequence[Location]) -> InvalidConceptsError:
-        for key, location in zip(keys, locations, strict=True):
-            data = self._packs.read([key], [location], [self.encoding.nbytes(location.n_concepts, self.hidden_size)])
-            try:
-                self.encoding.decode(data, location.n_concepts, self.hidden_size)
-            except InvalidConceptsError as error:
-                return InvalidConceptsError(f"record {key} holds values no concept can have", got=error.got)
-        return InvalidConceptsError("records hold values no concept can have")
-
-    def _totals(self) -> Totals:
-        totals = self._index.totals()
-        concepts = sum(location.n_concepts for location in self._pending.values())
-        return Totals(
-            totals.records + len(self._pending),
-            totals.concepts + concepts,
-            totals.payload_bytes + self._pending_bytes,
-        )
 
     def _require_open(self) -> None:
         if self._closed:
@@ -460,15 +356,3 @@ class DiskStore(ConceptStore):
             raise StoreReadOnlyError(
                 "the concept store was opened for reading", got=self.path, next_step="open it without read_only"
             )
-
-    def _require_writer(self) -> PackWriter:
-        """The writer, with the lock held; found where the last writer, whoever it was, left off."""
-        self._require_writable()
-        if self._writer is None:
-            self._lock = WriterLock(self.path / _LOCK_NAME)
-            try:
-                self._writer = PackWriter(self.path / "packs", self._header, self._pack_bytes, self._beyond)
-            except BaseException:
-                self._let_go()
-                raise
-        return self._writer

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from compllm_rag.errors import CompLLMError
 from compllm_rag.store.base import is_key
 from compllm_rag.store.faults import explained
-from compllm_rag.store.index import ScannedRow, Totals
+from compllm_rag.store.index_rows import ScannedRow, Totals
 from compllm_rag.store.packs import HEADER_BYTES, Location, Run, pack_path, pack_sizes, wrong_header
 from compllm_rag.store.parts import Progress, StoreParts
 

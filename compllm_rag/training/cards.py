@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from compllm_rag.training.loop import RunConfig
+from compllm_rag.training.run_config import RunConfig
 
 _TITLES = {
     "reader": "Reader adapter",

@@ -16,9 +16,8 @@ from compllm_rag.compressor import Compressor, batches
 from compllm_rag.config import Frozen
 from compllm_rag.pretrained import save_compressor
 from compllm_rag.rates import concepts_at, max_rate
-from compllm_rag.training.examples import Example, pack, targets_of, weight_of
+from compllm_rag.training.examples import Example, pack, positions_of, targets_of, weight_of
 from compllm_rag.training.live_reader import LiveReader
-from compllm_rag.training.loop import Progress, RunConfig, positions_of
 from compllm_rag.training.material import Material
 from compllm_rag.training.objective import (
     Loss,
@@ -28,6 +27,7 @@ from compllm_rag.training.objective import (
     last_hidden_state,
     nll_by_kind,
 )
+from compllm_rag.training.run_config import Progress, RunConfig
 from compllm_rag.training.standardised import plain_head, standardise
 
 # Positions of one compressing forward under gradient.

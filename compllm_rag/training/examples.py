@@ -227,3 +227,9 @@ def _masks(llm: TargetLLM, group: torch.Tensor, place: torch.Tensor) -> Any:
     near = (place[:, :, None] - place[:, None, :] < window)[:, None]
     sliding = full & (near | itself)
     return {"full_attention": full, "sliding_attention": sliding} if kinds else sliding
+
+
+def positions_of(example: Example) -> int:
+    """Positions of an example read as text."""
+    fixed = sum(len(part) for part in example.prefix)
+    return fixed + sum(len(branch.prompt) + len(branch.target) for branch in example.branches)

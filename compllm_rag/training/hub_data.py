@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compllm_rag.errors import ConfigurationError, DataFileError
-from compllm_rag.training.loop import Progress
+from compllm_rag.training.run_config import Progress
 
 _NAME = re.compile(r"(?P<id>[^@:]+)(:(?P<config>[^@]+))?(@(?P<revision>.+))?")
 _CONTEXT = ("context", "passage", "story", "story_section", "document", "article")

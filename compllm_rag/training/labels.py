@@ -16,8 +16,8 @@ from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.llm import TargetLLM
 from compllm_rag.prompt import Message, PromptPlan, TextSpan
 from compllm_rag.questions import read_rows
-from compllm_rag.training.loop import Progress
 from compllm_rag.training.material import Group, Material
+from compllm_rag.training.run_config import Progress
 
 _BATCH = 16
 REQUESTS = (

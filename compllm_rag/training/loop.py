@@ -12,100 +12,17 @@ import math
 import random
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from pydantic import Field
-from torch import nn
 
-from compllm_rag.config import Frozen
 from compllm_rag.errors import ConfigurationError, DivergedError
 from compllm_rag.training.checkpoint import load_checkpoint, restore_moments, save_checkpoint
-from compllm_rag.training.examples import Example
-from compllm_rag.training.objective import Loss
-
-Progress = Callable[[str, float | None], None]
-
-
-class RunConfig(Frozen):
-    """How long, how fast and how carefully to train.
-
-    Attributes:
-        steps: Optimizer steps of the whole run.
-        batch: Examples of one step, on each process.
-        micro_tokens: Positions of one forward; a batch is cut into as many as it takes.
-        lr: Peak learning rate of LoRA.
-        head_lr: Factor of the learning rate of the compressor's head.
-        warmup: Steps of warming up.
-        decay: Share of the steps, at the end, in which the learning rate falls to nothing.
-        clip: Largest norm of the gradient.
-        seed: Of examples and rates.
-        validate_every: Steps between two looks at the held-out part of the training data.
-        patience: Looks without a better score before the run ends; 0 never.
-        save_minutes: Minutes between two checkpoints.
-        minutes: Stop (to be resumed) after this long; None runs to the end.
-    """
-
-    steps: int = Field(default=1000, ge=1)
-    batch: int = Field(default=8, ge=1)
-    micro_tokens: int = Field(default=1024, ge=1)
-    lr: float = Field(default=4e-4, gt=0, allow_inf_nan=False)
-    head_lr: float = Field(default=2.0, gt=0, allow_inf_nan=False)
-    warmup: int = Field(default=50, ge=0)
-    decay: float = Field(default=0.25, ge=0, le=1)
-    clip: float = Field(default=1.0, gt=0)
-    seed: int = 0
-    validate_every: int = Field(default=50, ge=1)
-    patience: int = Field(default=0, ge=0)
-    save_minutes: float = Field(default=2.0, ge=0)
-    minutes: float | None = Field(default=None, gt=0)
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step, as a share of the peak."""
-        left = (self.steps - step) / max(1.0, self.decay * self.steps)
-        return min(1.0, (step + 1) / max(1, self.warmup)) * max(0.02, min(1.0, left))
-
-
-class Task(Protocol):
-    """What is trained."""
-
-    name: str
-    module: nn.Module
-
-    def parameter_groups(self, config: RunConfig) -> list[dict[str, Any]]:
-        """Parameters with `times`, the factor of their learning rate."""
-        ...
-
-    def draw(self, rng: random.Random) -> Any:
-        """One example, with whatever chance decides about it."""
-        ...
-
-    def size(self, item: Any) -> int:
-        """Positions that the item takes."""
-        ...
-
-    def weight(self, item: Any) -> float:
-        """How much of a batch the item is."""
-        ...
-
-    def alike(self, item: Any) -> bool:
-        """Items may share a forward if this is the same for both."""
-        ...
-
-    def loss(self, module: nn.Module, items: Sequence[Any]) -> Loss:
-        """Loss of one forward."""
-        ...
-
-    def validate(self, progress: Progress) -> dict[str, float]:
-        """Numbers on the held-out part; `score`, higher is better, decides which weights are best."""
-        ...
-
-    def export(self, folder: Path) -> None:
-        """Write what a user loads."""
-        ...
+from compllm_rag.training.processes import Processes
+from compllm_rag.training.run_config import Progress, RunConfig, Task
 
 
 def train(task: Task, config: RunConfig, out: Path, progress: Progress | None = None) -> dict[str, Any]:
@@ -138,6 +55,7 @@ class _Run:
         )
         groups = task.parameter_groups(config)
         self.parameters = [p for group in groups for p in group["params"]]
+        self.processes = Processes(self.accelerator, self.parameters)
         self.optimizer = torch.optim.AdamW(
             [{**group, "lr": config.lr * group["times"]} for group in groups], betas=(0.9, 0.98), weight_decay=0.0
         )
@@ -145,7 +63,7 @@ class _Run:
         self.step, self.best, self.stale, self.seconds = 0, -math.inf, 0, 0.0
         self.stopping = self.interrupted = False
         self._resume()
-        self._same_everywhere()
+        self.processes.same_weights()
 
     def _resume(self) -> None:
         found = load_checkpoint(self.out / "last")
@@ -184,14 +102,14 @@ class _Run:
                 self._log(record)
                 if self.step % self.config.validate_every == 0 or self.step == self.config.steps:
                     record |= self._validate()
-                    if self.config.patience and self._any(self.stale >= self.config.patience):
+                    if self.config.patience and self.processes.any(self.stale >= self.config.patience):
                         record["stopped"] = "no better score"
                         break
                 if time.monotonic() - saved > 60 * self.config.save_minutes:
                     self._save()
                     saved = time.monotonic()
                 over = self.config.minutes is not None and time.monotonic() - begun > 60 * self.config.minutes
-                self.stopping = self._any(self.stopping or over)
+                self.stopping = self.processes.any(self.stopping or over)
             self._save()
         finally:
             for number, handler in former.items():
@@ -216,7 +134,7 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         parts: dict[str, float] = {}
         micro = _micro_batches(items, self.task, self.config.micro_tokens)
-        weight = self._mean(sum(map(self.task.weight, items)))
+        weight = self.processes.mean(sum(map(self.task.weight, items)))
         for some in micro:
             with self.accelerator.autocast():
                 loss = self.task.loss(self.task.module, some)
@@ -225,7 +143,7 @@ class _Run:
             self.accelerator.backward(loss.total * share)
             for name, value in loss.parts.items():
                 parts[name] = parts.get(name, 0.0) + value * share
-        self._average_gradients()
+        self.processes.average_gradients()
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip))
         if not math.isfinite(norm) or not math.isfinite(parts["loss"]):
             raise DivergedError(
@@ -243,36 +161,6 @@ class _Run:
             "norm": round(norm, 4),
             **{name: round(value, 5) for name, value in parts.items()},
         }
-
-    def _average_gradients(self) -> None:
-        """One sum over all processes; LoRA is small, and which parts of it a batch reaches differs between them."""
-        if self.accelerator.num_processes == 1:
-            return
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters])
-        torch.distributed.all_reduce(flat)
-        flat /= self.accelerator.num_processes
-        taken = 0
-        for parameter in self.parameters:
-            parameter.grad = flat[taken : taken + parameter.numel()].view_as(parameter)
-            taken += parameter.numel()
-
-    def _same_everywhere(self) -> None:
-        """Every process starts from the weights of the first."""
-        if self.accelerator.num_processes > 1:
-            for parameter in self.parameters:
-                torch.distributed.broadcast(parameter.data, 0)
-
-    def _any(self, flag: bool) -> bool:
-        """Whether the flag is up in any process: they must all leave the loop at the same step."""
-        return self._mean(float(flag)) > 0
-
-    def _mean(self, value: float) -> float:
-        """Mean over all processes."""
-        if self.accelerator.num_processes == 1:
-            return value
-        shared = torch.tensor([value], device=self.parameters[0].device)
-        torch.distributed.all_reduce(shared)
-        return float(shared) / int(self.accelerator.num_processes)
 
     def _validate(self) -> dict[str, Any]:
         if not self.accelerator.is_main_process:
@@ -341,9 +229,3 @@ def _micro_batches(items: Sequence[Any], task: Task, limit: int) -> list[list[An
         else:
             out.append([item])
     return out
-
-
-def positions_of(example: Example) -> int:
-    """Positions of an example read as text."""
-    fixed = sum(len(part) for part in example.prefix)
-    return fixed + sum(len(branch.prompt) + len(branch.target) for branch in example.branches)

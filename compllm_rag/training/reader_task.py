@@ -20,10 +20,10 @@ from torch import nn
 
 from compllm_rag.adapters import inject_lora, load_lora_state, lora_state
 from compllm_rag.llm import TargetLLM, decoder_of
-from compllm_rag.training.examples import Branch, Example, pack, targets_of, weight_of
-from compllm_rag.training.loop import Progress, RunConfig, positions_of
+from compllm_rag.training.examples import Branch, Example, pack, positions_of, targets_of, weight_of
 from compllm_rag.training.material import Material
 from compllm_rag.training.objective import Loss, answer_loss, last_hidden_state, nll_by_kind
+from compllm_rag.training.run_config import Progress, RunConfig
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -75,7 +75,7 @@ def test_segments_put_together_lie_together(tmp_path: Path) -> None:
 
 
 def test_many_records_are_flushed_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compllm_rag.store.disk._FLUSH_RECORDS", 300)
+    monkeypatch.setattr("compllm_rag.store.writing._FLUSH_RECORDS", 300)
     with DiskStore(tmp_path / "store", hidden_size=HIDDEN) as store:
         store.put(records(range(600)))
         with DiskStore(tmp_path / "store", hidden_size=HIDDEN, read_only=True) as reader:

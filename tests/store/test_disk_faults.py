@@ -26,7 +26,7 @@ from compllm_rag.errors import (
     UnsupportedFormatError,
 )
 from compllm_rag.store import DiskStore
-from compllm_rag.store.index import PlainDisk
+from compllm_rag.store.index_database import PlainDisk
 from compllm_rag.store.packs import pack_header
 from tests.processes import run, said, started
 from tests.store.store_samples import HIDDEN, key, python, records, same

@@ -14,8 +14,9 @@ from compllm_rag.config import CompressorConfig
 from compllm_rag.llm import TargetLLM, decoder_of
 from compllm_rag.training.compressor_task import CompressorTask
 from compllm_rag.training.live_reader import LiveReader
-from compllm_rag.training.loop import RunConfig, train
+from compllm_rag.training.loop import train
 from compllm_rag.training.reader_task import ReaderTask
+from compllm_rag.training.run_config import RunConfig
 from trained import information
 from training_samples import LORA, material, write_world
 

@@ -19,8 +19,9 @@ import toy
 from compllm_rag.compressor import Compressor
 from compllm_rag.errors import ConfigurationError, DivergedError, UnsupportedFormatError
 from compllm_rag.training.compressor_task import CompressorTask, RatesConfig
-from compllm_rag.training.loop import RunConfig, train
+from compllm_rag.training.loop import train
 from compllm_rag.training.objective import Loss
+from compllm_rag.training.run_config import RunConfig
 from training_samples import fresh, material, write_world
 
 ROOT = Path(__file__).parents[2]

@@ -16,8 +16,9 @@ from compllm_rag.training.compressor_task import CompressorTask, Drawn, RatesCon
 from compllm_rag.training.examples import Body, Example
 from compllm_rag.training.hub_data import as_row, fetch_dataset
 from compllm_rag.training.labels import own_answers, own_instructions
-from compllm_rag.training.loop import RunConfig, train
+from compllm_rag.training.loop import train
 from compllm_rag.training.reader_task import ReaderTask
+from compllm_rag.training.run_config import RunConfig
 from trained import randomise, trained
 from training_samples import example, fresh, material, write_world
 
@@ -175,7 +176,8 @@ def test_a_dataset_is_fetched_once_and_bad_ones_are_named(tmp_path: Path) -> Non
 
 def test_an_untrainable_compressor_is_refused(tmp_path: Path, world: Path) -> None:
     from compllm_rag.config import CompressorConfig
-    from compllm_rag.training.jobs import CompressorOptions, DataOptions, train_compressor
+    from compllm_rag.training.job_options import CompressorOptions, DataOptions
+    from compllm_rag.training.jobs import train_compressor
 
     folder = toy.save(tmp_path / "llm")
     with pytest.raises(ConfigurationError, match="nothing to train"):

@@ -1,0 +1,110 @@
+"""The parts that a storage is opened from: catalog, adapters and models."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llama_index.core.base.embeddings.base import BaseEmbedding
+
+from compllm_rag.compressor import Compressor
+from compllm_rag.errors import StorageMismatchError, StorageNotFoundError
+from compllm_rag.llamaindex.adapter_files import COMPRESSOR, READER
+from compllm_rag.llamaindex.embedding import embedder_identity, load_embedder
+from compllm_rag.llamaindex.manifest import META_KEY, Manifest
+from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
+from compllm_rag.llamaindex.verification import require_storage
+from compllm_rag.loading import AUTO, load_compressor_for, shipped_adapter
+
+
+def open_vectors(folder: Path, *, read_only: bool) -> FaissTextVectorStore:
+    """Text and vectors of a storage.
+
+    Raises:
+        StorageNotFoundError: There is no storage here.
+    """
+    require_storage(folder)
+    return FaissTextVectorStore.open(folder, read_only=read_only)
+
+
+def is_made(folder: Path) -> bool:
+    """Whether a storage lies here whose making came to its end; the manifest is the last thing written."""
+    try:
+        with FaissTextVectorStore.open(folder, read_only=True) as vectors:
+            return vectors.catalog.get_meta(META_KEY) is not None
+    except StorageNotFoundError:
+        return False
+
+
+def new_vectors(folder: Path, dimension: int) -> FaissTextVectorStore:
+    """An empty catalog; one that an interrupted making left behind without manifest is taken up."""
+    try:
+        left = FaissTextVectorStore.open(folder)
+    except StorageNotFoundError:
+        return FaissTextVectorStore.create(folder, dimension)
+    nodes, dim = left.n_nodes, left.dim
+    if dim == dimension and not nodes:
+        return left
+    left.close()
+    raise StorageMismatchError(
+        "folder holds vectors that are no storage of compllm-rag",
+        got=f"{nodes} nodes of {dim} dimensions without a manifest in {folder}",
+        expected="an empty or new folder",
+        next_step="choose another folder",
+    )
+
+
+def load_own_compressor(
+    folder: Path,
+    manifest: Manifest,
+    llm: str | None,
+    progress: Callable[[str, float | None], None] | None,
+    model_options: dict[str, Any],
+) -> Compressor:
+    """Load the compressor that lies in a storage, with its reader and the LLM it names."""
+    kept = folder / READER
+    return load_compressor_for(
+        llm or manifest.llm,
+        reader=kept if kept.is_dir() else None,
+        compressor=folder / COMPRESSOR,
+        progress=progress,
+        **model_options,
+    )
+
+
+def load_embedder_of(
+    manifest: Manifest,
+    embedder: str | BaseEmbedding | None,
+    progress: Callable[[str, float | None], None] | None,
+    model_options: dict[str, Any],
+) -> BaseEmbedding:
+    """Load the embedder of a storage.
+
+    Raises:
+        EmbedderMismatchError: It is not the one the storage was made by.
+    """
+    embed, source, identity = embedder_named(embedder or manifest.embedder, progress, model_options)
+    manifest.check_embedder(source, identity, len(embed.get_text_embedding("dimension")))
+    return embed
+
+
+def embedder_named(
+    embedder: str | BaseEmbedding,
+    progress: Callable[[str, float | None], None] | None,
+    model_options: dict[str, Any],
+) -> tuple[BaseEmbedding, str, str]:
+    """An embedder with its source and identity: one that is given, or the one of a name."""
+    if isinstance(embedder, BaseEmbedding):
+        return embedder, *embedder_identity(embedder)
+    known = {k: v for k, v in model_options.items() if k in ("device", "cache_dir", "offline")}
+    return load_embedder(embedder, progress=progress, **known)
+
+
+def keep_adapters(folder: Path, compressor: Compressor, llm: str, reader: str | Path | None) -> None:
+    """Copy compressor and reader into a storage, so that it can be moved as a whole."""
+    compressor.save_pretrained(folder / COMPRESSOR)
+    own = shipped_adapter(llm, "reader") if reader == AUTO else reader
+    if own is not None and any(name.startswith("reader/") for name in compressor.llm.digests):
+        shutil.copytree(own, folder / READER, dirs_exist_ok=True)
