@@ -25,7 +25,8 @@ def test_embedded_llm_with_its_reader() -> None:
 
     table, digest = _shipped_table()
     assert vocabulary_digest(llm.tokenizer) == digest
-    assert torch.equal(compressor.information.cpu(), table.half().float())
+    # The shipped compressor chooses anchors by information and by what answers are made of.
+    assert (compressor.information.cpu() - table.half().float()).abs().max() > 0.1
 
     segment = llm.tokenizer("The lighthouse was built by Ada Marsh.", add_special_tokens=False)["input_ids"]
     (concepts,) = compressor.compress([segment], [3])
@@ -33,9 +34,8 @@ def test_embedded_llm_with_its_reader() -> None:
     assert concepts.isfinite().all()
     kept = llm.tokenizer.decode([segment[i] for i in compressor.anchors(segment, 3)])
     assert "lighthouse" in kept
-    if not compressor.config.lora_rank:
-        expected = llm.embed([segment[i] for i in compressor.anchors(segment, 3)])
-        assert torch.allclose(concepts.float().cpu(), expected.float().cpu(), atol=2e-3)
+    plain = llm.embed([segment[i] for i in compressor.anchors(segment, 3)]).float().cpu()
+    assert (concepts - plain).abs().max() > 1e-2  # it is trained
 
     ids = llm.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.inference_mode():
@@ -46,6 +46,10 @@ def test_embedded_llm_with_its_reader() -> None:
     bare = load_compressor_for(reader=None, compressor=None, offline=True, device="cpu")
     assert bare.llm.identity != llm.identity
     assert bare.fingerprint != compressor.fingerprint
+    assert torch.equal(bare.information.cpu(), table.half().float())
+    (concepts,) = bare.compress([segment], [3])
+    expected = bare.llm.embed([segment[i] for i in bare.anchors(segment, 3)]).float().cpu()
+    assert torch.allclose(concepts, expected, atol=2e-3)
     assert resolve_model(DEFAULT_LLM, offline=True).digests.items() <= llm.digests.items()
     assert {m.alias: m.fetched for m in list_models()}[DEFAULT_LLM]
 
