@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import parser, progress, write
+from compllm_rag.compression.loading import shipped_adapter
+from compllm_rag.compression.segmentation import Segmenter
 from compllm_rag.config import CompressorConfig
-from compllm_rag.llm import TargetLLM
-from compllm_rag.loading import shipped_adapter
-from compllm_rag.segmentation import Segmenter
+from compllm_rag.models.llm import TargetLLM
 from compllm_rag.training.cards import read_log
 from compllm_rag.training.compressor_task import CompressorTask, RatesConfig
 from compllm_rag.training.jobs import new_compressor

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from benchmarks.common import parser, progress, write
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.information import information_for
+from compllm_rag.compression.loading import shipped_adapter
+from compllm_rag.compression.segmentation import Segmenter
 from compllm_rag.config import CompressorConfig
-from compllm_rag.information import information_for
-from compllm_rag.llm import TargetLLM
-from compllm_rag.loading import shipped_adapter
-from compllm_rag.segmentation import Segmenter
+from compllm_rag.models.llm import TargetLLM
 from compllm_rag.training.compressor_task import CompressorTask
 from compllm_rag.training.importance import answer_odds
 from compllm_rag.training.material import Material, MaterialConfig

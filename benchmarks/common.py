@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.loading import load_compressor_for
 from compllm_rag.config import DEFAULT_LLM
-from compllm_rag.loading import load_compressor_for
 
 _PACKAGES = ("compllm-rag", "torch", "transformers", "llama-index-core", "faiss-cpu", "diskcache")
 
@@ -39,7 +39,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def texts(folder: Path | None) -> list[str]:
     """Whole texts to run on."""
     # Here, because the sample corpus comes with parts that want LlamaIndex; some benchmarks run without it.
-    from compllm_rag.demo import sample_corpus
+    from compllm_rag.cli.demo import sample_corpus
 
     source = folder or sample_corpus() / "articles"
     return [path.read_text(encoding="utf-8") for path in sorted(source.iterdir()) if path.suffix in (".md", ".txt")]

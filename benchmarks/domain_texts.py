@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from compllm_rag.compressor import Compressor
-from compllm_rag.questions import Question, read_questions, read_rows
+from compllm_rag.compression.compressor import Compressor
+from compllm_rag.evaluation.questions import Question, read_questions, read_rows
 from compllm_rag.training.material import Material
 
 _CHARS = 6  # a token has about 4; the rest is room for what is cut off at both ends

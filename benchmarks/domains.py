@@ -20,16 +20,16 @@ from typing import Any
 
 from benchmarks.common import parser, progress, write
 from benchmarks.domain_texts import DOMAINS, Piece, pieces, questions_of
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.loading import load_compressor_for
 from compllm_rag.config import GenerationConfig
 from compllm_rag.errors import DataFileError
 from compllm_rag.evaluation.asking import Asker
 from compllm_rag.evaluation.bodies import Bodies, Segmented, Setting
+from compllm_rag.evaluation.questions import Question
 from compllm_rag.evaluation.scoring import ScoringGenerator
 from compllm_rag.evaluation.statistics import Record, Statistics, statistics
-from compllm_rag.loading import load_compressor_for
-from compllm_rag.prompt import PromptPlan, Span, TextSpan
-from compllm_rag.questions import QAPrompt, Question
+from compllm_rag.prompt import PromptPlan, QAPrompt, Span, TextSpan
 
 REQUEST = "Repeat the passage word for word."  # decides only the system turn in front of the passage
 

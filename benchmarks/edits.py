@@ -29,7 +29,7 @@ from llama_index.core import Document
 from llama_index.core.base.embeddings.base import BaseEmbedding
 
 from benchmarks.common import parser, progress, texts, timed, trained_like, write
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.config import DEFAULT_EMBEDDER
 from compllm_rag.llamaindex.embedding import load_embedder
 from compllm_rag.llamaindex.index import ConceptIndex

@@ -24,17 +24,17 @@ from llama_index.core.schema import NodeWithScore, TextNode
 from benchmarks.common import parser, progress, write
 from benchmarks.loft import open_storage, passages, ranking, recall, tenths
 from benchmarks.loft_data import SQUAD, LoftSet, Query, load, squad
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.config import GenerationConfig, Mode
 from compllm_rag.evaluation.asking import Asker
 from compllm_rag.evaluation.bodies import Bodies, Segmented, Setting
+from compllm_rag.evaluation.questions import Question
 from compllm_rag.evaluation.results import EvalConfig
 from compllm_rag.evaluation.runner import in_seeded_order
 from compllm_rag.evaluation.statistics import statistics as summary
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer
-from compllm_rag.prompt import TextSpan
-from compllm_rag.questions import QAPrompt, Question
+from compllm_rag.prompt import QAPrompt, TextSpan
 from compllm_rag.store import DiskStore
 
 _RESAMPLES = 1000

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import in_turns, median_of_quotients, parser, progress, texts, trained_like, write
-from compllm_rag.compressor import BATCH_POSITIONS, Compressor, batches
+from compllm_rag.compression.compressor import BATCH_POSITIONS, Compressor, batches
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.node_parser import chunk_texts
 from compllm_rag.store import DiskStore, MemoryStore

@@ -27,9 +27,9 @@ from benchmarks.ingest import passages
 from benchmarks.ingest_sweeps import batch_sizes, sweep, variant
 from benchmarks.memory import Peak, resident
 from compllm_rag import ConceptIndex, load_embedder
-from compllm_rag.compressor import Compressor
-from compllm_rag.questions import read_rows
-from compllm_rag.segmentation import Segmenter
+from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.segmentation import Segmenter
+from compllm_rag.evaluation.questions import read_rows
 
 PARTS = ("growth", "layers", "segments", "batches")
 FILES = ("text/wikipedia_2wiki.jsonl.gz", "text/pubmed_abstracts.jsonl.gz")

@@ -7,10 +7,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import compllm_rag.compressor as compression
+import compllm_rag.compression.compressor as compression
 from benchmarks.common import in_turns
 from benchmarks.ingest import ensure
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.store import DiskStore
 

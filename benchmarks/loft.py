@@ -25,11 +25,11 @@ from benchmarks.loft_in_context import CONTEXT_TOKENS, corpus_in_context, done_b
 from benchmarks.loft_metrics import scores
 from benchmarks.loft_prompts import ALL_OF_THEM
 from compllm_rag import ConceptIndex
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.errors import CompLLMError
+from compllm_rag.evaluation.questions import Question
 from compllm_rag.evaluation.results import EvalConfig, EvalResult
 from compllm_rag.evaluation.runner import evaluate_many, in_seeded_order
-from compllm_rag.questions import Question
 
 RECALL_AT = (1, 2, 5, 10)
 DEFAULT_DATA = "eval/loft_nq_128k"

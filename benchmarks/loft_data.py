@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compllm_rag.errors import ConfigurationError, DataFileError
-from compllm_rag.questions import Question, SourcePassage, read_rows
+from compllm_rag.evaluation.questions import Question, SourcePassage, read_rows
 
 SETS = ("nq", "hotpotqa", "musique", "qampari", "quest", "topiocqa")
 SIZES = ("32k", "128k", "1m")
@@ -94,7 +94,7 @@ def load(folder: Path, split: str = "dev") -> LoftSet:
         for row in _rows(folder / "corpus.jsonl", "pid", "title_text", "passage_text"):
             made.documents[str(row["pid"])] = SourcePassage(str(row["title_text"]), str(row["passage_text"]).strip())
         for row in _rows(folder / f"{split}_queries.jsonl", "qid", "query_text", "answers"):
-            made.queries += _turns(row)
+            made.queries += _writing(row)
         return made
     if (folder / "corpus.jsonl.gz").exists():
         made = LoftSet("nq", note=RECONSTRUCTED)
@@ -110,7 +110,7 @@ def load(folder: Path, split: str = "dev") -> LoftSet:
     )  # fmt: skip
 
 
-def _turns(row: dict[str, Any]) -> Iterator[Query]:
+def _writing(row: dict[str, Any]) -> Iterator[Query]:
     """One query, or one a turn: those before it are told with their gold answers."""
     qrels = (row.get("metadata") or {}).get("qrels") or []
     if not isinstance(row["query_text"], list):

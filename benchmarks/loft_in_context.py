@@ -11,11 +11,11 @@ from benchmarks.common import progress, write
 from benchmarks.loft_data import LoftSet, Query, load
 from benchmarks.loft_metrics import scores
 from benchmarks.loft_prompts import MOST_EXAMPLES, CorpusPrompt, examples
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.loading import load_compressor_for
 from compllm_rag.config import GenerationConfig
 from compllm_rag.evaluation.asking import Asker
 from compllm_rag.evaluation.bodies import Bodies, Segmented, Setting
-from compllm_rag.loading import load_compressor_for
 from compllm_rag.prompt import TextSpan
 
 # Tokens of an answer: the documents it rests on, then a list.

@@ -12,8 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.loft_data import LoftSet, Query
-from compllm_rag.prompt import PromptPlan, Span, TextSpan
-from compllm_rag.questions import QAPrompt
+from compllm_rag.prompt import PromptPlan, QAPrompt, Span, TextSpan
 
 # Behind the question where all values of a list count.
 ALL_OF_THEM = "Name all of them, separated by commas."

@@ -31,7 +31,7 @@ class Peak:
             self._before = torch.cuda.memory_allocated()
             return self
         self._before = resident()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self._observer, daemon=True)
         self._thread.start()
         return self
 
@@ -44,7 +44,7 @@ class Peak:
             self._thread.join()
         self._look()
 
-    def _watch(self) -> None:
+    def _observer(self) -> None:
         while not self._stop.wait(_EVERY):
             self._look()
 

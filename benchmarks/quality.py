@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.common import command, environment, parser, progress
+from compllm_rag.compression.loading import load_compressor_for
+from compllm_rag.compression.rates import max_rate
 from compllm_rag.evaluation.journal import Journal
 from compllm_rag.evaluation.probes import probe_file
+from compllm_rag.evaluation.questions import read_questions, read_rows
 from compllm_rag.evaluation.results import EvalConfig
 from compllm_rag.evaluation.runner import evaluate_many
-from compllm_rag.loading import load_compressor_for
-from compllm_rag.questions import read_questions, read_rows
-from compllm_rag.rates import max_rate
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.common import progress, timed
 from benchmarks.ttft_case import CHUNK
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.prompt import PromptInputs

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from benchmarks.ttft_case import QUESTION
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.library import ConceptLibrary
-from compllm_rag.questions import QAPrompt
+from compllm_rag.prompt import QAPrompt
 from compllm_rag.store import MemoryStore
 
 BLOCK = 16

@@ -28,15 +28,15 @@ from benchmarks.baselines.kv_pruning import KVPruning
 from benchmarks.baselines.lingua import TWO, Lingua
 from benchmarks.baselines.process import RunnerError
 from benchmarks.common import parser, progress, write
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.loading import load_compressor_for
 from compllm_rag.config import GenerationConfig
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.evaluation.asking import Asker
 from compllm_rag.evaluation.bodies import Segmented, Setting
 from compllm_rag.evaluation.journal import Journal
+from compllm_rag.evaluation.questions import Question, read_questions
 from compllm_rag.evaluation.statistics import Record, Statistics, statistics
-from compllm_rag.loading import load_compressor_for
-from compllm_rag.questions import Question, read_questions
 
 FILE = "squad_dev.jsonl.gz"
 PRESSES = {"expected_attention": "ExpectedAttention", "snapkv": "SnapKV", "knorm": "Knorm"}

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.config import CompressorConfig
 from compllm_rag.errors import ConfigurationError
-from compllm_rag.llm import TargetLLM
 from compllm_rag.models import resolve_model
+from compllm_rag.models.llm import TargetLLM
 
 # From the configuration files of Qwen/Qwen3-4B-Instruct-2507 and google/gemma-3-4b-pt (its text part).
 SHAPES: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ _QUIET: dict[str, Any] = {"check": True, "capture_output": True}
 _COMMANDS = {
     "empty process": "pass",
     "import compllm_rag": "import compllm_rag",
-    "compllm-rag --help": "import sys; sys.argv = ['compllm-rag', '--help']; from compllm_rag.cli import main; main()",
+    "compllm-rag --help": "import sys; sys.argv[1:] = ['--help']; from compllm_rag.cli.main import main; main()",
 }
 
 

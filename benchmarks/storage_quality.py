@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import parser, progress, write
+from compllm_rag.compression.loading import load_compressor_for
 from compllm_rag.evaluation.journal import Journal
+from compllm_rag.evaluation.questions import read_questions
 from compllm_rag.evaluation.results import EvalConfig, EvalResult
 from compllm_rag.evaluation.runner import evaluate_many
-from compllm_rag.loading import load_compressor_for
-from compllm_rag.questions import read_questions
 from compllm_rag.store.encodings import ENCODINGS
 
 _RESAMPLES = 1000

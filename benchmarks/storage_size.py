@@ -17,12 +17,12 @@ import torch
 from transformers import Gemma3TextConfig
 
 from benchmarks.common import parser, progress, texts, write
+from compllm_rag.compression.rates import FixedRate
+from compllm_rag.compression.segmentation import Segmenter
 from compllm_rag.config import DEFAULT_LLM
 from compllm_rag.fingerprint import record_key
 from compllm_rag.llamaindex.node_parser import chunk_texts
-from compllm_rag.llm import TargetLLM
-from compllm_rag.rates import FixedRate
-from compllm_rag.segmentation import Segmenter
+from compllm_rag.models.llm import TargetLLM
 from compllm_rag.store import DiskStore
 from compllm_rag.store.encodings import ENCODINGS
 

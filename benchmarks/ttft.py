@@ -29,7 +29,7 @@ from benchmarks.flops import LayerShape, crossover, layers_of, prefill, speed_up
 from benchmarks.shapes import SHAPES, attention_for, noisy_compressor, random_llm, tokenizer_of
 from benchmarks.ttft_case import Case, Setting
 from benchmarks.ttft_memory import resident_peak
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.config import CompressorConfig
 
 PARTS = ("compress_s", "fetch_s", "layout_s", "prefill_s", "ttft_s")

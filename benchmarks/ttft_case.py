@@ -11,12 +11,11 @@ import torch
 
 from benchmarks.common import reworded
 from benchmarks.memory import Peak
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.config import GenerationConfig
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import ConceptLibrary
-from compllm_rag.prompt import ConceptSpan, PromptInputs, Span, TextSpan, lay_out
-from compllm_rag.questions import QAPrompt
+from compllm_rag.prompt import ConceptSpan, PromptInputs, QAPrompt, Span, TextSpan, lay_out
 from compllm_rag.store import DiskStore, MemoryStore
 
 QUESTION = "What is the passage mostly about?"

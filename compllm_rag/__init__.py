@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from compllm_rag.compressor import Compressor as Compressor
+    from compllm_rag.compression.compressor import Compressor as Compressor
     from compllm_rag.config import CompressorConfig as CompressorConfig
     from compllm_rag.config import GenerationConfig as GenerationConfig
     from compllm_rag.config import IngestConfig as IngestConfig
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
     from compllm_rag.llamaindex.embedding import load_embedder as load_embedder
     from compllm_rag.llamaindex.index import ConceptIndex as ConceptIndex
     from compllm_rag.llamaindex.llm import ConceptLLM as ConceptLLM
-    from compllm_rag.llamaindex.migration import migrate_storage as migrate_storage
-    from compllm_rag.llamaindex.namespaces import delete_namespace as delete_namespace
-    from compllm_rag.llamaindex.namespaces import list_namespaces as list_namespaces
     from compllm_rag.llamaindex.node_parser import ConceptNodeParser as ConceptNodeParser
     from compllm_rag.llamaindex.repair import repair_storage as repair_storage
     from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer as ConceptSynthesizer
     from compllm_rag.llamaindex.transform import ConceptTransform as ConceptTransform
-    from compllm_rag.llamaindex.upkeep import compact_storage as compact_storage
     from compllm_rag.llamaindex.uploads import UploadQueue as UploadQueue
     from compllm_rag.llamaindex.vector_store import FaissTextVectorStore as FaissTextVectorStore
-    from compllm_rag.llamaindex.verification import verify_storage as verify_storage
-    from compllm_rag.llm import TargetLLM as TargetLLM
     from compllm_rag.metrics import Metrics as Metrics
+    from compllm_rag.models.llm import TargetLLM as TargetLLM
+    from compllm_rag.storage.compaction import compact_storage as compact_storage
+    from compllm_rag.storage.migration import migrate_storage as migrate_storage
+    from compllm_rag.storage.namespaces import delete_namespace as delete_namespace
+    from compllm_rag.storage.namespaces import list_namespaces as list_namespaces
+    from compllm_rag.storage.verification import verify_storage as verify_storage
     from compllm_rag.store import DiskStore as DiskStore
     from compllm_rag.store import MemoryStore as MemoryStore
 
 _HOME = {
-    "Compressor": "compressor",
+    "Compressor": "compression.compressor",
     "CompressorConfig": "config",
     "ConceptIndex": "llamaindex.index",
     "ConceptLLM": "llamaindex.llm",
@@ -50,15 +50,15 @@ _HOME = {
     "LocalGenerator": "generation.local",
     "MemoryStore": "store",
     "Metrics": "metrics",
-    "TargetLLM": "llm",
+    "TargetLLM": "models.llm",
     "UploadQueue": "llamaindex.uploads",
-    "compact_storage": "llamaindex.upkeep",
-    "delete_namespace": "llamaindex.namespaces",
-    "list_namespaces": "llamaindex.namespaces",
+    "compact_storage": "storage.compaction",
+    "delete_namespace": "storage.namespaces",
+    "list_namespaces": "storage.namespaces",
     "load_embedder": "llamaindex.embedding",
-    "migrate_storage": "llamaindex.migration",
+    "migrate_storage": "storage.migration",
     "repair_storage": "llamaindex.repair",
-    "verify_storage": "llamaindex.verification",
+    "verify_storage": "storage.verification",
 }
 
 __all__ = [*sorted(_HOME), "__version__"]

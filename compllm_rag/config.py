@@ -50,7 +50,7 @@ def checked(model: type[Settings], **fields: Any) -> Settings:
 class CompressorConfig(Frozen):
     """All that makes one compressor differ from another, besides its weights.
 
-    Every field except `format_version` is part of the fingerprint (DESIGN section 5).
+    Every field except `format_version` is part of the fingerprint (docs/design.md section 5).
     """
 
     format_version: Literal[1] = 1

@@ -1,7 +1,7 @@
 """Identity: the fingerprint of a compressor and the keys of its records.
 
 Every identity is a SHA-256 over tagged, length-prefixed fields, never a plain concatenation: `("ab", "c")` and
-`("a", "bc")` must differ, and so must two kinds of record that hold the same bytes (DESIGN section 5).
+`("a", "bc")` must differ, and so must two kinds of record that hold the same bytes (docs/design.md section 5).
 """
 
 from __future__ import annotations

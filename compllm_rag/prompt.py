@@ -16,10 +16,10 @@ import torch
 from torch.nn import functional as F
 
 from compllm_rag.errors import ConfigurationError, InvalidConceptsError
-from compllm_rag.plaintext import encode_plain
+from compllm_rag.models.plaintext import encode_plain
 
 if TYPE_CHECKING:
-    from compllm_rag.llm import TargetLLM
+    from compllm_rag.models.llm import TargetLLM
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,9 @@ class Slot:
 
 
 SLOT = Slot()
+
+# The prompt that the embedded models are trained with (docs/design.md section 6).
+SYSTEM = "Answer the question using only the passages. Reply with a short answer."
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class PromptInputs:
 
 
 class PromptTemplate:
-    """Turns messages into spans by a tokenizer's chat template.
+    """ReentrantLock messages into spans by a tokenizer's chat template.
 
     Args:
         tokenizer: The target LLM's; one without a chat template gets plain paragraphs.
@@ -185,6 +188,56 @@ def _without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
         return messages
     joined = {"role": messages[1]["role"], "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
     return [joined, *messages[2:]]
+
+
+class QAPrompt:
+    """The default prompt of the response synthesizer, from passages and a question.
+
+    Args:
+        tokenizer: The target LLM's.
+        system: The system turn.
+    """
+
+    def __init__(self, tokenizer: Any, system: str = SYSTEM) -> None:
+        self.template, self.system = PromptTemplate(tokenizer), system
+        self._mark = TextSpan((0,), 0)
+
+    def parts(self, request: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Token ids in front of the passages and behind them, up to where the answer starts.
+
+        Args:
+            request: The user's text behind the passages, such as `Question: ...`.
+        """
+        messages = [Message("system", (self.system,)), Message("user", (SLOT, request))]
+        spans = self.template.spans(messages, [self._mark])
+        at = next(i for i, span in enumerate(spans) if span is self._mark)
+        return _joined(spans[:at]), _joined(spans[at + 1 :])
+
+    def marker(self, number: int, title: str) -> tuple[int, ...]:
+        """Token ids of the line in front of a passage: `[i] title`."""
+        return tuple(self.template.plain(f"[{number}] {title}".rstrip() + "\n"))
+
+    @property
+    def gap(self) -> tuple[int, ...]:
+        """Token ids behind a passage."""
+        return tuple(self.template.plain("\n\n"))
+
+    def plan(self, question: str, passages: Sequence[tuple[str, Span]]) -> PromptPlan:
+        """The prompt of one question.
+
+        Args:
+            question: What is asked.
+            passages: Title and body (text or concepts) of each passage.
+        """
+        before, after = self.parts(f"Question: {question}")
+        spans: list[Span] = [TextSpan(before)]
+        for number, (title, body) in enumerate(passages, 1):
+            spans += [TextSpan(self.marker(number, title)), body, TextSpan(self.gap)]
+        return PromptPlan((*spans, TextSpan(after)))
+
+
+def _joined(spans: Sequence[Span]) -> tuple[int, ...]:
+    return tuple(token for span in spans if isinstance(span, TextSpan) for token in span.ids)
 
 
 def lay_out(plans: Sequence[PromptPlan], llm: TargetLLM) -> PromptInputs:

@@ -9,7 +9,7 @@ import argparse
 import gzip
 from pathlib import Path
 
-from compllm_rag.questions import read_questions
+from compllm_rag.evaluation.questions import read_questions
 from compllm_rag.training.evaluation_guard import question_digest
 
 TARGET = Path(__file__).parents[1] / "compllm_rag" / "data" / "evaluation-digests.bin.gz"
@@ -18,7 +18,9 @@ TARGET = Path(__file__).parents[1] / "compllm_rag" / "data" / "evaluation-digest
 def main() -> None:
     """Build it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path, help="evaluation sets, see compllm_rag.questions.read_questions")
+    parser.add_argument(
+        "files", nargs="+", type=Path, help="evaluation sets, see compllm_rag.evaluation.questions.read_questions"
+    )
     parser.add_argument("--out", type=Path, default=TARGET)
     args = parser.parse_args()
     digests = {

@@ -26,10 +26,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from compllm_rag.compression.information import information_of_counts, vocabulary_digest
 from compllm_rag.config import DEFAULT_LLM
-from compllm_rag.information import information_of_counts, vocabulary_digest
 from compllm_rag.models import resolve_model
-from compllm_rag.plaintext import encode_plain
+from compllm_rag.models.plaintext import encode_plain
 
 SOURCES = (
     "train/squad",

@@ -14,13 +14,12 @@ import sys
 import time
 from pathlib import Path
 
-from compllm_rag.cli import report_fields
+from compllm_rag.cli.progress import ProgressShow
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
 from compllm_rag.errors import CompLLMError
+from compllm_rag.llamaindex.documents import load_documents, some
 from compllm_rag.llamaindex.index import ConceptIndex
 from compllm_rag.llamaindex.ingest import IngestReport
-from compllm_rag.llamaindex.reader import load_documents, some
-from compllm_rag.progress import ProgressShow
 
 
 def arguments() -> argparse.Namespace:
@@ -49,7 +48,7 @@ class Log:
         """Show and write one running report."""
         self.show.ingested(report)
         if self.path is not None:
-            line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **report_fields(report)}
+            line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **report.fields()}
             with self.path.open("a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
 
@@ -84,7 +83,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130
-    print(json.dumps(report_fields(report)))
+    print(json.dumps(report.fields()))
     return 0
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import sys
 
-from compllm_rag.cli import app
+from compllm_rag.cli.main import app
 
 
 def main() -> None:

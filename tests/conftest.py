@@ -15,8 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import toy  # noqa: E402
-from compllm_rag.compressor import Compressor  # noqa: E402
-from compllm_rag.llm import TargetLLM  # noqa: E402
+from compllm_rag.compression.compressor import Compressor  # noqa: E402
+from compllm_rag.models.llm import TargetLLM  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -14,10 +14,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import toy
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.config import CompressorConfig
 from compllm_rag.fingerprint import file_digest, mapping_digest, record_key, tagged_digest, tensor_digest
-from compllm_rag.llm import TargetLLM
+from compllm_rag.models.llm import TargetLLM
 from trained import LORA, information, trained
 
 KEY: dict[str, Any] = {"namespace": "n", "fingerprint": "f" * 64, "n_concepts": 2, "token_ids": [1, 2, 3]}

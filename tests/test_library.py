@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import toy
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.errors import (
     ConfigurationError,
     FingerprintMismatchError,
@@ -19,7 +19,7 @@ from compllm_rag.errors import (
 )
 from compllm_rag.fingerprint import record_key
 from compllm_rag.library import ConceptLibrary
-from compllm_rag.llm import TargetLLM
+from compllm_rag.models.llm import TargetLLM
 from compllm_rag.store.memory import MemoryStore
 from trained import trained
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import toy
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.config import CompressorConfig
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.metrics import Metrics, RateSpread, Work

@@ -9,7 +9,7 @@ import torch
 
 import toy
 from compllm_rag.errors import ConfigurationError, InvalidConceptsError
-from compllm_rag.llm import TargetLLM
+from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import SLOT, ConceptSpan, Message, PromptPlan, PromptTemplate, Span, TextSpan, lay_out
 
 SYSTEM, QUESTION = "Answer from the passages.", "Question: who built the lighthouse?"

@@ -19,7 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from compllm_rag.llm import TargetLLM
+from compllm_rag.models.llm import TargetLLM
 
 ARCHITECTURES = ("llama", "qwen3", "gemma3", "mistral")
 

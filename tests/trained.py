@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.config import CompressorConfig
-from compllm_rag.llm import TargetLLM
+from compllm_rag.models.llm import TargetLLM
 
 LORA: dict[str, Any] = {"lora_rank": 4, "lora_alpha": 8, "lora_modules": ("q_proj", "v_proj", "down_proj")}
 

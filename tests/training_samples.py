@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import toy
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.config import CompressorConfig
-from compllm_rag.llm import TargetLLM
+from compllm_rag.models.llm import TargetLLM
 from compllm_rag.training.examples import Body, Branch, Example
 from compllm_rag.training.material import Material, MaterialConfig
 from trained import information

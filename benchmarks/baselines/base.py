@@ -9,15 +9,15 @@ from typing import Any, Protocol
 
 import torch
 
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.rates import FixedRate
 from compllm_rag.config import GenerationConfig
 from compllm_rag.errors import CompLLMError
 from compllm_rag.evaluation.asking import Asker
 from compllm_rag.evaluation.bodies import Segmented, Setting
+from compllm_rag.evaluation.questions import Question
 from compllm_rag.evaluation.statistics import Record
 from compllm_rag.prompt import ConceptSpan, Span, TextSpan
-from compllm_rag.questions import Question
-from compllm_rag.rates import FixedRate
 
 Body = tuple[int, ...] | torch.Tensor
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from compllm_rag.llm import TargetLLM
+from compllm_rag.models.llm import TargetLLM
 from compllm_rag.models.quiet import quiet_transformers
 
 _FILES = ("*.safetensors", "tokenizer.json", "vocab.txt", "*.model", "special_tokens_map.json", "chat_template.jinja")

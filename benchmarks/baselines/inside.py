@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.baselines.base import Baseline, Outcome, Task, ask_made, ask_with, mean_positions
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.config import CompressorConfig
 from compllm_rag.evaluation.bodies import COMPRESSED, Setting
 

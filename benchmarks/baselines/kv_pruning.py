@@ -16,10 +16,10 @@ from benchmarks.baselines.environments import command, pins, python_of
 from benchmarks.baselines.folders import export
 from benchmarks.baselines.process import Runner
 from compllm_rag.evaluation.metrics import exact_match, f1, subspan_match
+from compllm_rag.evaluation.questions import Question
 from compllm_rag.evaluation.statistics import Record
 from compllm_rag.generation.text import Detokenizer
-from compllm_rag.prompt import TextSpan
-from compllm_rag.questions import QAPrompt, Question
+from compllm_rag.prompt import QAPrompt, TextSpan
 
 # Questions that are also asked with nothing removed: the runner must then score as text does here.
 _CHECKED = 4

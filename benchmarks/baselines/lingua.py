@@ -17,9 +17,9 @@ from benchmarks.baselines.folders import for_transformers_4
 from benchmarks.baselines.matching import TOLERANCE, Match, match
 from benchmarks.baselines.process import Runner
 from compllm_rag.errors import ModelFetchError
-from compllm_rag.llm import TargetLLM
 from compllm_rag.models import resolve_model
-from compllm_rag.plaintext import encode_plain
+from compllm_rag.models.llm import TargetLLM
+from compllm_rag.models.plaintext import encode_plain
 
 # The published weights; the commit is of the branch `main`.
 TWO = "microsoft/llmlingua-2-bert-base-multilingual-cased-meetingbank@5f0c82792b7ea14c6484e015b6a072009496b7f2"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.config import GenerationConfig
 from compllm_rag.evaluation.bodies import COMPRESSED, Bodies, PassageBodies, Segmented, Setting
 from compllm_rag.evaluation.metrics import exact_match, f1, subspan_match
+from compllm_rag.evaluation.questions import Question
 from compllm_rag.evaluation.scoring import Prefilled, ScoringGenerator
 from compllm_rag.evaluation.statistics import Record
-from compllm_rag.prompt import PromptPlan
-from compllm_rag.questions import QAPrompt, Question
+from compllm_rag.prompt import PromptPlan, QAPrompt
 
 # Prompt positions of one batch: 16 prompts of a long SQuAD paragraph; the embedded LLM caches them in under 1 GiB.
 BATCH_POSITIONS = {"cpu": 16384, "cuda": 131072}

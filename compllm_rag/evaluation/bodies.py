@@ -8,10 +8,10 @@ from typing import Literal, Protocol, get_args
 
 import torch
 
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.rates import FixedRate
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.prompt import ConceptSpan, Span, TextSpan
-from compllm_rag.rates import FixedRate
 from compllm_rag.store.encodings import encoding_named
 
 Mode = Literal["text", "concepts", "pruned", "none"]

@@ -1,6 +1,7 @@
 """Answer metrics of SQuAD (Rajpurkar et al. 2016): normalised exact match, token F1 and containment, in percent.
 
-As everywhere in this project the first line of an answer counts, and the best over the gold answers (DESIGN section 7).
+As everywhere in this project the first line of an answer counts, and the best over the gold answers
+(docs/design.md section 7).
 """
 
 from __future__ import annotations

@@ -14,11 +14,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
+from compllm_rag.evaluation.questions import read_questions, read_rows
 from compllm_rag.evaluation.results import EvalConfig, EvalResult
 from compllm_rag.evaluation.runner import Progress, evaluate_many
 from compllm_rag.evaluation.statistics import Record
-from compllm_rag.questions import read_questions, read_rows
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class EvalResult:
         subspan_em: Percent of answers that contain a gold answer.
         accuracy: Percent of questions whose right option is the likeliest; None where no question has options.
         nll: Nats per token of the gold answers with their end token.
-        recovered: Percent of what text gains over no passages (DESIGN section 7); None where text gains too little.
+        recovered: Percent of what text gains over none (docs/design.md section 7); None where text gains too little.
         agreement: Percent of answers that are those of text.
         positions: Prompt positions, mean.
         achieved_rate: Source tokens per concept; None for text and none.

@@ -1,7 +1,7 @@
 """The evaluation: the same questions with passages as text, as concepts, pruned, or without any.
 
-Whatever is measured is compared with text and with no passages on the same questions (DESIGN section 7), so these two
-are run once and serve every setting.
+Whatever is measured is compared with text and with no passages on the same questions (docs/design.md
+section 7), so these two are run once and serve every setting.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 from compllm_rag import __version__
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.config import GenerationConfig
 from compllm_rag.errors import ConfigurationError, PromptTooLongError
 from compllm_rag.evaluation.asking import Asker
 from compllm_rag.evaluation.bodies import Segmented, Setting
 from compllm_rag.evaluation.journal import Journal
+from compllm_rag.evaluation.questions import Question, QuestionFile
 from compllm_rag.evaluation.results import METRICS, EvalConfig, EvalResult
 from compllm_rag.evaluation.statistics import Record, statistics
-from compllm_rag.questions import Question, QuestionFile
 
 T = TypeVar("T")
 Progress = Callable[[str, float | None], None]

@@ -11,7 +11,7 @@ import torch
 
 from compllm_rag.config import GenerationConfig
 from compllm_rag.generation.local import LocalGenerator
-from compllm_rag.llm import TargetLLM
+from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import PromptInputs, PromptPlan, lay_out
 
 

@@ -14,7 +14,7 @@ from compllm_rag.evaluation.metrics import same_answer
 Array = NDArray[np.float64]
 
 RESAMPLES = 1000
-# Under this many nats between no passages and passages as text there is nothing to recover (DESIGN section 7).
+# Under this many nats between no passages and passages as text there is nothing to recover (docs/design.md section 7).
 LEAST_GAIN = 0.3
 _PAIRED = ("em", "f1", "subspan_em", "accuracy", "nll")
 _CHUNK = 200

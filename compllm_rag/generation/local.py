@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from compllm_rag.config import GenerationConfig
-from compllm_rag.device_memory import room_for
 from compllm_rag.errors import DeviceMemoryError, PromptTooLongError
 from compllm_rag.generation.base import FinishReason, Generation
 from compllm_rag.generation.text import Detokenizer
-from compllm_rag.llm import TargetLLM
+from compllm_rag.models.device_memory import room_for
+from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import PromptInputs, PromptPlan, lay_out
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Detokenizer:
-    """Turns a growing list of token ids into pieces of text.
+    """ReentrantLock a growing list of token ids into pieces of text.
 
     A piece is held back while it ends within a character of several bytes, or with what may become a stop text.
 

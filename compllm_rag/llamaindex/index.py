@@ -14,33 +14,33 @@ from llama_index.core.data_structs.data_structs import IndexDict
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import BaseNode, Document, MetadataMode
 
-from compllm_rag.compressor import Compressor
+from compllm_rag.catalog.accounts import Accounts
+from compllm_rag.catalog.measures import storage_families
+from compllm_rag.catalog.origins import Origins
+from compllm_rag.catalog.pending import PendingChunks
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.config import GenerationConfig, IngestConfig
 from compllm_rag.errors import CompLLMError, ConfigurationError
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import ConceptLibrary
-from compllm_rag.llamaindex.accounts import Accounts, stats_fields
-from compllm_rag.llamaindex.awaiting import Awaiting
-from compllm_rag.llamaindex.bookkeeping import Bookkeeper
-from compllm_rag.llamaindex.docstore import CatalogDocumentStore
 from compllm_rag.llamaindex.embedding import embedder_identity
 from compllm_rag.llamaindex.ingest import IngestReport, Progress, ingest_documents
-from compllm_rag.llamaindex.kvstore import CatalogKVStore
-from compllm_rag.llamaindex.manifest import Manifest
-from compllm_rag.llamaindex.measures import storage_families
+from compllm_rag.llamaindex.kvstore import CatalogDocumentStore, CatalogKVStore
 from compllm_rag.llamaindex.node_parser import ConceptNodeParser
-from compllm_rag.llamaindex.origins import Origins
+from compllm_rag.llamaindex.observer import AccountsObserver
+from compllm_rag.llamaindex.reentrant_lock import ReentrantLock
 from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer
-from compllm_rag.llamaindex.turns import Turns
 from compllm_rag.llamaindex.uploads import UploadQueue, UploadReceipt
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 from compllm_rag.metrics import Metrics, Work
 from compllm_rag.prometheus import exposition
+from compllm_rag.storage.manifest import Manifest
+from compllm_rag.storage.stats import stats_fields
 from compllm_rag.store.base import ConceptStore
 
 if TYPE_CHECKING:
-    from compllm_rag.llamaindex.storage_check import StorageCheck
-    from compllm_rag.llamaindex.upkeep import StorageCompaction
+    from compllm_rag.storage.compaction import StorageCompaction
+    from compllm_rag.storage.verification import StorageCheck
 
 
 class ConceptIndex(VectorStoreIndex):
@@ -78,9 +78,10 @@ class ConceptIndex(VectorStoreIndex):
         self.faiss = vector_store
         self.parser = ConceptNodeParser(compressor.segmenter, self.config.chunk_size)
         kvstore = CatalogKVStore(vector_store.catalog)
-        self.accounts, self.origins, self.awaiting = Accounts(kvstore), Origins(kvstore), Awaiting(kvstore)
-        vector_store.watched_by(Bookkeeper(self.library, self.accounts, self.awaiting))
-        self._turns, self._kept = Turns(), Work()
+        values = kvstore.values
+        self.accounts, self.origins, self.pending = Accounts(values), Origins(values), PendingChunks(values)
+        vector_store.observed_by(AccountsObserver(self.library, self.accounts, self.pending))
+        self._writing, self._kept = ReentrantLock(), Work()
         self._uploads: UploadQueue | None = None
         super().__init__(
             nodes=[],
@@ -119,8 +120,8 @@ class ConceptIndex(VectorStoreIndex):
             namespace: Tenant; those of one folder share nothing. None takes the folder's own.
             **options: See `storage.create_index`, and for what it raises.
         """
-        from compllm_rag.llamaindex.namespaces import namespace_folder, prepare_namespace
-        from compllm_rag.llamaindex.storage import create_index
+        from compllm_rag.llamaindex.opening import create_index
+        from compllm_rag.storage.namespaces import namespace_folder, prepare_namespace
 
         if storage_dir is None:
             return create_index(cls, None, namespace=namespace, **options)
@@ -137,8 +138,8 @@ class ConceptIndex(VectorStoreIndex):
             namespace: Tenant; None takes the folder's own.
             **options: See `storage.load_index`, and for what it raises.
         """
-        from compllm_rag.llamaindex.namespaces import existing_namespace
-        from compllm_rag.llamaindex.storage import load_index
+        from compllm_rag.llamaindex.opening import load_index
+        from compllm_rag.storage.namespaces import existing_namespace
 
         return load_index(cls, existing_namespace(storage_dir, namespace), **options)
 
@@ -218,7 +219,7 @@ class ConceptIndex(VectorStoreIndex):
 
     def as_synthesizer(self, **options: Any) -> ConceptSynthesizer:
         """The synthesizer of this index; options as of `ConceptSynthesizer`."""
-        return ConceptSynthesizer(self.library, self.generator, queued=self.awaiting.among, **options)
+        return ConceptSynthesizer(self.library, self.generator, queued=self.pending.among, **options)
 
     def _add_nodes_to_index(
         self,
@@ -295,7 +296,7 @@ class ConceptIndex(VectorStoreIndex):
         Concepts are known by their content, so those made before an error or a Ctrl-C are right, and save the next
         run their work. Threads take turns; what is called from within the block belongs to it.
         """
-        with self._turns.taken() as outermost:
+        with self._writing.acquired() as outermost:
             try:
                 yield
                 if outermost:
@@ -324,7 +325,7 @@ class ConceptIndex(VectorStoreIndex):
         Raises:
             ConfigurationError: The index lies in memory.
         """
-        from compllm_rag.llamaindex.verification import verify_storage
+        from compllm_rag.storage.verification import verify_storage
 
         return verify_storage(self._folder(), deep=deep, progress=progress)
 
@@ -335,7 +336,7 @@ class ConceptIndex(VectorStoreIndex):
             ConfigurationError: The index lies in memory.
             StoreLockedError: There is uncommitted work, here or elsewhere.
         """
-        from compllm_rag.llamaindex.upkeep import compact_storage
+        from compllm_rag.storage.compaction import compact_storage
 
         return compact_storage(self._folder(), progress=progress)
 
@@ -346,7 +347,7 @@ class ConceptIndex(VectorStoreIndex):
 
     def stats(self) -> dict[str, Any]:
         """What the storage holds, as plain values."""
-        return stats_fields(self.accounts, len(self.awaiting), self.store.stats(), self.manifest)
+        return stats_fields(self.accounts, len(self.pending), self.store.stats(), self.manifest)
 
     @property
     def metrics(self) -> Metrics:
@@ -373,7 +374,7 @@ class ConceptIndex(VectorStoreIndex):
     def _keep_work(self) -> None:
         """Note what workers did since the last commit, if nobody is in the way: it is worth no error."""
         work = self.metrics.work
-        with contextlib.suppress(CompLLMError), self.faiss.catalog.at_once() as connection:
+        with contextlib.suppress(CompLLMError), self.faiss.catalog.own_transaction() as connection:
             if connection is not None and work != self._kept:
                 self.accounts.measures.add(work.plus(self._kept, -1))
                 self._kept = work

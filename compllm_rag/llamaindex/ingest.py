@@ -6,15 +6,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llama_index.core.schema import BaseNode, Document, MetadataMode
 
-from compllm_rag.device_memory import release_unused
+from compllm_rag.catalog.kv import KeyValues
+from compllm_rag.catalog.origins import Origins
 from compllm_rag.errors import ConfigurationError
-from compllm_rag.llamaindex.kvstore import CatalogKVStore
-from compllm_rag.llamaindex.origins import Origins
-from compllm_rag.llamaindex.reader import empty_corpus
+from compllm_rag.llamaindex.documents import empty_corpus
+from compllm_rag.models.device_memory import release_unused
 
 if TYPE_CHECKING:
     from compllm_rag.llamaindex.index import ConceptIndex
@@ -60,6 +60,15 @@ class IngestReport:
         """Source tokens per second, reused ones included."""
         return self.source_tokens / self.seconds if self.seconds else 0.0
 
+    def fields(self) -> dict[str, Any]:
+        """Plain values, as `ingest --json` prints them."""
+        counts = "documents documents_changed documents_deleted chunks segments segments_compressed segments_reused"
+        return {name: getattr(self, name) for name in counts.split()} | {
+            "source_tokens": self.source_tokens,
+            "seconds": round(self.seconds, 4),
+            "tokens_per_s": round(self.tokens_per_s, 2),
+        }
+
 
 Progress = Callable[[IngestReport], None]
 
@@ -85,7 +94,7 @@ def ingest_documents(
         raise ConfigurationError(
             "nothing says where pruned documents came from", got="prune without paths", expected="the paths ingested"
         )
-    index.origins = Origins(CatalogKVStore(index.faiss.catalog), roots)
+    index.origins = Origins(KeyValues(index.faiss.catalog), roots)
     with index.bulk():
         for batch in _batches(documents):
             report = _ingest_batch(index, batch, report)
@@ -117,7 +126,7 @@ def _ingest_batch(index: ConceptIndex, documents: list[Document], report: Ingest
     made = index.library.ensure(node.get_content(MetadataMode.NONE) for node in nodes)
     replace_documents(index, changed, nodes)
     for document in documents:
-        index.origins.record(document)
+        index.origins.record(document.id_, str(document.metadata.get("source") or ""))
     if made.compressed >= _MANY_SEGMENTS:
         release_unused(index.library.compressor.llm.device)
     totals = [index.accounts.of_document(d.id_) for d in documents]

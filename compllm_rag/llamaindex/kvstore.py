@@ -6,18 +6,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Sequence
 from typing import Any
 
+from llama_index.core.storage.docstore.keyval_docstore import KVDocumentStore
 from llama_index.core.storage.kvstore.types import DEFAULT_BATCH_SIZE, DEFAULT_COLLECTION, BaseKVStore
 
-from compllm_rag.errors import ConfigurationError
-from compllm_rag.llamaindex.catalog import Catalog
-from compllm_rag.llamaindex.catalog_database import storable
-
-_PUT = """INSERT INTO kv (collection, key, value) VALUES (?, ?, ?)
-ON CONFLICT (collection, key) DO UPDATE SET value = excluded.value"""
+from compllm_rag.catalog.catalog import Catalog
+from compllm_rag.catalog.kv import KeyValues
 
 
 class CatalogKVStore(BaseKVStore):
@@ -28,16 +24,16 @@ class CatalogKVStore(BaseKVStore):
     """
 
     def __init__(self, catalog: Catalog) -> None:
-        self.catalog = catalog
+        self.values = KeyValues(catalog)
+
+    @property
+    def catalog(self) -> Catalog:
+        """Where they lie."""
+        return self.values.catalog
 
     def put(self, key: str, val: dict[str, Any], collection: str = DEFAULT_COLLECTION) -> None:
-        """Keep a dict.
-
-        Raises:
-            ConfigurationError: It is not JSON, or the key is not valid Unicode.
-            StoreLockedError, StoreReadOnlyError, StoreFullError: See `Catalog.writing`.
-        """
-        self.put_all([(key, val)], collection)
+        """Keep a dict; errors as of `KeyValues.put_all`."""
+        self.values.put(key, val, collection)
 
     def put_all(
         self,
@@ -46,29 +42,19 @@ class CatalogKVStore(BaseKVStore):
         batch_size: int = DEFAULT_BATCH_SIZE,
     ) -> None:
         """Keep several dicts, all or none; `batch_size` is not needed."""
-        rows = [(storable(collection), storable(key), _encode(key, value)) for key, value in kv_pairs]
-        if rows:
-            with self.catalog.writing() as connection:
-                connection.executemany(_PUT, rows)
+        self.values.put_all(kv_pairs, collection)
 
     def get(self, key: str, collection: str = DEFAULT_COLLECTION) -> dict[str, Any] | None:
         """One dict, None when there is none."""
-        with self.catalog.reading() as connection:
-            query = "SELECT value FROM kv WHERE collection = ? AND key = ?"
-            row = connection.execute(query, (storable(collection), storable(key))).fetchone()
-        return None if row is None else _decode(row[0])
+        return self.values.get(key, collection)
 
     def get_all(self, collection: str = DEFAULT_COLLECTION) -> dict[str, dict[str, Any]]:
         """All dicts of a collection, in the order in which their keys came."""
-        with self.catalog.reading() as connection:
-            query = "SELECT key, value FROM kv WHERE collection = ? ORDER BY id"
-            return {key: _decode(value) for key, value in connection.execute(query, (storable(collection),))}
+        return self.values.get_all(collection)
 
     def delete(self, key: str, collection: str = DEFAULT_COLLECTION) -> bool:
         """Delete one dict; tells whether there was one."""
-        with self.catalog.writing() as connection:
-            query = "DELETE FROM kv WHERE collection = ? AND key = ?"
-            return connection.execute(query, (storable(collection), storable(key))).rowcount > 0
+        return self.values.delete(key, collection)
 
     async def aput(self, key: str, val: dict[str, Any], collection: str = DEFAULT_COLLECTION) -> None:
         """`put` in a thread."""
@@ -96,18 +82,30 @@ class CatalogKVStore(BaseKVStore):
         return await asyncio.to_thread(self.delete, key, collection)
 
 
-def _encode(key: str, value: dict[str, Any]) -> str:
-    try:
-        return json.dumps(value)
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(
-            f"the value of {key!r:.80} cannot be kept as JSON",
-            got=str(error)[:200],
-            expected="texts, numbers, lists and dicts",
-            next_step="drop what is no plain value from the metadata",
-        ) from error
+class CatalogDocumentStore(KVDocumentStore):
+    """LlamaIndex's document store in a catalog.
 
+    An index keeps no more of a document here than its hash, since the text lies with the vectors. LlamaIndex deletes
+    only what it holds whole: a pipeline with the strategy `upserts_and_delete` would fail on documents that the index
+    brought in.
 
-def _decode(text: str) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(text)
-    return value
+    Args:
+        kvstore: Where it lies.
+    """
+
+    def __init__(self, kvstore: CatalogKVStore) -> None:
+        super().__init__(kvstore, namespace="compllm")
+
+    def delete_document(self, doc_id: str, raise_error: bool = True) -> None:
+        """Delete a document, or the memory of its hash.
+
+        Raises:
+            ValueError: Neither is there, and `raise_error`.
+        """
+        known = self.get_document_hash(doc_id) is not None
+        super().delete_document(doc_id, raise_error=raise_error and not known)
+
+    async def adelete_document(self, doc_id: str, raise_error: bool = True) -> None:
+        """The same, in the async methods' way."""
+        known = await self.aget_document_hash(doc_id) is not None
+        await super().adelete_document(doc_id, raise_error=raise_error and not known)

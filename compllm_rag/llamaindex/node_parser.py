@@ -13,12 +13,12 @@ from llama_index.core.node_parser import NodeParser
 from llama_index.core.schema import BaseNode, MetadataMode, NodeRelationship, TextNode
 from llama_index.core.utils import get_tqdm_iterable
 
+from compllm_rag.compression.segmentation import Segmenter, TokenizedText, chunk_bounds
 from compllm_rag.fingerprint import tagged_digest
-from compllm_rag.segmentation import Segmenter, TokenizedText, chunk_bounds
 
 
 class ConceptNodeParser(NodeParser):
-    """Cuts documents into chunks at content-defined boundaries between segments (DESIGN section 4).
+    """Cuts documents into chunks at content-defined boundaries between segments (docs/design.md section 4).
 
     The chunks of a document joined are its text, to the letter. A node's id depends on the document's id, the chunk's
     text and metadata alone, so chunks that an edit did not touch keep theirs.

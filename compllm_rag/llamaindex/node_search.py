@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQuery
 
-from compllm_rag.llamaindex import node_rows
+from compllm_rag.catalog import rows as node_rows
+from compllm_rag.catalog.flat_vectors import FlatVectors
+from compllm_rag.catalog.rows import StoredNode
 from compllm_rag.llamaindex.filters import matches
-from compllm_rag.llamaindex.flat_vectors import FlatVectors
-from compllm_rag.llamaindex.node_rows import StoredNode
 
 _WIDEN = 4  # how much further each search looks while filters leave too few
 

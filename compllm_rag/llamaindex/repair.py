@@ -22,25 +22,25 @@ import numpy as np
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.schema import MetadataMode
 
-from compllm_rag.compressor import Compressor
+from compllm_rag.catalog import rows as node_rows
+from compllm_rag.catalog.database import FORMAT_VERSION, claimed, connected, read_state
+from compllm_rag.catalog.flat_vectors import FlatVectors, unit_vector
+from compllm_rag.catalog.generations import Generation, GenerationFiles
+from compllm_rag.catalog.rows import StoredNode
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.errors import CorruptRecordError, StorageMismatchError, StorageNotFoundError
-from compllm_rag.llamaindex import node_rows
-from compllm_rag.llamaindex.catalog_database import FORMAT_VERSION, connected, read_state
-from compllm_rag.llamaindex.catalog_lock import claimed
-from compllm_rag.llamaindex.flat_vectors import FlatVectors, unit_vector
-from compllm_rag.llamaindex.generations import Generation, GenerationFiles
 from compllm_rag.llamaindex.index import ConceptIndex
-from compllm_rag.llamaindex.manifest import Manifest
-from compllm_rag.llamaindex.node_rows import StoredNode
-from compllm_rag.llamaindex.storage import load_index, read_manifest
-from compllm_rag.llamaindex.storage_check import StorageCheck
+from compllm_rag.llamaindex.nodes import decode_node
+from compllm_rag.llamaindex.observer import passages_of
+from compllm_rag.llamaindex.opening import load_index
 from compllm_rag.llamaindex.storage_parts import load_embedder_of, load_own_compressor
-from compllm_rag.llamaindex.verification import CATALOG, CONCEPTS, verify_storage
+from compllm_rag.storage.manifest import CATALOG, CONCEPTS, Manifest, read_manifest
+from compllm_rag.storage.verification import StorageCheck, verify_storage
 from compllm_rag.store.disk import DiskStore
 
 Progress = Callable[[str, float | None], None]
 _ASIDE = "concepts.damaged"
-_AT_ONCE = 64
+_BATCH_CHUNKS = 64
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _pages(connection: sqlite3.Connection) -> Iterator[list[StoredNode]]:
     page: list[StoredNode] = []
     for row in node_rows.read_all(connection):
         page.append(row)
-        if len(page) == _AT_ONCE:
+        if len(page) == _BATCH_CHUNKS:
             yield page
             page = []
     if page:
@@ -214,7 +214,9 @@ def _pages(connection: sqlite3.Connection) -> Iterator[list[StoredNode]]:
 
 
 def _embed(vectors: FlatVectors, page: list[StoredNode], embed: BaseEmbedding, dimension: int) -> None:
-    texts = [row.node().get_content(metadata_mode=MetadataMode.EMBED) for row in page]  # as LlamaIndex embeds nodes
+    texts = [
+        decode_node(row).get_content(metadata_mode=MetadataMode.EMBED) for row in page
+    ]  # as LlamaIndex embeds nodes
     made = [unit_vector(v, dimension, "a chunk") for v in embed.get_text_embedding_batch(texts)]
     vectors.add([row.id for row in page], np.stack(made))
 
@@ -249,10 +251,10 @@ def _complete(index: ConceptIndex, progress: Progress | None) -> tuple[list[str]
             index.delete_ref_doc(doc_id)
         total, done, compressed = index.faiss.n_nodes, 0, 0
         index.accounts.clear()
-        index.awaiting.clear()
+        index.pending.clear()
         for nodes in index.faiss.iter_pages():
             compressed += index.library.ensure(node.get_content(MetadataMode.NONE) for node in nodes).compressed
-            index.accounts.change(index.library, nodes, 1)
+            index.accounts.change(passages_of(index.library, nodes), 1)
             done += len(nodes)
             if progress:
                 progress("compressing what is missing", done / total)

@@ -9,14 +9,13 @@ from typing import Any
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
 
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.loading import AUTO, load_compressor_for, shipped_adapter
 from compllm_rag.errors import StorageMismatchError, StorageNotFoundError
-from compllm_rag.llamaindex.adapter_files import COMPRESSOR, READER
 from compllm_rag.llamaindex.embedding import embedder_identity, load_embedder
-from compllm_rag.llamaindex.manifest import META_KEY, Manifest
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
-from compllm_rag.llamaindex.verification import require_storage
-from compllm_rag.loading import AUTO, load_compressor_for, shipped_adapter
+from compllm_rag.storage.adapter_files import COMPRESSOR, READER
+from compllm_rag.storage.manifest import META_KEY, Manifest, require_storage
 
 
 def open_vectors(folder: Path, *, read_only: bool) -> FaissTextVectorStore:

@@ -35,11 +35,11 @@ from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.llm import ConceptLLM
 from compllm_rag.llamaindex.planner import Chooser, PlannedPrompt, Planner, Queued, messages_of
 from compllm_rag.llamaindex.streams import in_thread
-from compllm_rag.questions import SYSTEM
+from compllm_rag.prompt import SYSTEM
 
 dispatcher = get_dispatcher(__name__)
 
-# The same prompt as `compllm_rag.questions.QAPrompt` lays out.
+# The same prompt as `compllm_rag.prompt.QAPrompt` lays out.
 DEFAULT_TEMPLATE = ChatPromptTemplate(
     message_templates=[
         ChatMessage(role=MessageRole.SYSTEM, content=SYSTEM),
@@ -52,7 +52,7 @@ class ConceptSynthesizer(BaseSynthesizer):
     """Answers a query from retrieved nodes, read as concepts.
 
     `response.metadata` holds, beside the nodes' own metadata, the entry `compllm` with what each node was read as,
-    prompt positions, store hits and the timings of DESIGN section 7 (of a stream, once it has ended).
+    prompt positions, store hits and the timings of docs/design.md section 7 (of a stream, once it has ended).
 
     Args:
         library: Compressor and store.

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_AT_ONCE = 32  # chunks compressed between two flushes: fills batches, and bounds how long a stop takes
+_BATCH_CHUNKS = 32  # chunks compressed between two flushes: fills batches, and bounds how long a stop takes
 _EXIT_S = 60.0  # the longest that the end of a process waits for a worker
 _RETRY_S = 0.2  # another process writes: it will be done some time
 
@@ -101,7 +101,7 @@ class UploadQueue:
         self._failed: dict[str, Exception] = {}
         self._stopping = self._draining = False
         index.attach(self)
-        awaiting = index.awaiting.nodes()
+        awaiting = index.pending.nodes()
         self._finished.update(node_id for node_id, doc_id in awaiting.items() if doc_id is None)
         self._enqueue((doc_id, node_id) for node_id, doc_id in awaiting.items() if doc_id is not None)
         self._running = workers
@@ -131,7 +131,7 @@ class UploadQueue:
             nodes = index.parser.get_nodes_from_documents(changed)
             if changed:
                 replace_documents(index, changed, nodes, later=True)
-            queued = index.awaiting.among([node.node_id for node in nodes])
+            queued = index.pending.among([node.node_id for node in nodes])
             # Still in our turn: nobody else must find room that is taken.
             self._enqueue((n.ref_doc_id or n.node_id, n.node_id) for n in nodes if n.node_id in queued)
         return UploadReceipt(len(given), len(changed), len(nodes), len(queued))
@@ -232,7 +232,7 @@ class UploadQueue:
                 self._changed.notify_all()
 
     def _take(self) -> list[tuple[str, list[str]]]:
-        taken, room = list[tuple[str, list[str]]](), _AT_ONCE
+        taken, room = list[tuple[str, list[str]]](), _BATCH_CHUNKS
         while self._waiting and room:
             doc_id, node_ids = self._waiting.popleft()
             if len(node_ids) > room:
@@ -282,7 +282,7 @@ class UploadQueue:
         if not finished:
             return
         try:
-            told = self._index.awaiting.forget_at_once(finished)
+            told = self._index.pending.forget_now(finished)
         except CompLLMError:  # the notes do no harm: who finds them finds the concepts as well
             return
         if told:

@@ -25,22 +25,23 @@ from llama_index.core.vector_stores.types import (
     VectorStoreQueryResult,
 )
 
+from compllm_rag.catalog import rows as node_rows
+from compllm_rag.catalog.catalog import Catalog
+from compllm_rag.catalog.flat_vectors import unit_vector
+from compllm_rag.catalog.rows import StoredNode
 from compllm_rag.errors import ConfigurationError
-from compllm_rag.llamaindex import node_rows
-from compllm_rag.llamaindex.catalog import Catalog
 from compllm_rag.llamaindex.filters import matches
-from compllm_rag.llamaindex.flat_vectors import unit_vector
-from compllm_rag.llamaindex.node_rows import StoredNode, encode_node
 from compllm_rag.llamaindex.node_search import allowed_ids, nearest
+from compllm_rag.llamaindex.nodes import decode_node, encode_node
 
 
-class NodeWatch(Protocol):
+class NodeObserver(Protocol):
     """Told of every node that comes or goes, in the step that writes it; what it raises undoes the step."""
 
-    def coming(self, nodes: Sequence[BaseNode]) -> None:
+    def added(self, nodes: Sequence[BaseNode]) -> None:
         """Nodes are added."""
 
-    def going(self, nodes: Sequence[BaseNode]) -> None:
+    def removed(self, nodes: Sequence[BaseNode]) -> None:
         """Nodes are deleted or replaced."""
 
     def cleared(self) -> None:
@@ -66,7 +67,7 @@ class FaissTextVectorStore(BasePydanticVectorStore):
     is_embedding_query: bool = True
     dim: int
     _catalog: Catalog = PrivateAttr()
-    _watch: NodeWatch | None = PrivateAttr(default=None)
+    _observer: NodeObserver | None = PrivateAttr(default=None)
 
     def __init__(self, dim: int = 384, *, catalog: Catalog | None = None) -> None:
         made = Catalog.in_memory(dim) if catalog is None else catalog
@@ -114,9 +115,9 @@ class FaissTextVectorStore(BasePydanticVectorStore):
         """How many documents they come from."""
         return self._count("count(DISTINCT ref_doc_id)")
 
-    def watched_by(self, watch: NodeWatch) -> None:
-        """From now on tell `watch` of every node that comes or goes."""
-        self._watch = watch
+    def observed_by(self, observer: NodeObserver) -> None:
+        """From now on tell `observer` of every node that comes or goes."""
+        self._observer = observer
 
     def add(self, nodes: Sequence[BaseNode], **add_kwargs: Any) -> list[str]:
         """Add nodes with their embeddings, all or none. A node whose id is there already is replaced.
@@ -137,8 +138,8 @@ class FaissTextVectorStore(BasePydanticVectorStore):
                 replaced = node_rows.ids_where(connection, "node_id", [row.node_id for row in rows])
                 self._take_away(connection, replaced)
                 ids = node_rows.write_rows(connection, rows)
-                if self._watch is not None:
-                    self._watch.coming(latest)
+                if self._observer is not None:
+                    self._observer.added(latest)
                 vectors = self._catalog.vectors(changing=True)
                 vectors.remove(replaced)
                 vectors.add(ids, units)
@@ -168,8 +169,8 @@ class FaissTextVectorStore(BasePydanticVectorStore):
         """Delete all nodes. Settings and other collections of the catalog stay; ids are not used again."""
         with self._catalog.writing() as connection:
             connection.execute("DELETE FROM nodes")
-            if self._watch is not None:
-                self._watch.cleared()
+            if self._observer is not None:
+                self._observer.cleared()
             self._catalog.vectors(changing=True).clear()
 
     def get_nodes(self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None) -> list[BaseNode]:
@@ -179,7 +180,7 @@ class FaissTextVectorStore(BasePydanticVectorStore):
             CorruptRecordError: A row fails its checksum.
         """
         with self._catalog.reading() as connection:
-            return [row.node() for row in self._select(connection, node_ids, filters)]
+            return [decode_node(row) for row in self._select(connection, node_ids, filters)]
 
     def iter_nodes(self, page: int = 256) -> Iterator[BaseNode]:
         """All nodes in order of arrival, in bounded memory; the store may change between pages."""
@@ -194,7 +195,7 @@ class FaissTextVectorStore(BasePydanticVectorStore):
                 rows = node_rows.read_after(connection, last, page)
             if not rows:
                 return
-            yield [row.node() for row in rows]
+            yield [decode_node(row) for row in rows]
             last = rows[-1].id
 
     def chunks_by_document(self) -> dict[str, int]:
@@ -207,7 +208,7 @@ class FaissTextVectorStore(BasePydanticVectorStore):
         with self._catalog.reading() as connection:
             ids = sorted(node_rows.ids_where(connection, "ref_doc_id", [ref_doc_id]))
             rows = node_rows.read_ids(connection, ids)
-            return [rows[id_].node().node_id for id_ in ids]
+            return [rows[id_].node_id for id_ in ids]
 
     def embedded_nodes(self, node_ids: Sequence[str]) -> list[BaseNode]:
         """Nodes that are named, with their embeddings (of length 1); ids that are not there are skipped."""
@@ -216,7 +217,7 @@ class FaissTextVectorStore(BasePydanticVectorStore):
             found = self._catalog.vectors().get(rows)
         nodes = []
         for id_, row in rows.items():
-            node = row.node()
+            node = decode_node(row)
             node.embedding = found[id_].tolist() if id_ in found else None
             nodes.append(node)
         return nodes
@@ -251,7 +252,7 @@ class FaissTextVectorStore(BasePydanticVectorStore):
             vectors = self._catalog.vectors()
             allowed = allowed_ids(connection, query)
             found = nearest(connection, vectors, vector, query.similarity_top_k, allowed, query.filters)
-            nodes = [row.node() for row, _ in found]
+            nodes = [decode_node(row) for row, _ in found]
         return VectorStoreQueryResult(
             nodes=nodes, similarities=[score for _, score in found], ids=[node.node_id for node in nodes]
         )
@@ -335,8 +336,8 @@ class FaissTextVectorStore(BasePydanticVectorStore):
             self._catalog.vectors(changing=True).remove(ids)
 
     def _take_away(self, connection: sqlite3.Connection, ids: Sequence[int]) -> None:
-        if ids and self._watch is not None:
-            self._watch.going([row.node() for row in node_rows.read_ids(connection, ids).values()])
+        if ids and self._observer is not None:
+            self._observer.removed([decode_node(row) for row in node_rows.read_ids(connection, ids).values()])
         node_rows.delete_rows(connection, ids)
 
     def _select(

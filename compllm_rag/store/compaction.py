@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from compllm_rag.errors import CompLLMError
 from compllm_rag.store.base import is_key
-from compllm_rag.store.faults import explained
+from compllm_rag.store.faults import translated_errors
 from compllm_rag.store.index_rows import ScannedRow, Totals
 from compllm_rag.store.packs import (
     HEADER_BYTES,
@@ -25,9 +25,9 @@ from compllm_rag.store.packs import (
     pack_sizes,
     sync_folder,
 )
-from compllm_rag.store.parts import Progress, StoreParts
+from compllm_rag.store.reading import Progress, StoreParts
 
-_AT_ONCE = 256  # records read and written in one go
+_BATCH_CHUNKS = 256  # records read and written in one go
 _STEP = 50_000  # records that move in one transaction; bounds memory
 
 
@@ -122,7 +122,7 @@ def _move(
     moved: dict[str, Location] = {}
     done = 0
     wanted = (row for row in parts.index.scan() if row.rowid not in dead and _sound(row).pack in packs)
-    for page in _pages(wanted, _AT_ONCE):
+    for page in _pages(wanted, _BATCH_CHUNKS):
         keys, places = [row.key for row in page], [_sound(row) for row in page]
         sizes = [parts.nbytes(at) for at in places]
         data = parts.reader.read(keys, places, sizes)
@@ -149,7 +149,7 @@ def _commit(parts: StoreParts, writer: PackWriter, moved: dict[str, Location]) -
 
 
 def _remove(parts: StoreParts, packs: set[int]) -> None:
-    with explained(parts.folder, writing=True):
+    with translated_errors(parts.folder, writing=True):
         for number in packs:
             pack_path(parts.folder, number).unlink(missing_ok=True)
         sync_folder(parts.folder)

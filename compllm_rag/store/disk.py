@@ -31,7 +31,7 @@ from compllm_rag.errors import (
 )
 from compllm_rag.store.base import ConceptStore, StoreStats, check_hidden_size, check_keys, encode_record
 from compllm_rag.store.encodings import FP16, encoding_named
-from compllm_rag.store.faults import explained
+from compllm_rag.store.faults import translated_errors
 from compllm_rag.store.index import LocationIndex
 from compllm_rag.store.index_rows import Totals
 from compllm_rag.store.lock import WriterLock
@@ -42,9 +42,7 @@ from compllm_rag.store.packs import (
     pack_header,
     sync_folder,
 )
-from compllm_rag.store.parts import Progress, StoreParts
-from compllm_rag.store.reading import PackReader
-from compllm_rag.store.records import RecordReader
+from compllm_rag.store.reading import PackReader, Progress, RecordReader, StoreParts
 from compllm_rag.store.writing import LOCK_NAME, StoreWriter
 
 if TYPE_CHECKING:
@@ -120,7 +118,7 @@ class DiskStore(ConceptStore):
         if new:
             chosen = FP16 if encoding is None else encoding_named(encoding)
             manifest = StoreManifest(hidden_size=self.hidden_size, encoding=chosen.tag)
-            with explained(self.path, writing=True):
+            with translated_errors(self.path, writing=True):
                 for name in ("packs", "index"):
                     (self.path / name).mkdir(mode=0o700, exist_ok=True)
         else:
@@ -133,7 +131,7 @@ class DiskStore(ConceptStore):
             if counted:
                 self._index.check_count()
             if new:
-                with explained(self.path, writing=True):
+                with translated_errors(self.path, writing=True):
                     sync_folder(self.path / "index")
                     manifest.save(self.path)
         except BaseException:
@@ -288,9 +286,9 @@ class DiskStore(ConceptStore):
             self._require_writable()
             self.flush()
             try:
-                yield self._writer.hold()
+                yield self._writer.acquire()
             finally:
-                self._writer.let_go()
+                self._writer.release()
                 self._packs.close()
 
     def close(self) -> None:
@@ -306,7 +304,7 @@ class DiskStore(ConceptStore):
                 try:
                     self._index.close()
                 finally:
-                    self._writer.let_go()
+                    self._writer.release()
 
     def _locate(self, keys: Sequence[str], *, count: bool = True) -> list[Location | None]:
         check_keys(keys)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import diskcache  # type: ignore[import-untyped, unused-ignore]
 
-from compllm_rag.store.faults import damaged_index, explained
+from compllm_rag.store.faults import damaged_database, translated_errors
 from compllm_rag.store.index_database import IndexReader, open_cache
 from compllm_rag.store.index_rows import (
     RAW,
@@ -57,10 +57,10 @@ class LocationIndex:
         self._version: int | None = None  # of the database when those were looked up
         if not create:
             if not self._database.exists():
-                raise damaged_index(self._database, "no such file")
+                raise damaged_database(self._database, "no such file")
             self.totals()  # damage shows now, not at the first query, and before diskcache makes what it misses
         if writable:
-            with explained(self._database, writing=True):
+            with translated_errors(self._database, writing=True):
                 self._cache = open_cache(self._database)
 
     def find(self, keys: Sequence[str]) -> list[Location | None]:
@@ -84,7 +84,7 @@ class LocationIndex:
 
     def _forget_former(self) -> None:
         """Forget locations if anything was written since they were looked up."""
-        with explained(self._database, writing=False):
+        with translated_errors(self._database, writing=False):
             ((version,),) = self._reader.select("PRAGMA data_version")
         if version != self._version or not self._reader.is_open:
             self._known.clear()
@@ -92,7 +92,7 @@ class LocationIndex:
 
     def _looked_up(self, keys: Sequence[str]) -> dict[str, Location]:
         rows: dict[str, bytes | None] = {}
-        with explained(self._database, writing=False):
+        with translated_errors(self._database, writing=False):
             for batch, marks in _batches(keys):
                 # SQLite looks at what stands in the rows, since a long prompt has thousands of them.
                 query = f"SELECT key, CASE WHEN {_SOUND} THEN value END FROM Cache WHERE raw = 1 AND key IN ({marks})"  # noqa: S608 - constants and question marks
@@ -107,7 +107,7 @@ class LocationIndex:
     def _parsed(self, keys: Sequence[str]) -> dict[str, Location]:
         """Look up locations one by one, to name the one that is damaged."""
         found = {}
-        with explained(self._database, writing=False):
+        with translated_errors(self._database, writing=False):
             for batch, marks in _batches(keys):
                 query = f"SELECT key, mode, filename, value FROM Cache WHERE raw = 1 AND key IN ({marks})"  # noqa: S608 - question marks
                 found.update({row[0]: parsed(*row) for row in self._reader.select(query, batch)})
@@ -129,7 +129,7 @@ class LocationIndex:
         last = 0
         query = "SELECT rowid, key, raw, mode, filename, value FROM Cache WHERE rowid > ? ORDER BY rowid LIMIT 1000"
         while True:
-            with explained(self._database, writing=False):
+            with translated_errors(self._database, writing=False):
                 rows = self._reader.select(query, (last,))
             if not rows:
                 return
@@ -140,7 +140,7 @@ class LocationIndex:
     def runs(self) -> list[Run]:
         """All runs of payloads, as they were written."""
         query = "SELECT key, mode, filename, value FROM Cache WHERE raw = 1 AND key >= 'run:' AND key < 'run;'"
-        with explained(self._database, writing=False):
+        with translated_errors(self._database, writing=False):
             rows = self._reader.select(query)
         return sorted((parsed_run(*row) for row in rows), key=lambda run: (run.pack, run.start))
 
@@ -162,25 +162,25 @@ class LocationIndex:
             " (SELECT value FROM Cache WHERE raw = 1 AND key = ?),"
             " (SELECT COUNT(*) FROM Cache WHERE raw = 1 AND key >= 'run:' AND key < 'run;')"
         )
-        with explained(self._database, writing=False):
+        with translated_errors(self._database, writing=False):
             ((rows, value, runs),) = self._reader.select(
                 query, (TOTALS_KEY,)
             )  # one statement, one state of the database
         totals = parsed_totals(0, None, value) if value is not None else Totals()
         found = rows - runs - (value is not None)
         if found != totals.records:
-            raise damaged_index(self._database, f"{found} records where {totals.records} were written")
+            raise damaged_database(self._database, f"{found} records where {totals.records} were written")
 
     def faults(self, *, deep: bool) -> list[str]:
         """What SQLite finds wrong with the file itself; empty when nothing is."""
-        with explained(self._database, writing=False):
+        with translated_errors(self._database, writing=False):
             rows = self._reader.select(f"PRAGMA {'integrity' if deep else 'quick'}_check", ())
         return [str(row[0]) for row in rows if row[0] != "ok"]
 
     def totals(self) -> Totals:
         """Sums over all rows."""
         query = "SELECT mode, filename, value FROM Cache WHERE raw = 1 AND key = ?"
-        with explained(self._database, writing=False):
+        with translated_errors(self._database, writing=False):
             rows = self._reader.select(query, (TOTALS_KEY,))
         if not rows:
             return Totals()
@@ -209,7 +209,7 @@ class LocationIndex:
         """
         if self._cache is None:
             return
-        with explained(self._database, writing=True):
+        with translated_errors(self._database, writing=True):
             try:
                 with self._cache.transact():
                     for rowid in gone:  # by number: diskcache cannot name a key that it did not write
@@ -228,7 +228,7 @@ class LocationIndex:
     def shrink(self) -> None:
         """Give the space of rows that are gone back to the disk, and leave no trace of them."""
         if self._cache is not None:
-            with explained(self._database, writing=True):
+            with translated_errors(self._database, writing=True):
                 self._cache._sql("VACUUM")
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from urllib.parse import quote
 import diskcache  # type: ignore[import-untyped, unused-ignore]
 
 from compllm_rag.errors import ConfigurationError, UnsupportedFormatError
-from compllm_rag.store.faults import damaged_index
+from compllm_rag.store.faults import damaged_database
 from compllm_rag.store.index_rows import RAW, planted
 
 _SETTINGS = {
@@ -76,7 +76,7 @@ def make_private(database: Path) -> None:
         os.close(os.open(database, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     except FileExistsError:
         if database.is_symlink():
-            raise damaged_index(database, "a link to another file") from None
+            raise damaged_database(database, "a link to another file") from None
 
 
 def open_cache(database: Path) -> diskcache.Cache:
@@ -118,7 +118,7 @@ class IndexReader:
         """The rows of one statement.
 
         Raises:
-            sqlite3.Error: What SQLite says; `explained` makes errors of this package of it.
+            sqlite3.Error: What SQLite says; `translated_errors` makes errors of this package of it.
         """
         if self._connection is None:
             self._connection, self._lasting = self._connect()

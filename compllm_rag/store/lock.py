@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from compllm_rag.errors import StoreLockedError
-from compllm_rag.store.faults import explained
+from compllm_rag.store.faults import translated_errors
 
 
 class WriterLock:
@@ -24,7 +24,7 @@ class WriterLock:
     """
 
     def __init__(self, path: Path) -> None:
-        with explained(path, writing=True):
+        with translated_errors(path, writing=True):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
                 self._acquire(path)

@@ -18,7 +18,7 @@ from compllm_rag.errors import (
 )
 from compllm_rag.store.codec import Encoding
 from compllm_rag.store.encodings import FP16, encoding_named, encoding_tagged
-from compllm_rag.store.faults import explained
+from compllm_rag.store.faults import translated_errors
 from compllm_rag.store.packs import FORMAT_VERSION, sync_folder
 
 MANIFEST_NAME = "store.json"
@@ -65,7 +65,7 @@ class StoreManifest(BaseModel):
         """
         path = folder / MANIFEST_NAME
         try:
-            with explained(path, writing=False), path.open("rb") as file:
+            with translated_errors(path, writing=False), path.open("rb") as file:
                 text = file.read(_MOST_BYTES)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise StorageNotFoundError(
@@ -115,7 +115,7 @@ class StoreManifest(BaseModel):
         """Write the manifest so that it is there wholly or not at all."""
         path, draft = folder / MANIFEST_NAME, folder / f"{MANIFEST_NAME}.tmp"
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-        with explained(path, writing=True):
+        with translated_errors(path, writing=True):
             with os.fdopen(os.open(draft, flags, 0o600), "wb") as file:
                 file.write(self.model_dump_json(indent=2).encode() + b"\n")
                 file.flush()
@@ -133,7 +133,7 @@ def prepare_folder(folder: Path) -> None:
         StorageMismatchError: Something else lies there.
         StoreReadOnlyError: It cannot be written.
     """
-    with explained(folder, writing=True):
+    with translated_errors(folder, writing=True):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir(mode=0o700)

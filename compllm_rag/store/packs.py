@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 import xxhash
 
 from compllm_rag.errors import CompLLMError, CorruptRecordError, StorageMismatchError, UnsupportedFormatError
-from compllm_rag.store.faults import explained
+from compllm_rag.store.faults import translated_errors
 
 FORMAT_VERSION: Final = 1
 HEADER_BYTES = 64
@@ -96,7 +96,7 @@ class PackWriter:
         self._file: int | None = None
         self._end = 0
         self._runs: dict[int, tuple[int, int, hashlib._Hash]] = {}  # start, bytes and digest by pack
-        with explained(folder, writing=True):
+        with translated_errors(folder, writing=True):
             sizes = pack_sizes(folder)
             self._number = max(sizes, default=0)
             self.total_bytes = sum(sizes.values())
@@ -133,7 +133,7 @@ class PackWriter:
         Raises:
             StoreFullError: No space; nothing of the run is kept.
         """
-        with explained(self._folder, writing=True):
+        with translated_errors(self._folder, writing=True):
             if self.full:
                 self._start_pack()
             start = self._end
@@ -187,7 +187,7 @@ class PackWriter:
                 fsync the kernel may call lost pages clean, so that a second try would succeed and prove nothing.
         """
         if self._file is not None:
-            with explained(self._folder, writing=True):
+            with translated_errors(self._folder, writing=True):
                 os.fsync(self._file)
 
     def close(self) -> None:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 import xxhash
 
-from compllm_rag.store.faults import explained
+from compllm_rag.errors import InvalidConceptsError
+from compllm_rag.metrics import Traffic
+from compllm_rag.store.codec import Encoding
+from compllm_rag.store.faults import translated_errors
+from compllm_rag.store.index import LocationIndex
 from compllm_rag.store.packs import (
     HEADER_BYTES,
     Location,
@@ -102,7 +108,7 @@ class PackReader:
         file, done = self._files.get(piece.pack), 0
         if file is None:
             raise corrupt_record(key, f"pack {piece.pack} taken away just now")
-        with explained(self._folder, writing=False):
+        with translated_errors(self._folder, writing=False):
             while done < len(view):
                 found = os.preadv(file, [view[done:]], piece.offset + done)
                 if not found:
@@ -147,7 +153,7 @@ class PackReader:
 
     def _open(self, number: int, key: str) -> int:
         path = pack_path(self._folder, number)
-        with explained(path, writing=False):
+        with translated_errors(path, writing=False):
             try:
                 file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             except FileNotFoundError as error:
@@ -196,3 +202,75 @@ def _pieces(locations: Sequence[Location], sizes: Sequence[int]) -> Iterator[_Pi
         end += size
     if locations:
         yield _Piece(first, len(locations), pack, begin, end - begin)
+
+
+class RecordReader:
+    """Reads located records.
+
+    Args:
+        packs: Where their payloads lie.
+        encoding: Of the store.
+        hidden_size: Width of every concept.
+        traffic: Where bytes are counted.
+    """
+
+    def __init__(self, packs: PackReader, encoding: Encoding, hidden_size: int, traffic: Traffic) -> None:
+        self._packs, self._encoding, self._hidden_size, self._traffic = packs, encoding, hidden_size, traffic
+
+    def read(self, keys: Sequence[str], locations: Sequence[Location]) -> torch.Tensor:
+        """Concepts (sum of n_concepts, hidden_size) fp16 of located records, checked.
+
+        Raises:
+            CorruptRecordError: A record fails its checksum or its bounds.
+            InvalidConceptsError: A record holds NaN or infinite values.
+        """
+        each = self._encoding.nbytes(1, self._hidden_size)
+        sizes = [each * location.n_concepts for location in locations]
+        try:
+            data = self._packs.read(keys, locations, sizes, self._encoding.check)
+            self._traffic.bytes_read += data.size
+            return self._encoding.decode(data, data.size // each, self._hidden_size, checked=True)
+        except InvalidConceptsError as error:
+            raise self._named(keys, locations) from error
+
+    def _named(self, keys: Sequence[str], locations: Sequence[Location]) -> InvalidConceptsError:
+        """The error with the record in it: they were decoded together."""
+        for key, location in zip(keys, locations, strict=True):
+            data = self._packs.read([key], [location], [self._encoding.nbytes(location.n_concepts, self._hidden_size)])
+            try:
+                self._encoding.decode(data, location.n_concepts, self._hidden_size)
+            except InvalidConceptsError as error:
+                return InvalidConceptsError(f"record {key} holds values no concept can have", got=error.got)
+        return InvalidConceptsError("records hold values no concept can have")
+
+    def close(self) -> None:
+        """Close the packs; the next read opens them again."""
+        self._packs.close()
+
+
+Progress = Callable[[str, float | None], None]
+
+
+@dataclass(frozen=True)
+class StoreParts:
+    """An open store, taken apart.
+
+    Attributes:
+        folder: Where the packs lie.
+        header: The first bytes of each pack.
+        index: Where every record lies.
+        reader: Reads payloads.
+        encoding: How concepts are written.
+        hidden_size: Their width.
+    """
+
+    folder: Path
+    header: bytes
+    index: LocationIndex
+    reader: PackReader
+    encoding: Encoding
+    hidden_size: int
+
+    def nbytes(self, location: Location) -> int:
+        """Bytes of a record's payload."""
+        return self.encoding.nbytes(location.n_concepts, self.hidden_size)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 from compllm_rag.errors import CompLLMError
 from compllm_rag.store.base import is_key
-from compllm_rag.store.faults import explained
+from compllm_rag.store.faults import translated_errors
 from compllm_rag.store.index_rows import ScannedRow, Totals
 from compllm_rag.store.packs import HEADER_BYTES, Location, Run, pack_path, pack_sizes, wrong_header
-from compllm_rag.store.parts import Progress, StoreParts
+from compllm_rag.store.reading import Progress, StoreParts
 
-_AT_ONCE = 256
+_BATCH_CHUNKS = 256
 _BLOCK = 2**20
 
 
@@ -96,7 +96,7 @@ def _check(parts: StoreParts, deep: bool, progress: Progress | None) -> StoreChe
 
 def _header_is_sound(parts: StoreParts, number: int, made: StoreCheck) -> bool:
     path = pack_path(parts.folder, number)
-    with explained(path, writing=False), path.open("rb") as file:
+    with translated_errors(path, writing=False), path.open("rb") as file:
         found = file.read(HEADER_BYTES)
     # A shorter one is what a kill leaves while a pack is begun; nothing is ever put behind it.
     if found != parts.header and len(found) == HEADER_BYTES:
@@ -161,7 +161,7 @@ def _check_runs(parts: StoreParts, sizes: dict[int, int], made: StoreCheck, prog
 
 def _digest(parts: StoreParts, run: Run) -> bytes:
     path, digest, left = pack_path(parts.folder, run.pack), hashlib.sha256(), run.nbytes
-    with explained(path, writing=False), path.open("rb") as file:
+    with translated_errors(path, writing=False), path.open("rb") as file:
         file.seek(run.start)
         while left > 0 and (block := file.read(min(left, _BLOCK))):
             digest.update(block)
@@ -173,7 +173,7 @@ def _pages(rows: Iterator[ScannedRow]) -> Iterator[list[ScannedRow]]:
     page: list[ScannedRow] = []
     for row in rows:
         page.append(row)
-        if len(page) == _AT_ONCE:
+        if len(page) == _BATCH_CHUNKS:
             yield page
             page = []
     if page:

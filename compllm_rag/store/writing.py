@@ -67,7 +67,7 @@ class StoreWriter:
             totals.payload_bytes + self._pending_bytes,
         )
 
-    def hold(self) -> PackWriter:
+    def acquire(self) -> PackWriter:
         """The pack to append to, with the lock held; found where the last writer, whoever it was, left off.
 
         Raises:
@@ -78,7 +78,7 @@ class StoreWriter:
             try:
                 self._writer = PackWriter(self._path / "packs", self._header, self._pack_bytes, self._beyond)
             except BaseException:
-                self.let_go()
+                self.release()
                 raise
         return self._writer
 
@@ -92,15 +92,15 @@ class StoreWriter:
             StoreFullError: No room for all of them; the first ones were put.
             StoreLockedError: Another process writes.
         """
-        writer = self.hold()
+        writer = self.acquire()
         if writer.full and self._pending:
             self.flush()
-            writer = self.hold()
+            writer = self.acquire()
         known = self.find(list(batch))
         fresh = {key: record for (key, record), at in zip(batch.items(), known, strict=True) if at is None}
         if not fresh:
             if not self._pending:
-                self.let_go()
+                self.release()
             return 0
         taken = self._within_limit(writer, fresh)
         if taken:
@@ -153,9 +153,9 @@ class StoreWriter:
     def _forget_pending(self) -> None:
         self._pending.clear()
         self._pending_bytes = 0
-        self.let_go()
+        self.release()
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Close the pack and let the next writer in; what is not flushed stays unflushed."""
         if self._writer is not None:
             self._writer.close()

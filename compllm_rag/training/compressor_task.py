@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from compllm_rag.compressor import Compressor, batches
+from compllm_rag.compression.compressor import Compressor, batches
+from compllm_rag.compression.pretrained import save_compressor
+from compllm_rag.compression.rates import concepts_at, max_rate
 from compllm_rag.config import Frozen
-from compllm_rag.pretrained import save_compressor
-from compllm_rag.rates import concepts_at, max_rate
 from compllm_rag.training.examples import Example, pack, positions_of, targets_of, weight_of
 from compllm_rag.training.live_reader import LiveReader
 from compllm_rag.training.material import Material
@@ -32,7 +32,7 @@ from compllm_rag.training.standardised import plain_head, standardise
 
 # Positions of one compressing forward under gradient.
 _SEGMENT_POSITIONS = 4096
-# Below this many nats between no passages and text there is nothing to recover (DESIGN section 7).
+# Below this many nats between no passages and text there is nothing to recover (docs/design.md section 7).
 _LEAST_GAIN = 0.3
 
 
@@ -175,7 +175,7 @@ class CompressorTask:
 
     @torch.no_grad()
     def validate(self, progress: Progress) -> dict[str, float]:
-        """Recovered (DESIGN section 7) by concepts and by pruning on held-out training questions, in percent."""
+        """Recovered (docs/design.md section 7) by concepts and by pruning on held-out rows, in percent."""
         if not self._fixed or self.live:
             self._fixed = self.untrained()
         found = dict(self._fixed)

@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 
 from compllm_rag.errors import EvaluationDataError
-from compllm_rag.questions import Question
+from compllm_rag.evaluation.questions import Question
 
 DIGEST_BYTES = 5
 _FILE = "evaluation-digests.bin.gz"

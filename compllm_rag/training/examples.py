@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from compllm_rag.llm import TargetLLM
+from compllm_rag.models.llm import TargetLLM
 
 BranchKind = Literal["qa", "copy", "continue", "keep"]
 

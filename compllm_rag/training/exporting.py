@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from compllm_rag.compression.loading import AUTO, shipped_adapter
 from compllm_rag.errors import ConfigurationError
-from compllm_rag.llm import TargetLLM
-from compllm_rag.loading import AUTO, shipped_adapter
+from compllm_rag.models.llm import TargetLLM
 
 
 def export_checkpoint(

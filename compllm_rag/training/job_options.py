@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compllm_rag.compression.loading import AUTO
+from compllm_rag.compression.segmentation import Segmenter
 from compllm_rag.config import DEFAULT_LLM, CompressorConfig
-from compllm_rag.loading import AUTO
-from compllm_rag.segmentation import Segmenter
 from compllm_rag.training.compressor_task import RatesConfig
 from compllm_rag.training.evaluation_guard import refuse_evaluation
 from compllm_rag.training.hub_data import fetch_dataset

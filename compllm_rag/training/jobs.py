@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from compllm_rag.adapters import read_adapter
-from compllm_rag.compressor import Compressor, embedding_rms
+from compllm_rag.compression.compressor import Compressor, embedding_rms
+from compllm_rag.compression.information import information_for
+from compllm_rag.compression.loading import AUTO, shipped_adapter
+from compllm_rag.compression.segmentation import Segmenter
 from compllm_rag.config import DEFAULT_LLM, CompressorConfig
 from compllm_rag.errors import ConfigurationError, FingerprintMismatchError
-from compllm_rag.information import information_for
-from compllm_rag.llm import TargetLLM
-from compllm_rag.loading import AUTO, shipped_adapter
-from compllm_rag.segmentation import Segmenter
+from compllm_rag.models.adapters import read_adapter
+from compllm_rag.models.llm import TargetLLM
 from compllm_rag.training.cards import write_card
 from compllm_rag.training.compressor_task import CompressorTask
 from compllm_rag.training.importance import answer_odds

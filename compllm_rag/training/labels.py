@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compllm_rag.config import GenerationConfig
+from compllm_rag.evaluation.questions import read_rows
 from compllm_rag.generation.local import LocalGenerator
-from compllm_rag.llm import TargetLLM
+from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import Message, PromptPlan, TextSpan
-from compllm_rag.questions import read_rows
 from compllm_rag.training.material import Group, Material
 from compllm_rag.training.run_config import Progress
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from compllm_rag.adapters import adapter_digests, inject_lora, lora_state, read_adapter
-from compllm_rag.compressor import Compressor
-from compllm_rag.llm import TargetLLM, decoder_of
-from compllm_rag.pretrained import save_compressor
+from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.pretrained import save_compressor
+from compllm_rag.models.adapters import adapter_digests, inject_lora, lora_state, read_adapter
+from compllm_rag.models.llm import TargetLLM, decoder_of
 from compllm_rag.training.reader_task import LINEARS, decoder_prefix, write_adapter
 
 _NAME = "live"

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from compllm_rag.compression.segmentation import Segmenter
 from compllm_rag.config import Frozen
 from compllm_rag.errors import DataFileError
-from compllm_rag.questions import QAPrompt, Question, SourcePassage, read_questions, read_rows
-from compllm_rag.segmentation import Segmenter
+from compllm_rag.evaluation.questions import Question, SourcePassage, read_questions, read_rows
+from compllm_rag.prompt import QAPrompt
 from compllm_rag.training.evaluation_guard import refuse_evaluation, without_evaluation
 from compllm_rag.training.examples import Body, Branch, Example
 
@@ -59,7 +60,7 @@ class Material:
     """Training examples from files of questions and of texts.
 
     Args:
-        question_files: See `compllm_rag.questions.read_questions`.
+        question_files: See `compllm_rag.evaluation.questions.read_questions`.
         text_files: JSON lines with "text".
         segmenter: Cuts passages as ingestion does.
         config: The mix.

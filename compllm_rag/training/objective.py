@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from compllm_rag.config import Frozen
-from compllm_rag.llm import TargetLLM, decoder_of
+from compllm_rag.models.llm import TargetLLM, decoder_of
 from compllm_rag.training.examples import Packed, Targets
 
 

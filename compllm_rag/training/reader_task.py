@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from compllm_rag.adapters import inject_lora, load_lora_state, lora_state
-from compllm_rag.llm import TargetLLM, decoder_of
+from compllm_rag.models.adapters import inject_lora, load_lora_state, lora_state
+from compllm_rag.models.llm import TargetLLM, decoder_of
 from compllm_rag.training.examples import Branch, Example, pack, positions_of, targets_of, weight_of
 from compllm_rag.training.material import Material
 from compllm_rag.training.objective import Loss, answer_loss, last_hidden_state, nll_by_kind

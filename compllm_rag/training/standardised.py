@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 
 
 class StandardisedHead(nn.Linear):

@@ -14,7 +14,7 @@ import toy
 from benchmarks import domains
 from benchmarks.domain_texts import DOMAINS, pieces, questions_of, texts_of
 from benchmarks.pages import domains as page
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.errors import DataFileError
 from compllm_rag.training.material import Material
 

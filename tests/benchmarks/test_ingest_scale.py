@@ -14,9 +14,9 @@ from benchmarks import ingest_scale
 from benchmarks.ingest_scale import documents, linearity, slices
 from benchmarks.ingest_sweeps import variant
 from benchmarks.pages import ingest as page
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.segmentation import Segmenter
 from compllm_rag.config import CompressorConfig
-from compllm_rag.segmentation import Segmenter
 
 
 def folder_of_texts(tmp_path: Path) -> Path:

@@ -13,11 +13,11 @@ from benchmarks.loft_in_context import in_context
 from benchmarks.loft_metrics import multi_value, parse_values, single_value
 from benchmarks.loft_prompts import ALL_OF_THEM, CorpusPrompt, examples
 from benchmarks.pages import loft as loft_page
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.errors import ConfigurationError, DataFileError
-from compllm_rag.llm import TargetLLM
+from compllm_rag.evaluation.questions import SourcePassage
+from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import TextSpan
-from compllm_rag.questions import SourcePassage
 from loft_corpus import official, options, reconstructed, run
 
 QUERIES = [

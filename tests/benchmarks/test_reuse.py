@@ -17,7 +17,7 @@ from benchmarks.pages import reuse as page
 from benchmarks.reuse import PREFIXES, first_below, simulate, systems_of
 from benchmarks.reuse_costs import Costs, fit, load_cache
 from benchmarks.reuse_streams import PrefixCache, Sizes, conversation_stream, positions, sizes_of, zipf_stream
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 
 ROOT = Path(__file__).parents[2]
 N = 30

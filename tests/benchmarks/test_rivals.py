@@ -23,10 +23,11 @@ from benchmarks.baselines.matching import match
 from benchmarks.baselines.process import Runner, RunnerError
 from benchmarks.baselines.run_llmlingua import even_window
 from benchmarks.pages.rivals import PUBLISHED, section
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.config import CompressorConfig
 from compllm_rag.evaluation.bodies import Setting
-from compllm_rag.questions import QAPrompt, Question, SourcePassage
+from compllm_rag.evaluation.questions import Question, SourcePassage
+from compllm_rag.prompt import QAPrompt
 
 FAKE = (sys.executable, "-m", "tests.benchmarks.fake_runner")
 ASKED = ("Who?", "When was it built?", "Where?")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import toy
-from compllm_rag.questions import Question, SourcePassage
+from compllm_rag.evaluation.questions import Question, SourcePassage
 
 PARTS = [part.strip() for part in toy.TEXT.split("\n\n")]
 

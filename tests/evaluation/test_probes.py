@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.evaluation.probes import probe_file, run_probes
+from compllm_rag.evaluation.questions import read_questions, read_rows
 from compllm_rag.evaluation.results import EvalConfig
-from compllm_rag.questions import read_questions, read_rows
 
 SCORES = {"n", "em", "f1", "subspan_em", "accuracy", "nll"}
 

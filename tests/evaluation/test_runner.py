@@ -11,13 +11,13 @@ import pytest
 
 import toy
 import trained
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.errors import ConfigurationError, PromptTooLongError, RateOutOfReachError
 from compllm_rag.evaluation import asking, bodies
 from compllm_rag.evaluation.journal import Journal
+from compllm_rag.evaluation.questions import QuestionFile, read_questions
 from compllm_rag.evaluation.results import METRICS, EvalConfig, EvalResult
 from compllm_rag.evaluation.runner import evaluate, evaluate_many
-from compllm_rag.questions import QuestionFile, read_questions
 from tests.evaluation.evaluation_samples import PARTS, questions
 
 QUICK = EvalConfig(max_new_tokens=4)

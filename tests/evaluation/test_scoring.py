@@ -7,14 +7,14 @@ import torch
 
 import toy
 import trained
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.config import GenerationConfig
+from compllm_rag.evaluation.questions import Question
 from compllm_rag.evaluation.results import EvalConfig
 from compllm_rag.evaluation.runner import evaluate
 from compllm_rag.generation.local import LocalGenerator
-from compllm_rag.llm import TargetLLM
-from compllm_rag.prompt import TextSpan
-from compllm_rag.questions import QAPrompt, Question
+from compllm_rag.models.llm import TargetLLM
+from compllm_rag.prompt import QAPrompt, TextSpan
 from tests.evaluation.evaluation_samples import questions
 
 

@@ -14,8 +14,7 @@ from llama_index.core import Document
 
 import toy
 from compllm_rag import Compressor, ConceptIndex
-from compllm_rag.llamaindex.storage_check import StorageCheck
-from compllm_rag.llamaindex.verification import verify_storage
+from compllm_rag.storage.verification import StorageCheck, verify_storage
 from tests import processes
 from tests.processes import DIES_WITH_ITS_PARENT, LIMIT_S, said, tell  # noqa: F401 - for the tests
 from toy_embedder import HashEmbedder

@@ -182,7 +182,7 @@ def test_forged_weights_are_refused_before_anything_is_allocated(
 
 
 def test_a_document_that_goes_takes_all_of_it_along(tmp_path: Path, compressor: Compressor) -> None:
-    from compllm_rag.llamaindex.upkeep import compact_storage
+    from compllm_rag.storage.compaction import compact_storage
 
     path, secret = filled(tmp_path / "s", compressor), "Otters hide their silver under the fourth stair."
     with load(path, compressor) as index:

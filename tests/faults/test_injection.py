@@ -17,7 +17,7 @@ from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.llm import ConceptLLM
 from compllm_rag.llamaindex.planner import PlannedPrompt, Planner
 from compllm_rag.llamaindex.synthesizer import DEFAULT_TEMPLATE, messages_of
-from compllm_rag.llm import TargetLLM
+from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import TextSpan
 from compllm_rag.store import MemoryStore
 

@@ -152,7 +152,7 @@ def test_a_real_shortage_of_memory() -> None:
         # glibc: take large blocks from the system and give them back at once, so that the limit is felt each time.
         "libc = ctypes.CDLL(None); libc.mallopt(-3, 2**16)\n"
         "torch.set_num_threads(1)\n"
-        "from compllm_rag import compressor as module\n"
+        "from compllm_rag.compression import compressor as module\n"
         "made = Compressor(toy.llm())\n"
         "wanted = [[50 + (i + j) % 300 for j in range(20)] for i in range(2000)]\n"  # of one length: one batch
         "ks = [len(s) for s in wanted]\n"
@@ -176,7 +176,7 @@ def test_what_the_allocator_keeps_goes_back_to_the_system() -> None:
             "-c",
             "import torch\n"
             "from benchmarks.memory import resident\n"
-            "from compllm_rag.device_memory import release_unused\n"
+            "from compllm_rag.models.device_memory import release_unused\n"
             "blocks = [bytes(4000) for _ in range(50_000)]\n"
             "last = bytes(4000)\n"
             "del blocks\n"

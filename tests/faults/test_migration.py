@@ -16,20 +16,20 @@ import pytest
 from typer.testing import CliRunner
 
 from compllm_rag import Compressor, ConceptIndex
-from compllm_rag.cli import app
+from compllm_rag.catalog.catalog import Catalog
+from compllm_rag.cli.main import app
 from compllm_rag.errors import StoreFullError, StoreLockedError, UnsupportedFormatError
-from compllm_rag.llamaindex import migration
-from compllm_rag.llamaindex.catalog import Catalog
-from compllm_rag.llamaindex.migration import migrate_storage
-from compllm_rag.llamaindex.namespaces import delete_namespace
-from compllm_rag.llamaindex.upkeep import compact_storage
-from compllm_rag.llamaindex.verification import verify_storage
+from compllm_rag.storage import migration
+from compllm_rag.storage.compaction import compact_storage
+from compllm_rag.storage.migration import migrate_storage
+from compllm_rag.storage.namespaces import delete_namespace
+from compllm_rag.storage.verification import verify_storage
 from tests.faults.fault_samples import filled, run, sound
 from toy_embedder import HashEmbedder
 
 V1 = Path(__file__).parents[1] / "golden" / "v1"
 _STEP = """
-from compllm_rag.llamaindex import migration
+from compllm_rag.storage import migration
 def step(folder, connection):
     connection.execute("CREATE TABLE added (one INTEGER)")
     connection.execute("INSERT INTO added SELECT count(*) FROM nodes")

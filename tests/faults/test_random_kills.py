@@ -16,8 +16,8 @@ from llama_index.core import Document
 
 from compllm_rag import Compressor, ConceptIndex
 from compllm_rag.errors import StorageNotFoundError
-from compllm_rag.llamaindex.upkeep import compact_storage
-from compllm_rag.llamaindex.verification import verify_storage
+from compllm_rag.storage.compaction import compact_storage
+from compllm_rag.storage.verification import verify_storage
 from tests.faults.fault_samples import check_whole, create, load, said, sound, talking, tell
 from tests.faults.fault_samples import documents as plain_documents
 
@@ -30,7 +30,7 @@ _SERVER = """
 import torch
 torch.set_num_threads(1)
 from compllm_rag.llamaindex import ingest
-from compllm_rag.llamaindex.upkeep import compact_storage
+from compllm_rag.storage.compaction import compact_storage
 from tests.faults.test_random_kills import documents
 ingest._BATCH_CHARS, ingest._COMMIT_EVERY_S = 900, 0.0
 compressor = Compressor(toy.llm())

@@ -18,8 +18,8 @@ import toy
 from compllm_rag import Compressor, ConceptIndex
 from compllm_rag.errors import ConfigurationError, CorruptRecordError, StoreLockedError
 from compllm_rag.llamaindex.repair import repair_storage
-from compllm_rag.llamaindex.upkeep import compact_storage
-from compllm_rag.llamaindex.verification import verify_storage
+from compllm_rag.storage.compaction import compact_storage
+from compllm_rag.storage.verification import verify_storage
 from tests.faults.fault_samples import (
     QUESTION,
     check_whole,
@@ -53,7 +53,7 @@ POINTS = {
 def test_a_kill_between_the_parts_of_a_commit(tmp_path: Path, compressor: Compressor, point: str) -> None:
     path = filled(tmp_path / "s", compressor)
     done = run(
-        "from compllm_rag.llamaindex.generations import GenerationFiles\n"
+        "from compllm_rag.catalog.generations import GenerationFiles\n"
         "index = load(Path(sys.argv[1]))\n"
         f"{POINTS[point]}\n"
         "index.ingest(documents(7, version=1))",
@@ -194,7 +194,7 @@ def test_readers_see_one_generation_and_never_wait(tmp_path: Path, compressor: C
         "    index.ingest(documents(6, version=version))\n"
         "    print(version, flush=True)\n"
         "    if version % 4 == 0:\n"
-        "        from compllm_rag.llamaindex.upkeep import compact_storage\n"
+        "        from compllm_rag.storage.compaction import compact_storage\n"
         "        compact_storage(Path(sys.argv[1]))\n"
     )
     reader_script = (
@@ -236,7 +236,7 @@ def test_a_writer_that_stands_still_in_its_commit_keeps_nobody_from_reading(
 ) -> None:
     path = filled(tmp_path / "s", compressor)
     script = (
-        "from compllm_rag.llamaindex.generations import GenerationFiles\n"
+        "from compllm_rag.catalog.generations import GenerationFiles\n"
         "save = GenerationFiles.save\n"
         "def stop(*a):\n"
         "    made = save(*a)\n"

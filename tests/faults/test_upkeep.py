@@ -22,10 +22,10 @@ from compllm_rag.errors import (
     StoreLockedError,
     UnsupportedFormatError,
 )
-from compllm_rag.llamaindex.migration import migrate_storage
 from compllm_rag.llamaindex.repair import repair_storage
-from compllm_rag.llamaindex.upkeep import compact_storage
-from compllm_rag.llamaindex.verification import verify_storage
+from compllm_rag.storage.compaction import compact_storage
+from compllm_rag.storage.migration import migrate_storage
+from compllm_rag.storage.verification import verify_storage
 from tests.faults.fault_samples import (
     QUESTION,
     check_whole,
@@ -306,7 +306,7 @@ def test_a_storage_that_may_not_be_written_opens_verifies_and_answers(compressor
             "os.environ['HOME'] = '/nonexistent'\n"
             "if os.getuid() == 0: os.setuid(65534)\n"
             "from compllm_rag.errors import StoreReadOnlyError\n"
-            "from compllm_rag.llamaindex.upkeep import compact_storage\n"
+            "from compllm_rag.storage.compaction import compact_storage\n"
             "path = Path(sys.argv[1])\n"
             "print(verify_storage(path).sound, verify_storage(path, deep=True).sound)\n"
             "with load(path, read_only=True) as index:\n"

@@ -8,7 +8,7 @@ import torch
 import toy
 from compllm_rag.config import GenerationConfig
 from compllm_rag.generation.local import LocalGenerator
-from compllm_rag.llm import TargetLLM
+from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import SLOT, ConceptSpan, Message, PromptPlan, PromptTemplate, TextSpan, lay_out
 
 PASSAGES = [toy.TEXT[:200], toy.TEXT[200:700], toy.TEXT[:40]]

@@ -13,7 +13,7 @@ import toy
 from compllm_rag.config import GenerationConfig
 from compllm_rag.errors import PromptTooLongError
 from compllm_rag.generation.local import LocalGenerator
-from compllm_rag.llm import TargetLLM
+from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import ConceptSpan, PromptPlan, TextSpan
 
 LIMIT = 24

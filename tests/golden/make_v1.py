@@ -17,7 +17,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 import toy
 from compllm_rag import ConceptIndex, TargetLLM
-from compllm_rag.llamaindex.reader import load_documents
+from compllm_rag.llamaindex.documents import load_documents
 from toy_embedder import HashEmbedder
 from trained import trained
 

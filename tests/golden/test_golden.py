@@ -11,13 +11,13 @@ import torch
 from typer.testing import CliRunner
 
 from compllm_rag import ConceptIndex
-from compllm_rag.cli import app
-from compllm_rag.llamaindex.migration import migrate_storage
-from compllm_rag.llamaindex.reader import load_documents
+from compllm_rag.cli.main import app
+from compllm_rag.llamaindex.documents import load_documents
 from compllm_rag.llamaindex.repair import repair_storage
-from compllm_rag.llamaindex.storage import storage_stats
-from compllm_rag.llamaindex.upkeep import compact_storage
-from compllm_rag.llamaindex.verification import verify_storage
+from compllm_rag.storage.compaction import compact_storage
+from compllm_rag.storage.migration import migrate_storage
+from compllm_rag.storage.stats import storage_stats
+from compllm_rag.storage.verification import verify_storage
 from toy_embedder import HashEmbedder
 
 V1 = Path(__file__).parent / "v1"

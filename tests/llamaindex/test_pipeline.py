@@ -112,7 +112,7 @@ def test_a_pipeline_that_compresses_nothing_leaves_it_to_the_queue(tmp_path: Pat
         made = pipeline(index, S.UPSERTS, steps=[index.parser, index.embedder])
         with index.bulk():
             made.run(documents=documents())
-        assert len(index.awaiting) == index.faiss.n_nodes
+        assert len(index.pending) == index.faiss.n_nodes
         answer = index.as_query_engine().query("Who built it?")
         assert {node["used"] for node in answer.metadata["compllm"]["nodes"].values()} == {"text"}
     assert sound(tmp_path / "s").segments_awaiting > 0

@@ -13,7 +13,7 @@ from llama_index.core.schema import TextNode
 import toy
 from compllm_rag import Compressor, ConceptIndex
 from compllm_rag.errors import ConfigurationError, EmptyCorpusError, UnreadableFileError
-from compllm_rag.llamaindex.reader import load_documents
+from compllm_rag.llamaindex.documents import load_documents
 from toy_embedder import HashEmbedder
 
 PARAGRAPHS = toy.TEXT.split("\n\n")

@@ -80,7 +80,7 @@ def test_text_at_once_and_concepts_next_time(tmp_path: Path, gate: Gate, missing
             receipt = index.upload(upload_documents())
             assert (receipt.documents, receipt.documents_changed, receipt.chunks_queued) == (4, 4, 4)
             assert ask(index, "heron", missing=missing) == ("u1", "text")
-            assert index.uploads.status().documents == len(index.awaiting) == 4
+            assert index.uploads.status().documents == len(index.pending) == 4
             assert not index.uploads.wait(0)
             with load(tmp_path / "s", gate.compressor, read_only=True) as reader:
                 assert ask(reader, "badger", missing=missing) == ("u2", "text")
@@ -88,7 +88,7 @@ def test_text_at_once_and_concepts_next_time(tmp_path: Path, gate: Gate, missing
             assert check.segments_awaiting > 0
         assert index.uploads.wait(60)
         assert ask(index, "heron", missing="error") == ("u1", "concepts")
-        assert len(index.awaiting) == 0
+        assert len(index.pending) == 0
         assert index.uploads.status().chunks_done == 4
         check_whole(index)
         again = index.upload(upload_documents())
@@ -120,7 +120,7 @@ def test_a_full_queue_says_so(gate: Gate) -> None:
     index.upload(upload_documents(4))
     queue.close(drain=True)
     check_whole(index)
-    assert len(index.awaiting) == 0
+    assert len(index.pending) == 0
     with pytest.raises(ConfigurationError, match="closed"):
         index.upload(upload_documents(5))
     index.close()
@@ -139,7 +139,7 @@ def test_close_drains_or_stops(tmp_path: Path, gate: Gate, drain: bool) -> None:
     assert not closing.is_alive()
     sound(tmp_path / "s")
     with load(tmp_path / "s", gate.compressor, resume=False) as index:
-        assert len(index.awaiting) == (0 if drain else 6)
+        assert len(index.pending) == (0 if drain else 6)
         assert index.stats()["documents"] == 8
     with load(tmp_path / "s", gate.compressor) as index:
         assert index.uploads.wait(60)
@@ -159,10 +159,10 @@ def slow(segments, ks):
     return compress(segments, ks)
 compressor.compress = slow
 from compllm_rag.llamaindex import uploads
-uploads._AT_ONCE = 2
+uploads._BATCH_CHUNKS = 2
 index = create(Path(sys.argv[1]), compressor)
 index.upload(documents(6))
-print("uploaded", len(index.awaiting), flush=True)
+print("uploaded", len(index.pending), flush=True)
 sys.stdin.readline()
 """
 
@@ -177,7 +177,7 @@ def test_a_killed_process_loses_nothing(tmp_path: Path, compressor: Compressor) 
     assert check.documents == 6
     assert check.segments_awaiting > 0
     with load(tmp_path / "s", compressor, resume=False) as index:
-        left = len(index.awaiting)
+        left = len(index.pending)
         assert 0 < left < index.faiss.n_nodes
     with load(tmp_path / "s", compressor) as index:
         assert index.uploads.wait(60)
@@ -211,7 +211,7 @@ def test_a_worker_that_hangs_does_not_keep_its_process_from_ending(tmp_path: Pat
 
 
 _HOLDER = """
-from compllm_rag.llamaindex.catalog import Catalog
+from compllm_rag.catalog.catalog import Catalog
 catalog = Catalog.open(sys.argv[1])
 for line in sys.stdin:
     catalog.claim() if line.strip() == "claim" else catalog.rollback()
@@ -227,11 +227,11 @@ def test_workers_wait_for_other_writers(tmp_path: Path, gate: Gate) -> None:
             said(process)
         assert index.uploads.wait(60)
         assert ask(index, "otter", missing="error") == ("u0", "concepts")
-        assert len(index.awaiting) == 4  # the catalog could not be told
+        assert len(index.pending) == 4  # the catalog could not be told
         tell(process, "rollback")
         said(process)
         assert index.uploads.wait(60)
-        assert len(index.awaiting) == 0
+        assert len(index.pending) == 0
         check_whole(index)
 
 
@@ -246,7 +246,7 @@ def test_changes_while_the_queue_works(gate: Gate) -> None:
             index.insert_nodes([TextNode(id_="own", text="A heron of somebody's own.")], later=True)
         index.upload(upload_documents()[:1])
     assert index.uploads.wait(60)
-    assert list(index.awaiting.nodes()) == ["own"]
+    assert list(index.pending.nodes()) == ["own"]
     assert not {"u0", "u1"} - {node.ref_doc_id for node in index.faiss.iter_nodes()}
     own = index.as_query_engine(similarity_top_k=1).query("A heron of somebody's own.")
     assert own.metadata["compllm"]["nodes"]["own"]["used"] == "text"

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from compllm_rag.errors import UnknownModelError, UnsafeModelError
-from compllm_rag.llm import TargetLLM
 from compllm_rag.models import default_cache_dir, folders, resolve_model
 from compllm_rag.models.folders import check_folder, folder_digests
+from compllm_rag.models.llm import TargetLLM
 
 
 class Bomb:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import toy
-from compllm_rag.compressor import Compressor
-from compllm_rag.llm import TargetLLM
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.models import resolve_model
+from compllm_rag.models.llm import TargetLLM
 from tests.models.wheels import ALIAS, Shelf, register, sha256
 
 

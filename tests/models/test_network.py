@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compllm_rag.compression.information import _shipped_table, vocabulary_digest
+from compllm_rag.compression.loading import load_compressor_for, shipped_adapter
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
-from compllm_rag.information import _shipped_table, vocabulary_digest
 from compllm_rag.llamaindex.embedding import load_embedder
-from compllm_rag.loading import load_compressor_for, shipped_adapter
 from compllm_rag.models import list_models, resolve_model
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]

@@ -21,8 +21,7 @@ from compllm_rag.errors import (
     UnsupportedFormatError,
 )
 from compllm_rag.store import DiskStore, MemoryStore
-from compllm_rag.store.encodings import ENCODINGS, encoding_named, encoding_tagged
-from compllm_rag.store.quantised import GROUP
+from compllm_rag.store.encodings import ENCODINGS, GROUP, encoding_named, encoding_tagged
 
 QUANTISED = ("int8", "int4")
 WIDTHS = [1, 2, 3, 7, 31, 32, 33, 63, 64, 65, 576, 640, 2560]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import toy
-from compllm_rag.llm import decoder_of
+from compllm_rag.models.llm import decoder_of
 from compllm_rag.training.examples import Body, Example, pack, targets_of
 from compllm_rag.training.objective import hidden_states
 from training_samples import example

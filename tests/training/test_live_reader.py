@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import toy
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.config import CompressorConfig
-from compllm_rag.llm import TargetLLM, decoder_of
+from compllm_rag.models.llm import TargetLLM, decoder_of
 from compllm_rag.training.compressor_task import CompressorTask
 from compllm_rag.training.live_reader import LiveReader
 from compllm_rag.training.loop import train

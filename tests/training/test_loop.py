@@ -16,7 +16,7 @@ import torch
 
 import processes
 import toy
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.errors import ConfigurationError, DivergedError, UnsupportedFormatError
 from compllm_rag.training.compressor_task import CompressorTask, RatesConfig
 from compllm_rag.training.loop import train

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import toy
-from compllm_rag.compressor import Compressor
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.errors import ConfigurationError, DataFileError
-from compllm_rag.llm import TargetLLM
+from compllm_rag.models.llm import TargetLLM
 from compllm_rag.training.compressor_task import CompressorTask, Drawn, RatesConfig, concepts_of, pruned_of
 from compllm_rag.training.examples import Body, Example
 from compllm_rag.training.hub_data import as_row, fetch_dataset
@@ -98,7 +98,7 @@ def test_an_exported_reader_merges_into_the_very_model_that_was_trained(
 
 
 def test_a_reader_goes_on_from_an_adapter(world: Path, tmp_path: Path) -> None:
-    from compllm_rag.adapters import read_adapter
+    from compllm_rag.models.adapters import read_adapter
 
     folder = toy.save(tmp_path / "llm")
     one = TargetLLM.from_pretrained(folder)

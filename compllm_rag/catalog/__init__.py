@@ -1,0 +1,1 @@
+"""Text, vectors and their counts in one SQLite file and FAISS files of its generations; knows no LlamaIndex."""

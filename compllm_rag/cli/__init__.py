@@ -1,0 +1,1 @@
+"""The command line: `main` holds the everyday commands, each other file a group of them."""

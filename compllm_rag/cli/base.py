@@ -1,0 +1,63 @@
+"""What the commands share: options, errors as one line, progress and JSON."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compllm_rag.errors import CompLLMError
+
+if TYPE_CHECKING:
+    from compllm_rag.cli.progress import ProgressShow
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.")]
+
+
+KEPT = "interrupted; what was finished is kept, run the same command again to go on"
+LOST = "interrupted; nothing was kept"
+LOST_WITHOUT_JOURNAL = "interrupted; what was finished is kept where --journal says, without it nothing was"
+
+
+def reported(command: Callable[..., None], *, interrupted: str = KEPT) -> Callable[..., None]:
+    """Print our own errors as one line and exit with 2; a Ctrl-C with 130."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except CompLLMError as error:
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo(interrupted, err=True)
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            # Whoever read our output has gone; the interpreter must not try to flush it again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except OSError as error:
+            # A full disk, a folder that may not be written: the system's own words are the best there are.
+            where = f": {error.filename}" if error.filename else ""
+            typer.echo(f"error: {error.strerror or error}{where}", err=True)
+            raise typer.Exit(2) from None
+
+    return run
+
+
+def progress_show(quiet: bool) -> ProgressShow:
+    """Progress on standard error, nothing at all where results are for a program."""
+    from compllm_rag.cli.progress import ProgressShow
+
+    return ProgressShow(quiet=quiet)
+
+
+def print_json(value: object) -> None:
+    """One JSON value on standard output."""
+    typer.echo(json.dumps(value, ensure_ascii=False))

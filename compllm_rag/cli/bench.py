@@ -1,0 +1,125 @@
+"""The command that runs benchmarks: `compllm-rag bench`."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compllm_rag.cli.base import reported
+from compllm_rag.errors import ConfigurationError
+
+# Their modules are loaded when they run, so that --help answers at once.
+BENCHMARKS = {
+    "ttft": "Time to first token and KV cache, text against concepts, with the bound and the crossover length.",
+    "query": "One query on sample texts: TTFT of text and concepts beside the bound; shorter than ttft.",
+    "ingest": "Tokens/s of compressing into a store, against the least that the arithmetic costs.",
+    "ingest_scale": "A growing storage: is ingestion linear, is memory flat; layers, batches, bytes per token.",
+    "reuse": "Cost per query when passages come again, against text, prefix caching and stored chunk KV.",
+    "equal_cost": "Quality over TTFT: text top-k against more passages as concepts.",
+    "loft": "Retrieval and answers over a LOFT corpus.",
+    "rivals": "Other ways to fill as many positions, on the same passages.",
+    "domains": "What is lost in other kinds of text.",
+    "quality": "Text, concepts, pruning and nothing on probes, with --data-dir on evaluation sets.",
+    "store_read": "Concepts from disk to tensor, against a flat file and other stores.",
+    "storage_size": "Bytes per source token of storages, vectors, text and KV cache.",
+    "storage_quality": "What fewer bits per concept cost.",
+    "edits": "The cost of ingesting a document again after an edit.",
+    "startup": "Time until the command line answers.",
+}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command("bench", context_settings=settings, add_help_option=False)(
+        reported(bench, interrupted="interrupted; benchmarks that keep parts go on when run again")
+    )
+
+
+def bench(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(metavar="NAME")] = None,
+) -> None:
+    """Run a benchmark on the embedded LLM or on your own: `bench` alone lists them, `bench NAME --help` explains one.
+
+    Example: compllm-rag bench ttft --llm my-model --json ttft.json
+    """
+    folder = _folder()
+    there = {known: what for known, what in BENCHMARKS.items() if (folder / "benchmarks" / f"{known}.py").exists()}
+    if name is None or name.startswith("-"):
+        typer.echo("Usage: compllm-rag bench NAME [OPTIONS], with a NAME of:\n")
+        for known, what in there.items():
+            typer.echo(f"  {known:<16} {what}")
+        typer.echo("\n`compllm-rag bench NAME --help` tells the options of one. Results go to --json FILE.")
+        return
+    if name not in there:
+        raise ConfigurationError(
+            "benchmark unknown",
+            got=name,
+            expected=f"one of {', '.join(there)}",
+            next_step="compllm-rag bench",
+        )
+    sys.path.insert(0, str(folder))
+    printed = _run(name, [str(folder / "benchmarks" / f"{name}.py"), *context.args])
+    typer.echo(_shown(name, printed), nl=False)
+
+
+def _folder() -> Path:
+    """The folder to import `benchmarks` from: that of the checkout, or inside this package where it was installed."""
+    here = Path(__file__).parent
+    for folder in (here / "_bench", here.parent):
+        if (folder / "benchmarks" / "common.py").exists():
+            return folder
+    raise ConfigurationError(
+        "benchmarks are not there",
+        got=str(here),
+        expected="the package as installed, or a checkout of it",
+        next_step="pip install --force-reinstall compllm-rag",
+    )
+
+
+def _run(name: str, words: list[str]) -> str:
+    """Run a benchmark as a program; what it prints is JSON for programs, people get `_shown`."""
+    printed = io.StringIO()
+    before, sys.argv = sys.argv, words
+    try:
+        with contextlib.redirect_stdout(printed):
+            runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(("benchmarks", "compllm_rag")):
+            raise
+        raise ConfigurationError(
+            "a package is missing",
+            got=f"no {error.name}",
+            expected=f"what `bench {name}` needs",
+            next_step="pip install 'compllm-rag[train]'",
+        ) from error
+    finally:
+        sys.argv = before
+        if "-h" in words or "--help" in words:
+            typer.echo(printed.getvalue().replace(f"{name}.py", f"compllm-rag bench {name}", 1), nl=False)
+    return printed.getvalue()
+
+
+def _shown(name: str, printed: str) -> str:
+    """The record as tables; as it was printed where there are none for it."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    if not printed.strip():
+        return ""
+    text: str = importlib.import_module("benchmarks.summary").summary(name, json.loads(printed))
+    if not text:
+        return printed
+    shown = io.StringIO()
+    width = Console().width if sys.stdout.isatty() else 120
+    Console(file=shown, width=width).print(Markdown(text))
+    return shown.getvalue()

@@ -1,0 +1,246 @@
+"""The command line: `compllm-rag ingest | query | stats | demo | models | eval | probe | bench | ...`.
+
+Heavy libraries load inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compllm_rag.cli import bench as bench_commands
+from compllm_rag.cli import eval as eval_commands
+from compllm_rag.cli import models as models_commands
+from compllm_rag.cli import namespace as namespace_commands
+from compllm_rag.cli import storage as storage_commands
+from compllm_rag.cli import train as train_commands
+from compllm_rag.cli.base import AsJson, Offline, print_json, progress_show, reported
+from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
+from compllm_rag.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from compllm_rag.llamaindex.index import ConceptIndex
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Retrieval-augmented generation that never pays twice for the same passage.\n\n"
+    "Ingest documents once: each is cut into chunks, embedded, and compressed into concept embeddings. Every later "
+    "query feeds the retrieved concepts to the LLM in place of tokens, at half or a quarter of the positions.\n\n"
+    "Start with: compllm-rag demo",
+)
+
+Storage = Annotated[Path, typer.Option("--storage", help="Folder of the storage.")]
+TenantName = Annotated[
+    str | None, typer.Option("--namespace", help="Tenant, one of several in this folder that share nothing.")
+]
+
+
+@app.command()
+@reported
+def ingest(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files (.txt, .md, .jsonl) or folders.")],
+    storage: Storage,
+    llm: Annotated[
+        str | None, typer.Option(help=f"Target LLM: alias, folder or org/name@revision [{DEFAULT_LLM}].")
+    ] = None,
+    embedder: Annotated[str | None, typer.Option(help=f"Retrieval embedder. Default: {DEFAULT_EMBEDDER}.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Compression rate: source tokens per concept. Default: 2.")] = None,
+    chunk_size: Annotated[int | None, typer.Option(help="Tokens per chunk, about. Default: 200.")] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="How concepts are kept: fp16, int8 (half the bytes) or int4 (a quarter) [fp16].")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Delete documents ingested from these paths that are not there any more.")
+    ] = False,
+    namespace: TenantName = None,
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Bring documents into a storage; unchanged ones are skipped, changed ones replaced.
+
+    A line of .jsonl is {"id": ..., "title": ..., "text": ...}. Interrupted? Run the same command again.
+
+    Example: compllm-rag ingest docs/ --storage storage
+    """
+    from compllm_rag.llamaindex.documents import check_paths, load_documents, some
+
+    check_paths(paths)
+    documents = some(load_documents(paths))
+    with (
+        progress_show(as_json) as show,
+        _index(
+            storage,
+            create=True,
+            show=show,
+            namespace=namespace,
+            llm=llm,
+            embedder=embedder,
+            rate=rate,
+            chunk_size=chunk_size,
+            encoding=encoding,
+            dtype=dtype,
+            offline=offline,
+        ) as index,
+    ):
+        report = index.ingest(documents, progress=show.ingested, within=paths, prune=prune)
+        if len(index.pending):  # uploads that a server left unfinished
+            index.uploads.wait()
+    fields = report.fields()
+    if as_json:
+        print_json(fields)
+        return
+    typer.echo(
+        f"{report.documents} documents ({report.documents_changed} new or changed"
+        f"{f', {report.documents_deleted} deleted' if prune else ''}), {report.chunks} chunks, "
+        f"{report.segments} segments: {report.segments_compressed} compressed, {report.segments_reused} reused; "
+        f"{report.source_tokens} tokens in {report.seconds:.1f} s"
+    )
+
+
+@app.command()
+@reported
+def query(
+    question: Annotated[str, typer.Argument(help="What you want to know.")],
+    storage: Storage,
+    mode: Annotated[str, typer.Option(help="Read passages as `concepts` or as `text`.")] = "concepts",
+    top_k: Annotated[int, typer.Option(min=1, help="Chunks to retrieve.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it is made.")] = False,
+    namespace: TenantName = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a question from a storage, with its sources.
+
+    Example: compllm-rag query "Who built the lighthouse?" --storage storage
+    """
+    if mode not in ("concepts", "text"):
+        raise ConfigurationError("unknown mode", got=mode, expected="concepts or text", next_step="pass one of them")
+    if stream and as_json:
+        raise ConfigurationError(
+            "--stream and --json exclude each other", got="both", expected="one", next_step="leave one out"
+        )
+    # Bytes of an argument that are not UTF-8 arrive as lone surrogates.
+    if not question.strip() or any("\ud800" <= c <= "\udfff" for c in question):
+        raise ConfigurationError(
+            "question cannot be read", got=ascii(question), expected="words in UTF-8", next_step="type it again"
+        )
+    from compllm_rag.config import GenerationConfig
+    from compllm_rag.llamaindex.answer import answer
+
+    with (
+        progress_show(as_json) as show,
+        _index(
+            storage,
+            create=False,
+            show=show,
+            namespace=namespace,
+            read_only=True,
+            dtype=dtype,
+            offline=offline,
+            generation=GenerationConfig(max_new_tokens=max_new_tokens),
+        ) as index,
+    ):
+        show.close()
+        each = (lambda piece: typer.echo(piece, nl=False)) if stream else None
+        found = answer(index, question, mode=mode, top_k=top_k, on_piece=each)  # type: ignore[arg-type]
+    if as_json:
+        print_json(found)
+        return
+    typer.echo("" if stream else found["answer"])
+    typer.echo("")
+    for number, source in enumerate(found["sources"], 1):
+        size = f"{source['n_concepts']} concepts" if source["used"] == "concepts" else "text"
+        title = source["title"] or source["doc_id"]
+        typer.echo(f"[{number}] {title} (score {source['score']:.2f}, {source['n_tokens']} tokens as {size})")
+    typer.echo(f"{found['prompt_positions']} prompt positions, first token after {found['ttft_s']:.2f} s")
+
+
+@app.command()
+@reported
+def stats(
+    storage: Storage,
+    prometheus: Annotated[bool, typer.Option("--prometheus", help="Print Prometheus text.")] = False,
+    namespace: TenantName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what a storage holds, and what was measured as it was made.
+
+    Example: compllm-rag stats --storage storage
+    """
+    from compllm_rag.catalog.measures import storage_families
+    from compllm_rag.prometheus import exposition
+    from compllm_rag.storage.namespaces import existing_namespace
+    from compllm_rag.storage.stats import storage_stats
+
+    if prometheus and as_json:
+        raise ConfigurationError(
+            "--prometheus and --json exclude each other", got="both", expected="one", next_step="leave one out"
+        )
+    found = storage_stats(existing_namespace(storage, namespace))
+    if prometheus:
+        typer.echo(exposition(storage_families(found), {"namespace": found["namespace"]}), nl=False)
+        return
+    if as_json:
+        print_json(found)
+        return
+    found |= found.pop("metrics")
+    width = max(map(len, found))
+    for name, value in found.items():
+        typer.echo(f"{name:<{width}}  {value:.3f}" if isinstance(value, float) else f"{name:<{width}}  {value}")
+
+
+@app.command()
+@reported
+def demo(
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all results there.")] = None,
+    rate: Annotated[float, typer.Option(help="Compression rate: source tokens per concept.")] = 2.0,
+    top_k: Annotated[int, typer.Option(min=1, help="Chunks to retrieve.")] = 4,
+    questions: Annotated[int | None, typer.Option(min=1, help="Ask only the first N questions.")] = None,
+    llm: Annotated[str, typer.Option(help="Target LLM: alias, folder or org/name@revision.")] = DEFAULT_LLM,
+    embedder: Annotated[str, typer.Option(help="Retrieval embedder.")] = DEFAULT_EMBEDDER,
+    storage: Annotated[Path | None, typer.Option(help="Keep the storage there; else it is thrown away.")] = None,
+    offline: Offline = False,
+) -> None:
+    """Ingest the sample corpus that ships, and answer its questions from text and from concepts, side by side."""
+    from compllm_rag.cli.demo import run_demo
+
+    run_demo(
+        json_file=json_file,
+        rate=rate,
+        top_k=top_k,
+        limit=questions,
+        llm=llm,
+        embedder=embedder,
+        storage=storage,
+        offline=offline,
+    )
+
+
+# In the order of `--help`, after those above: what a newcomer needs stands first.
+for _more in (models_commands, storage_commands, namespace_commands, eval_commands, bench_commands, train_commands):
+    _more.register(app)
+
+
+def _index(storage: Path, *, create: bool, show: Any, **options: Any) -> ConceptIndex:
+    from compllm_rag.llamaindex.index import ConceptIndex
+
+    make = ConceptIndex.create if create else ConceptIndex.load
+    return make(storage, progress=show.fetching, **options)
+
+
+def main() -> None:
+    """Entry point of the `compllm-rag` command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""Text to token-exact segments, and segments to chunks.
+
+A document is tokenised once and cut between tokens: at sentence ends, with short neighbours joined and long
+sentences split evenly. A chunk is a run of whole segments. Both rules look only at the text nearby, so that an edit
+changes the segments of its sentence and at most one neighbour on each side, and the chunks around it, while all that
+comes later keeps its identity and its concepts (docs/design.md section 4). CompLLM (arXiv 2509.19228, section 3) cuts
+segments of at most S = 20 tokens; how it cuts them it leaves open.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xxhash
+
+from compllm_rag.errors import UnsupportedModelError
+from compllm_rag.models.plaintext import encode_plain
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# A sentence ends at closing punctuation followed by white space (CJK punctuation needs none), a paragraph at a blank
+# line. The match ends where the next sentence starts.
+_BREAK = re.compile(r"\n[^\S\n]*\n\s*|[.!?…][\"'”’)\]]*\s+|[。！？]+[」』”’）]*\s*")
+_LINE = re.compile(r"\n\s*")
+_PARAGRAPH, _SENTENCE, _INNER = 0, 1, 2
+
+# A "sentence" longer than this many segments is a table, a list or code: its lines are its sentences.
+_LINES_FROM = 8
+
+# Of the chunk size: how far a boundary looks for a better one, and the longest chunk. MiniLM reads 256 word pieces.
+_REACH, _MOST = 0.5, 1.2
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One unit of compression: tokens `start` to `end` of its text.
+
+    Attributes:
+        start: Index of the first token.
+        end: Index after the last token.
+        level: How the segment ends: 0 paragraph end, 1 sentence end, 2 within a sentence.
+    """
+
+    start: int
+    end: int
+    level: int
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """A text's token ids, the character offsets of each token, and its segments."""
+
+    text: str
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    segments: list[Segment]
+
+    def segment_ids(self, first: int = 0, last: int | None = None) -> list[list[int]]:
+        """Token ids of segments `first` to `last` (exclusive)."""
+        return [self.ids[s.start : s.end] for s in self.segments[first:last]]
+
+
+class Segmenter:
+    """Cuts text into segments of at most S tokens, by the target LLM's tokenizer.
+
+    Args:
+        tokenizer: A fast tokenizer (character offsets are needed).
+        segment_length: S, the most tokens of a segment.
+
+    Raises:
+        UnsupportedModelError: The tokenizer is not a fast one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, segment_length: int) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise UnsupportedModelError(
+                "tokenizer gives no character offsets",
+                got=type(tokenizer).__name__,
+                expected="a fast tokenizer (tokenizer.json)",
+                next_step="convert the tokenizer with transformers, or use another LLM",
+            )
+        self.tokenizer, self.segment_length = tokenizer, segment_length
+
+    def tokenize(self, text: str) -> TokenizedText:
+        """Tokenise a text once and cut it into segments.
+
+        Text that spells a special token (`<|im_end|>`) is read as plain text: a passage must not be able to close
+        the turn it stands in.
+
+        Args:
+            text: Any text; the empty text has no segments.
+
+        Returns:
+            The text with ids, offsets and segments; the segments joined give the ids back exactly.
+        """
+        if not text:
+            return TokenizedText(text, [], [], [])
+        encoding = encode_plain(self.tokenizer, text, return_offsets_mapping=True)
+        ids, offsets = list(encoding["input_ids"]), [(int(a), int(b)) for a, b in encoding["offset_mapping"]]
+        return TokenizedText(text, ids, offsets, self._cut(text, ids, offsets))
+
+    def split(self, text: str) -> list[list[int]]:
+        """Token ids of each segment of a text."""
+        return self.tokenize(text).segment_ids()
+
+    def _cut(self, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> list[Segment]:
+        ends = np.maximum.accumulate(np.asarray([end for _, end in offsets], dtype=np.int64))
+        sentences = _sentences(text, ends, len(ids), self.segment_length)
+        gives = [self._gives(text, ends, sentence) for sentence in sentences]
+        out: list[Segment] = []
+        i = 0
+        while i < len(sentences):
+            sentence = sentences[i]
+            if not gives[i] and i + 1 < len(sentences) and gives[i + 1] and self._fit(sentence, sentences[i + 1]):
+                out.append(Segment(sentence.start, sentences[i + 1].end, sentences[i + 1].level))
+                i += 2
+                continue
+            out.extend(_split_evenly(sentence, self.segment_length))
+            i += 1
+        return out
+
+    def _fit(self, left: Segment, right: Segment) -> bool:
+        """Whether two neighbouring sentences may share a segment: of one paragraph, and at most S tokens together."""
+        return left.level != _PARAGRAPH and right.end - left.start <= self.segment_length
+
+    def _gives(self, text: str, ends: np.ndarray, sentence: Segment) -> bool:
+        """Whether a sentence is a giver, which joins the taker in front of it; decided by the sentence alone.
+
+        Filling segments greedily from the left would let one edit shift every later segment of the paragraph. Here no
+        sentence is wanted from both sides, and no decision reaches further than a pair. White space does not count:
+        a sentence has another blank in front of it, or behind it, once it is no longer the first or last of its text.
+        """
+        if sentence.end - sentence.start > self.segment_length // 2:
+            return False
+        content = text[int(ends[sentence.start - 1]) if sentence.start else 0 : int(ends[sentence.end - 1])].strip()
+        return bool(xxhash.xxh3_64_intdigest(content.encode("utf-8", "surrogatepass")) & 1)
+
+
+def _sentences(text: str, ends: np.ndarray, n_tokens: int, size: int) -> list[Segment]:
+    """Sentences as token ranges; the last one ends the text, as a paragraph does."""
+    sentences: list[Segment] = []
+    start = 0
+    for match in _BREAK.finditer(text):
+        if match.end() >= len(text):
+            break
+        # The first token that reaches past the next sentence's first character opens it (" The" carries its blank).
+        cut = int(np.searchsorted(ends, match.end(), side="right"))
+        if cut > start and cut < n_tokens:
+            level = _PARAGRAPH if "\n" in match.group().rstrip(" \t") and match.group().count("\n") > 1 else _SENTENCE
+            sentences.append(Segment(start, cut, level))
+            start = cut
+    if start < n_tokens:
+        sentences.append(Segment(start, n_tokens, _PARAGRAPH))
+    return [part for s in sentences for part in _by_lines(text, ends, s, size)]
+
+
+def _by_lines(text: str, ends: np.ndarray, sentence: Segment, size: int) -> list[Segment]:
+    if sentence.end - sentence.start <= _LINES_FROM * size:
+        return [sentence]
+    first = int(ends[sentence.start - 1]) if sentence.start else 0
+    out: list[Segment] = []
+    start = sentence.start
+    for match in _LINE.finditer(text, first, int(ends[sentence.end - 1])):
+        cut = int(np.searchsorted(ends, match.end(), side="right"))
+        if start < cut < sentence.end:
+            out.append(Segment(start, cut, _SENTENCE))
+            start = cut
+    out.append(Segment(start, sentence.end, sentence.level))
+    return out
+
+
+def _split_evenly(sentence: Segment, size: int) -> list[Segment]:
+    """Split a long sentence into equal parts; hard cuts at S would leave tails of 1-4 tokens that cost rate."""
+    n = sentence.end - sentence.start
+    parts = math.ceil(n / size)
+    cuts = [sentence.start + round(n * i / parts) for i in range(parts + 1)]
+    return [Segment(a, b, sentence.level if i == parts - 1 else _INNER) for i, (a, b) in enumerate(pairwise(cuts))]
+
+
+def chunk_bounds(tokenized: TokenizedText, chunk_size: int) -> list[tuple[int, int]]:
+    """Group segments into chunks with content-defined boundaries.
+
+    A boundary is a segment end that is the best within half a `chunk_size` on both sides: paragraph ends before
+    sentence ends before others, and among equals the smallest hash of the segments that meet there. What remains
+    longer than 1.2 `chunk_size` is cut again at its best end. Nothing outside that window matters, so an edit moves
+    the boundaries around it and no others (the local-minimum method of content-defined chunking).
+
+    Args:
+        tokenized: A text with its segments.
+        chunk_size: Tokens of a chunk, about.
+
+    Returns:
+        For each chunk the index of its first segment and the index after its last one.
+    """
+    segments = tokenized.segments
+    if not segments:
+        return []
+    ends = [s.end for s in segments]
+    if ends[-1] <= _MOST * chunk_size:
+        return [(0, len(segments))]
+    ranks = [_rank(tokenized, i) for i in range(len(segments))]
+    reach = max(1, int(_REACH * chunk_size))
+    cuts = [-1, *_local_minima(ends, ranks, reach), len(segments) - 1]
+    bounds: list[tuple[int, int]] = []
+    for a, b in pairwise(cuts):
+        if b > a:
+            bounds.extend(_cut_long(ends, ranks, a + 1, b + 1, chunk_size))
+    return bounds
+
+
+def _rank(tokenized: TokenizedText, i: int) -> tuple[int, int]:
+    """Order of the boundary after segment i: level, then a hash of the tokens on both sides."""
+    segments, ids = tokenized.segments, tokenized.ids
+    around = ids[segments[i].start : segments[min(i + 1, len(segments) - 1)].end]
+    return segments[i].level, xxhash.xxh3_64_intdigest(np.asarray(around, dtype="<u4").tobytes())
+
+
+def _local_minima(ends: Sequence[int], ranks: Sequence[tuple[int, int]], reach: int) -> list[int]:
+    out = []
+    for i in range(len(ends) - 1):
+        # The two ends of the text are boundaries that no other one near them can beat.
+        if ranks[i][0] == _INNER or ends[i] < reach or ends[-1] - ends[i] < reach:
+            continue
+        best, j = True, i - 1
+        while best and j >= 0 and ends[i] - ends[j] <= reach:
+            best, j = ranks[i] < ranks[j], j - 1
+        j = i + 1
+        while best and j < len(ends) - 1 and ends[j] - ends[i] <= reach:
+            best, j = ranks[i] <= ranks[j], j + 1
+        if best:
+            out.append(i)
+    return out
+
+
+def _cut_long(
+    ends: Sequence[int], ranks: Sequence[tuple[int, int]], first: int, last: int, chunk_size: int
+) -> list[tuple[int, int]]:
+    """Cut segments first..last (exclusive) until every run fits; iterative, as a text may be one endless sentence."""
+    done: list[tuple[int, int]] = []
+    todo = [(first, last)]
+    while todo:
+        a, b = todo.pop()
+        start = ends[a - 1] if a else 0
+        total = ends[b - 1] - start
+        if total <= _MOST * chunk_size or b - a < 2:
+            done.append((a, b))
+            continue
+        margin = min(_REACH * chunk_size, total / 3)
+        inner = [i for i in range(a, b - 1) if ends[i] - start >= margin and ends[b - 1] - ends[i] >= margin]
+        # Among equals (the same sentence over and over) the one nearest the middle, so that few rounds are enough.
+        cut = min(inner or range(a, b - 1), key=lambda i: (ranks[i], abs(2 * ends[i] - start - ends[b - 1])))
+        todo.extend([(cut + 1, b), (a, cut + 1)])
+    return done

@@ -1,0 +1,228 @@
+"""The target LLM: a frozen decoder that reads concepts in place of token embeddings."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from compllm_rag.errors import UnsupportedDtypeError, UnsupportedModelError
+from compllm_rag.fingerprint import mapping_digest, tagged_digest, tensor_digest
+from compllm_rag.models import resolve_model
+from compllm_rag.models.quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_PROVENANCE = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures", "use_cache"}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TargetLLM:
+    """A frozen decoder LLM with its tokenizer and its identity.
+
+    Args:
+        model: A decoder of transformers that takes `inputs_embeds`.
+        tokenizer: Its fast tokenizer.
+        source: How the model is named again: alias, folder or `org/name@revision`.
+        digests: SHA-256 of the source files (and of the reader adapter); None computes one from the tensors.
+
+    Raises:
+        UnsupportedModelError: The model cannot read embeddings, or needs more than embeddings.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        source: str = "in-memory",
+        digests: dict[str, str] | None = None,
+    ) -> None:
+        _check(model)
+        frozen: Any = model
+        frozen.requires_grad_(False)
+        frozen.eval()
+        self.model = frozen
+        self.tokenizer: Any = tokenizer
+        self.source = source
+        self.digests = digests if digests is not None else _tensor_digests(model, tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        spec: str | Path,
+        *,
+        reader: Path | None = None,
+        dtype: str | None = None,
+        device: str | None = None,
+        cache_dir: Path | None = None,
+        offline: bool = False,
+        progress: Callable[[str, float | None], None] | None = None,
+    ) -> TargetLLM:
+        """Load a model by alias, folder or hub id with revision.
+
+        Args:
+            spec: For example `smollm2-135m-instruct`, `./my-model` or `org/name@<commit>`.
+            reader: Folder of a reader adapter in PEFT's format, merged in fp32; None reads with the model as it is.
+            dtype: `float32`, `bfloat16` or `float16`; None picks float32 on a CPU and bfloat16 elsewhere.
+            device: A torch device; None picks CUDA where there is one.
+            cache_dir: Where fetched models lie; None means the user's cache directory.
+            offline: Never touch the network.
+            progress: Called with a message and a share from 0 to 1 (None: unknown) while fetching.
+
+        Raises:
+            UnsupportedDtypeError: The dtype is not one of the three.
+            UnsupportedModelError: The model cannot be used.
+            UnknownModelError, ModelFetchError, DigestMismatchError, UnsafeModelError: See `resolve_model`.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+        if dtype not in _DTYPES:
+            raise UnsupportedDtypeError(
+                "compute dtype is not supported",
+                got=dtype,
+                expected=" or ".join(_DTYPES),
+                next_step="pass one of these, or leave it out",
+            )
+        files = resolve_model(str(spec), cache_dir=cache_dir, offline=offline, progress=progress)
+        model, tokenizer = _load(files.path)
+        digests = dict(files.digests)
+        if reader is not None:
+            from compllm_rag.models.adapters import merge_adapter
+
+            digests |= {f"reader/{name}": digest for name, digest in merge_adapter(model, reader).items()}
+        model.to(device=device, dtype=_DTYPES[dtype])
+        return cls(model, tokenizer, source=files.source, digests=digests)
+
+    @property
+    def identity(self) -> str:
+        """Digest of everything that decides what the model and its tokenizer do."""
+        return mapping_digest("compllm-rag/target", self.digests)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the input-embedding space."""
+        return int(self.embedding.weight.shape[1])
+
+    @property
+    def window(self) -> int:
+        """Positions the model was made for."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+    @property
+    def embedding(self) -> Any:
+        """The input-embedding module; called, never indexed, since some scale their rows (Gemma)."""
+        return self.model.get_input_embeddings()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embeddings lie."""
+        return torch.device(self.embedding.weight.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype."""
+        dtype: torch.dtype = self.embedding.weight.dtype
+        return dtype
+
+    def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Input embeddings of token ids as the first layer sees them (post-scale).
+
+        Returns:
+            Tensor (n_tokens, hidden_size) in the compute dtype.
+        """
+        ids = torch.tensor(list(token_ids), dtype=torch.long, device=self.device)
+        with torch.inference_mode():
+            embedded: torch.Tensor = self.embedding(ids[None])[0]
+        return embedded
+
+    def stop_ids(self) -> set[int]:
+        """Tokens that end an answer: those of the tokenizer and of the model's generation settings."""
+        found = {self.tokenizer.eos_token_id}
+        for config in (self.model.config.get_text_config(), getattr(self.model, "generation_config", None)):
+            value = getattr(config, "eos_token_id", None)
+            found |= set(value) if isinstance(value, list | tuple) else {value}
+        return {int(token) for token in found if token is not None}
+
+
+def _load(path: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    # RuntimeError is what tensors of other shapes end in.
+    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
+        first = str(error).partition("\n")[0]
+        raise UnsupportedModelError(
+            "transformers cannot load this model as a decoder LLM",
+            got=f"{path} ({type(error).__name__}: {first[:200]})",
+            expected="a causal language model with safetensors weights and a fast tokenizer",
+            next_step="name another model, or update transformers",
+        ) from error
+    model, info = loaded
+    if info["missing_keys"]:
+        # transformers fills them with random numbers and a warning.
+        raise UnsupportedModelError(
+            "model's weights are not complete",
+            got=f"{path} without {', '.join(sorted(info['missing_keys'])[:2])}",
+            expected="a tensor for each parameter",
+            next_step="fetch or save the model again",
+        )
+    return model, tokenizer
+
+
+def _check(model: PreTrainedModel) -> None:
+    config = model.config.get_text_config()
+    if getattr(model.config, "is_encoder_decoder", False):
+        trouble = "an encoder-decoder"
+    elif "inputs_embeds" not in inspect.signature(model.forward).parameters:
+        trouble = "a model whose forward takes no inputs_embeds"
+    elif getattr(config, "hidden_size_per_layer_input", 0):
+        trouble = "a model with per-layer embeddings, which need token ids at every layer"
+    elif not all(hasattr(decoder_of(model), part) for part in ("layers", "norm")):
+        trouble = f"a {type(model).__name__}, whose decoder has no plain list of layers and final norm"
+    else:
+        return
+    raise UnsupportedModelError(
+        "this LLM cannot read concepts",
+        got=trouble,
+        expected="a decoder LLM of transformers that takes inputs_embeds (Llama, Qwen, Gemma, Mistral and their like)",
+        next_step="choose another target LLM",
+    )
+
+
+def decoder_of(model: Any) -> Any:
+    """The bare decoder inside a causal LM: embeddings, layers and final norm, without the output head."""
+    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+
+
+def _config_json(model: PreTrainedModel) -> str:
+    """The settings that differ from the architecture's own, without those that change no result."""
+    settings: dict[str, Any] = model.config.to_diff_dict()
+    kept = {key: value for key, value in settings.items() if key not in _PROVENANCE}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def _tensor_digests(model: PreTrainedModel, tokenizer: Any) -> dict[str, str]:
+    arrays = {name: tensor.detach().float().cpu().numpy() for name, tensor in model.state_dict().items()}
+    vocabulary = {token: str(index) for token, index in tokenizer.get_vocab().items()}
+    return {
+        "tensors": tensor_digest(arrays),
+        "config": tagged_digest("compllm-rag/config", config=_config_json(model)),
+        "tokenizer": mapping_digest("compllm-rag/vocabulary", vocabulary),
+    }

@@ -1,0 +1,101 @@
+"""Compaction of a whole storage; it loads no model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from compllm_rag.errors import StorageMismatchError
+from compllm_rag.catalog.accounts import Accounts
+from compllm_rag.catalog.catalog import Catalog
+from compllm_rag.catalog.kv import KeyValues
+from compllm_rag.storage.manifest import CONCEPTS, META_KEY, Manifest, require_storage
+from compllm_rag.storage.migration import BACKUP
+from compllm_rag.storage.namespaces import FOLDER
+from compllm_rag.store.compaction import CompactReport
+from compllm_rag.store.disk import DiskStore
+
+Progress = Callable[[str, float | None], None]
+
+
+@dataclass(frozen=True)
+class StorageCompaction:
+    """What a compaction did.
+
+    Attributes:
+        concepts: Of the concept store.
+        bytes_before: Bytes of the whole folder.
+        bytes_after: The same afterwards.
+        seconds: Wall time.
+    """
+
+    concepts: CompactReport
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+
+    def fields(self) -> dict[str, Any]:
+        """Plain values, as `compact --json` prints them."""
+        names = ("records", "records_dropped", "packs_rewritten", "packs_removed")
+        packs = {name: getattr(self.concepts, name) for name in names}
+        whole = {name: value for name, value in asdict(self).items() if name != "concepts"}
+        return {
+            **packs,
+            "pack_bytes_before": self.concepts.bytes_before,
+            "pack_bytes": self.concepts.bytes_after,
+        } | whole
+
+
+def compact_storage(folder: str | Path, *, progress: Progress | None = None) -> StorageCompaction:
+    """Reclaim what was deleted: concepts no chunk refers to, dead bytes of packs, former vectors, free pages.
+
+    Killed at any point it leaves a sound storage, and can be run again. Readers go on; writers are refused meanwhile.
+
+    Args:
+        folder: The storage.
+        progress: Called with a message and a share from 0 to 1.
+
+    Raises:
+        StorageNotFoundError: There is no storage here.
+        StorageMismatchError: It is not known which concepts are referred to. Repair counts them.
+        CorruptRecordError: A record is damaged. Repair first.
+        StoreFullError: No space for the new packs; nothing is lost.
+        StoreLockedError: Another process writes.
+        StoreReadOnlyError: The storage cannot be written.
+    """
+    begun, path = time.perf_counter(), Path(folder).absolute()
+    require_storage(path)
+    before = _size(path)
+    catalog = Catalog.open(path)
+    try:
+        manifest = Manifest.parse(catalog.get_meta(META_KEY))
+        catalog.claim()  # who ingests is kept out: what is compressed but not yet referred to would look dead
+        accounts = Accounts(KeyValues(catalog))
+        _require_counts(catalog, accounts)
+        with DiskStore(path / CONCEPTS, hidden_size=manifest.hidden_size) as store:
+            report = store.compact(accounts.references.live, progress=progress)
+        catalog.reclaim()
+    finally:
+        catalog.close()
+    return StorageCompaction(report, before, _size(path), time.perf_counter() - begun)
+
+
+def _require_counts(catalog: Catalog, accounts: Accounts) -> None:
+    with catalog.reading() as connection:
+        (chunks,) = connection.execute("SELECT count(*) FROM nodes").fetchone()
+    counted = accounts.total()[1].chunks
+    if counted != chunks or not accounts.references.counted:
+        raise StorageMismatchError(
+            "it is not known which concepts chunks refer to",
+            got=f"{counted} chunks accounted for" if accounts.references.counted else "no counts of references",
+            expected=f"all {chunks}, each added by a ConceptIndex",
+            next_step="run `compllm-rag repair`, which counts them anew",
+        )
+
+
+def _size(folder: Path) -> int:
+    others = {folder / FOLDER, *folder.glob(BACKUP.format("*"))}  # storages of their own
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and others.isdisjoint(p.parents))

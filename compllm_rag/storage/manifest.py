@@ -1,0 +1,172 @@
+"""What a storage was made with, kept in its catalog and checked whenever it is opened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import ValidationError
+
+from compllm_rag.catalog.database import connected
+from compllm_rag.config import FORMAT_VERSION, Frozen, IngestConfig
+from compllm_rag.errors import (
+    EmbedderMismatchError,
+    FingerprintMismatchError,
+    StorageMismatchError,
+    StorageNotFoundError,
+    UnsupportedFormatError,
+)
+
+if TYPE_CHECKING:
+    from compllm_rag.compression.compressor import Compressor
+
+META_KEY = "compllm/manifest"
+CATALOG, CONCEPTS = "catalog.db", "concepts"
+
+
+class Manifest(Frozen):
+    """Identity of a storage."""
+
+    format_version: Literal[1] = 1
+    fingerprint: str
+    llm: str
+    llm_identity: str
+    embedder: str
+    embedder_identity: str
+    dimension: int
+    hidden_size: int
+    ingest: IngestConfig
+
+    @classmethod
+    def of(
+        cls, compressor: Compressor, embedder: str, embedder_identity: str, dimension: int, ingest: IngestConfig
+    ) -> Manifest:
+        """The manifest of a storage made from these parts."""
+        return cls(
+            fingerprint=compressor.fingerprint,
+            llm=compressor.llm.source,
+            llm_identity=compressor.llm.identity,
+            embedder=embedder,
+            embedder_identity=embedder_identity,
+            dimension=dimension,
+            hidden_size=compressor.hidden_size,
+            ingest=ingest,
+        )
+
+    @classmethod
+    def parse(cls, text: str | None) -> Manifest:
+        """Read a manifest.
+
+        Raises:
+            StorageNotFoundError: There is none: the making of the storage was interrupted.
+            UnsupportedFormatError: It is damaged, or of a newer format.
+        """
+        if text is None:
+            raise StorageNotFoundError(
+                "there is no storage here: its making was interrupted",
+                next_step="run the same ingest again, which takes it up",
+            )
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise UnsupportedFormatError(
+                "storage has no manifest this release reads",
+                got=f"{error.error_count()} faults, first {error.errors()[0]['msg']}",
+                expected=f"format {FORMAT_VERSION}",
+                next_step="update compllm-rag, or ingest again into a new storage",
+            ) from error
+
+    def check_compressor(self, fingerprint: str, llm: str) -> None:
+        """Refuse a compressor (or its LLM, reader, tokenizer) other than the storage's.
+
+        Raises:
+            FingerprintMismatchError: With both fingerprints.
+        """
+        if fingerprint != self.fingerprint:
+            raise FingerprintMismatchError(
+                "storage was made by another compressor",
+                got=f"{llm} with fingerprint {fingerprint[:16]}",
+                expected=f"{self.llm} with fingerprint {self.fingerprint[:16]}",
+                next_step="leave the LLM out to use the storage's own, or ingest into a new storage",
+            )
+
+    def check_embedder(self, embedder: str, identity: str, dimension: int) -> None:
+        """Refuse an embedder other than the storage's.
+
+        Raises:
+            EmbedderMismatchError: With both names and dimensions.
+        """
+        if (identity, dimension) != (self.embedder_identity, self.dimension):
+            raise EmbedderMismatchError(
+                "storage was made by another embedder",
+                got=f"{embedder} ({dimension} dimensions)",
+                expected=f"{self.embedder} ({self.dimension} dimensions)",
+                next_step="leave the embedder out to use the storage's own, or ingest into a new storage",
+            )
+
+    def check_ingest(self, **asked: object) -> None:
+        """Refuse settings other than the storage's; None means the storage's own.
+
+        Raises:
+            StorageMismatchError: With both values.
+        """
+        for name, value in asked.items():
+            own = getattr(self.ingest, name)
+            if value is not None and value != own:
+                raise StorageMismatchError(
+                    f"storage was made with another {name.replace('_', ' ')}",
+                    got=value,
+                    expected=own,
+                    next_step="leave it out, or ingest into a new storage",
+                )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What a storage was made with.
+
+    Raises:
+        StorageNotFoundError: There is no storage here.
+        UnsupportedFormatError, CorruptRecordError: The storage is damaged or too new.
+    """
+    require_storage(folder)
+    with connected(folder / CATALOG, writing=False) as connection:
+        try:
+            row = connection.execute("SELECT value FROM meta WHERE key = ?", (META_KEY,)).fetchone()
+        finally:
+            connection.close()
+    return Manifest.parse(row[0] if row else None)
+
+
+def require_storage(folder: Path) -> None:
+    """Refuse a folder that holds no storage.
+
+    Raises:
+        StorageNotFoundError: There is no catalog.
+    """
+    if not (folder / CATALOG).is_file():
+        raise StorageNotFoundError(
+            "there is no storage here",
+            got=folder,
+            expected="a folder made by `compllm-rag ingest` or ConceptIndex.from_documents",
+            next_step=f"run `compllm-rag ingest PATH --storage {folder}` first",
+        )
+
+
+def refuse_newer(text: str | None) -> None:
+    """Tell a manifest of a newer release from a damaged one.
+
+    Raises:
+        UnsupportedFormatError: It is newer.
+    """
+    try:
+        version = dict(json.loads(text or "{}")).get("format_version")
+    except (ValueError, TypeError):
+        return
+    if isinstance(version, int) and version > Manifest.model_fields["format_version"].default:
+        raise UnsupportedFormatError(
+            "storage was written by a newer release",
+            got=f"format {version}",
+            expected=f"format {Manifest.model_fields['format_version'].default} or older",
+            next_step="update compllm-rag",
+        )
