@@ -49,6 +49,7 @@ class PlannedPrompt:
         fetch_s: Seconds spent reading concepts from the store.
         compress_s: Seconds spent compressing what was missing.
         layout_s: Seconds spent on tokens and spans.
+        seconds: Wall time from nodes in hand to the plan.
     """
 
     plan: PromptPlan
@@ -58,6 +59,7 @@ class PlannedPrompt:
     fetch_s: float
     compress_s: float
     layout_s: float
+    seconds: float
 
     def account(self) -> dict[str, Any]:
         """The account as plain values."""
@@ -76,10 +78,12 @@ class PlannedPrompt:
 class _Clock:
     fetch_s: float = 0.0
     compress_s: float = 0.0
-    begun: float = field(default_factory=time.perf_counter)
+    begun: float = field(default_factory=lambda: time.perf_counter())
 
-    def layout_s(self) -> float:
-        return time.perf_counter() - self.begun - self.fetch_s - self.compress_s
+    def ended(self) -> tuple[float, float]:
+        """Seconds of layout, and of all."""
+        seconds = time.perf_counter() - self.begun
+        return seconds - self.fetch_s - self.compress_s, seconds
 
 
 class Planner:
@@ -106,7 +110,7 @@ class Planner:
     ) -> None:
         self.library, self.mode, self.missing, self.overflow, self.choose = library, mode, missing, overflow, choose
         self.queued = queued
-        self.template = PromptTemplate(library.compressor.llm.tokenizer)
+        self.template = PromptTemplate(library.llm.tokenizer)
 
     def plan(self, messages: Sequence[Message], nodes: Sequence[NodeWithScore], budget: int) -> PlannedPrompt:
         """Plan one prompt.
@@ -150,7 +154,7 @@ class Planner:
             )
         plan = PromptPlan(tuple(self.template.spans(messages, spans)))
         used = list(nodes[: len(facts)])
-        return PlannedPrompt(plan, used, facts, dropped, clock.fetch_s, clock.compress_s, clock.layout_s())
+        return PlannedPrompt(plan, used, facts, dropped, clock.fetch_s, clock.compress_s, *clock.ended())
 
     def _passage(
         self, node: NodeWithScore, i: int, clock: _Clock, missing: MissingPolicy

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import Generator as TextStream
 from typing import Any
 
 from llama_index.core.base.llms.types import CompletionResponse
@@ -27,9 +29,11 @@ from llama_index.core.response_synthesizers.base import BaseSynthesizer, QueryTe
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index_instrumentation import get_dispatcher
+from llama_index_instrumentation.dispatcher import Dispatcher
+from llama_index_instrumentation.event_handlers.null import NullEventHandler
 
 from compllm_rag.config import GenerationConfig, MissingPolicy, Mode, OverflowPolicy
-from compllm_rag.generation.base import Generation, TokenStream
+from compllm_rag.generation.base import Generation, Generator, TokenStream
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.llm import ConceptLLM
@@ -56,7 +60,7 @@ class ConceptSynthesizer(BaseSynthesizer):
 
     Args:
         library: Compressor and store.
-        generator: Runs the target LLM.
+        generator: Runs the target LLM; None runs it in this process.
         text_qa_template: Any LlamaIndex template with `{context_str}` and `{query_str}`.
         mode: `concepts`, or `text` to read the passages as tokens in the identical layout.
         missing: What to do when concepts are not stored: `recompress`, `text` or `error`.
@@ -71,7 +75,7 @@ class ConceptSynthesizer(BaseSynthesizer):
     def __init__(
         self,
         library: ConceptLibrary,
-        generator: LocalGenerator | None = None,
+        generator: Generator | None = None,
         *,
         text_qa_template: BasePromptTemplate | None = None,
         mode: Mode = "concepts",
@@ -83,7 +87,7 @@ class ConceptSynthesizer(BaseSynthesizer):
         generation: GenerationConfig | None = None,
         callback_manager: CallbackManager | None = None,
     ) -> None:
-        self._generator = generator or LocalGenerator(library.compressor.llm)
+        self._generator = generator or LocalGenerator(library.llm)
         super().__init__(llm=ConceptLLM(self._generator), callback_manager=callback_manager, streaming=streaming)
         self._planner = Planner(library, mode=mode, missing=missing, overflow=overflow, choose=choose, queued=queued)
         self._template = text_qa_template or DEFAULT_TEMPLATE
@@ -203,7 +207,7 @@ class ConceptSynthesizer(BaseSynthesizer):
         stream.close()
         return str(account["answer"])
 
-    def _stream(self, planned: PlannedPrompt, account: dict[str, Any]) -> Generator[str, None, None]:
+    def _stream(self, planned: PlannedPrompt, account: dict[str, Any]) -> TextStream[str, None, None]:
         yield from self._pieces(planned, account)
 
     async def _astream(self, planned: PlannedPrompt, account: dict[str, Any]) -> AsyncGenerator[str, None]:
@@ -214,21 +218,24 @@ class ConceptSynthesizer(BaseSynthesizer):
         finally:
             await pieces.aclose()
 
-    def _pieces(self, planned: PlannedPrompt, account: dict[str, Any]) -> Generator[str, None, None]:
+    def _pieces(self, planned: PlannedPrompt, account: dict[str, Any]) -> TextStream[str, None, None]:
         """Generate, telling LlamaIndex's instrumentation, and complete the account however it ends."""
-        prompt = self._readable(planned)
+        begun = time.perf_counter()
+        # To spell a prompt out takes as long as to lay it out: only for those who listen.
+        prompt = self._readable(planned) if self._callback_manager.handlers or _is_heard(dispatcher) else ""
         cancel = threading.Event()
         stream = self._generator.stream(planned.plan, self._generation, cancel)
         with self._callback_manager.event(CBEventType.LLM, payload={EventPayload.PROMPT: prompt}) as event:
             dispatcher.event(
                 LLMCompletionStartEvent(prompt=prompt, additional_kwargs={}, model_dict=self._llm.to_dict())
             )
+            waited_s = time.perf_counter() - begun
             try:
                 yield from self._announced(prompt, iter(stream))
             finally:
                 cancel.set()
                 made = CompletionResponse(text=stream.result.text)
-                _complete(account, planned, stream)
+                _complete(account, planned, stream, waited_s)
                 dispatcher.event(LLMCompletionEndEvent(prompt=prompt, response=made))
                 event.on_end(payload={EventPayload.PROMPT: prompt, EventPayload.COMPLETION: made})
 
@@ -250,7 +257,25 @@ class ConceptSynthesizer(BaseSynthesizer):
         )
 
 
-def _complete(account: dict[str, Any], planned: PlannedPrompt, stream: TokenStream) -> None:
+def _is_heard(dispatcher: Dispatcher) -> bool:
+    """Whether an event of a dispatcher reaches anybody."""
+    at = dispatcher
+    while all(isinstance(handler, NullEventHandler) for handler in at.event_handlers):
+        if not at.propagate:
+            return False
+        at = at.parent
+    return True
+
+
+def _complete(account: dict[str, Any], planned: PlannedPrompt, stream: TokenStream, waited_s: float) -> None:
+    """Fill in what is known when the answer has ended.
+
+    Args:
+        account: Of the response.
+        planned: The prompt.
+        stream: The answer.
+        waited_s: Seconds from the first wish for a token to the start of generation.
+    """
     made: Generation = stream.result
     account["answer"] = made.text
     account["finish_reason"] = made.finish_reason
@@ -258,4 +283,5 @@ def _complete(account: dict[str, Any], planned: PlannedPrompt, stream: TokenStre
     account["layout_s"] = planned.layout_s + made.layout_s
     account["prefill_s"] = made.prefill_s
     account["decode_s"] = made.decode_s
-    account["ttft_s"] = planned.fetch_s + planned.compress_s + account["layout_s"] + made.prefill_s
+    # Wall time of planning and of generating up to the first token; not what whoever reads a stream takes in between.
+    account["ttft_s"] = planned.seconds + waited_s + made.layout_s + made.prefill_s
