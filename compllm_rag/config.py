@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compllm_rag.errors import ConfigurationError
 
@@ -70,9 +70,40 @@ class CompressorConfig(Frozen):
     scale: float = Field(
         default=1.0, gt=0.0, description="factor of the head's output, the RMS of embeddings if trained"
     )
-    lora_rank: int = Field(default=0, ge=0, description="0: no LoRA")
+    lora_rank: int = Field(default=0, ge=0, description="rank of the LoRA that writes concepts; 0: no LoRA")
     lora_alpha: int = Field(default=0, ge=0)
     lora_modules: tuple[str, ...] = ()
+    entry_layer: int = Field(
+        default=0, ge=0, description="L, the layer at which concepts enter; 0: the input embeddings (CompLLM)"
+    )
+    unit_length: int = Field(
+        default=240, ge=2, le=2048, description="most tokens of what deep concepts are made of at once, a chunk"
+    )
+    opening: tuple[int, ...] = Field(
+        default=(), description="token ids in front of every unit: the prompt's constant opening"
+    )
+    selector: Literal["information+surprisal", "information", "random"] = Field(
+        default="information+surprisal", description="by what deep concepts choose the tokens they keep"
+    )
+    read_rank: int = Field(default=0, ge=0, description="rank of the LoRA that reads deep concepts; 0: no LoRA")
+    read_alpha: int = Field(default=0, ge=0)
+    read_modules: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _unit_of_whole_segments(self) -> Self:
+        if self.unit_length < self.segment_length:
+            raise ValueError("unit_length must not be below segment_length: a unit is a run of whole segments")
+        return self
+
+    @property
+    def deep(self) -> bool:
+        """Whether concepts enter above the input embeddings."""
+        return self.entry_layer > 0
+
+    @property
+    def longest_unit(self) -> int:
+        """Most tokens of what is compressed at once: of a segment, or of a unit of deep concepts."""
+        return self.unit_length if self.deep else self.segment_length
 
 
 class IngestConfig(Frozen):

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 import torch
 
 from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.deep import DeepCompressor
 from compllm_rag.compression.rates import FixedRate, RatePolicy
 from compllm_rag.compression.spec import DeferredCompressor
 from compllm_rag.config import MissingPolicy
 from compllm_rag.errors import (
     ConfigurationError,
+    CorruptRecordError,
     FingerprintMismatchError,
     InvalidConceptsError,
     MissingConceptsError,
@@ -30,9 +32,11 @@ from compllm_rag.metrics import Metrics
 from compllm_rag.store.base import ConceptStore
 from compllm_rag.store.codec import largest
 
+AnyCompressor = Compressor | DeepCompressor
+
 _REMEMBERED = 4096
-# Segments compressed between two writes: bounds memory, and what an interruption can lose.
-_WRITE_EVERY = 2048
+# Concepts made between two writes: bounds memory, and what an interruption can lose.
+_WRITE_EVERY = 20_480
 # Times the RMS of the LLM's embeddings. Concepts stay within a few; a hundred is a head that has run away, or damage.
 _MOST_RMS = 100.0
 
@@ -73,12 +77,14 @@ class Fetched:
         hits: Segments found in the store.
         misses: Segments not found.
         compress_s: Seconds spent compressing what was missing.
+        places: Of deep concepts: the token of the passage that each stands for, (n_concepts,), increasing.
     """
 
     concepts: torch.Tensor | None
     hits: int
     misses: int
     compress_s: float
+    places: torch.Tensor | None = None
 
 
 class ConceptLibrary:
@@ -98,7 +104,7 @@ class ConceptLibrary:
 
     def __init__(
         self,
-        compressor: Compressor | DeferredCompressor,
+        compressor: AnyCompressor | DeferredCompressor,
         store: ConceptStore,
         *,
         rate: float | RatePolicy = 2.0,
@@ -106,24 +112,24 @@ class ConceptLibrary:
         metrics: Metrics | None = None,
     ) -> None:
         self.spec, self.llm = compressor.spec, compressor.llm
-        if store.hidden_size != self.spec.hidden_size:
+        if store.hidden_size != self.spec.width:
             raise FingerprintMismatchError(
                 "store keeps concepts of another LLM",
                 got=f"width {store.hidden_size}",
-                expected=f"width {self.spec.hidden_size}",
+                expected=f"width {self.spec.width}",
                 next_step="use the LLM it was made for, or another storage",
             )
         self._compressor, self.store, self.namespace = compressor, store, namespace
         self.metrics = metrics or Metrics()
         self.metrics.traffic = store.traffic
         numeric = isinstance(rate, int | float)
-        self.policy: RatePolicy = FixedRate(rate, self.spec.config.segment_length) if numeric else rate  # type: ignore[arg-type, assignment]
+        self.policy: RatePolicy = FixedRate(rate, self.spec.config.longest_unit) if numeric else rate  # type: ignore[arg-type, assignment]
         self._known: OrderedDict[str, Passage] = OrderedDict()
         self._lock = threading.Lock()
         self._most_rms = _MOST_RMS * self.spec.scale
 
     @property
-    def compressor(self) -> Compressor:
+    def compressor(self) -> AnyCompressor:
         """Makes concepts; loaded now if it was not needed before.
 
         Raises:
@@ -137,7 +143,7 @@ class ConceptLibrary:
             if text in self._known:
                 self._known.move_to_end(text)
                 return self._known[text]
-        segments = self.spec.segmenter.split(text)
+        segments = self.spec.units(text)
         ks = self.policy.n_concepts(segments)
         fingerprint = self.spec.fingerprint
         made = Passage(
@@ -198,7 +204,7 @@ class ConceptLibrary:
 
         Raises:
             MissingConceptsError: Concepts are missing and `missing` is "error".
-            CorruptRecordError: Stored concepts fail their checksum.
+            CorruptRecordError: Stored concepts fail their checksum, or stand where their text has no token.
             InvalidConceptsError: Concepts, stored or made now, are far outside the scale of the LLM's embeddings.
         """
         passage = self.passage(text)
@@ -207,8 +213,7 @@ class ConceptLibrary:
         joined = self.store.get_joined(passage.keys)
         if joined is not None:
             self.metrics.fetched(len(passage.keys), 0)
-            self._check_scale(joined)
-            return Fetched(joined, len(passage.keys), 0, 0.0)
+            return self._fetched(passage, joined, len(passage.keys), 0, 0.0)
         found = self.store.get(passage.keys)
         misses = sum(concepts is None for concepts in found)
         self.metrics.fetched(len(found) - misses, misses)
@@ -227,18 +232,39 @@ class ConceptLibrary:
             )
         begun = time.perf_counter()
         made = self._complete(passage, found)
-        return Fetched(made, len(found) - misses, misses, time.perf_counter() - begun)
+        return self._fetched(passage, made, len(found) - misses, misses, time.perf_counter() - begun)
+
+    def _fetched(self, passage: Passage, rows: torch.Tensor, hits: int, misses: int, compress_s: float) -> Fetched:
+        """Check records (n_concepts, width) of a passage and take them apart."""
+        self._check_scale(rows)
+        if not self.spec.config.deep:
+            return Fetched(rows, hits, misses, compress_s)
+        within = rows[:, -1].long()  # (n_concepts,), places within their units
+        lengths = torch.tensor([len(unit) for unit in passage.segments])
+        counts = torch.tensor(passage.n_concepts)
+        unit = torch.repeat_interleave(torch.arange(len(counts)), counts)  # (n_concepts,)
+        begins = lengths.cumsum(0) - lengths  # (n_units,)
+        places = begins[unit] + within
+        if bool((within < 0).any() | (within >= lengths[unit]).any() | (places.diff() <= 0).any()):
+            raise CorruptRecordError(
+                "concepts stand at places that their text does not have",
+                got=f"places {within.min().item()} to {within.max().item()} in a text of {len(passage.ids)} tokens",
+                expected="each token at most once, in order",
+                next_step="run repair, which compresses the text again",
+            )
+        return Fetched(rows[:, :-1], hits, misses, compress_s, places)
 
     def _check_scale(self, concepts: torch.Tensor) -> None:
-        """Refuse concepts (n, hidden_size) that would drown everything else in a prompt."""
+        """Refuse concepts (n, width) that would drown everything else in a prompt."""
+        concepts = concepts[:, : self.spec.hidden_size]
         if _largest(concepts) <= self._most_rms:
             return  # no RMS is larger than the largest value, and this takes a tenth of the time
         largest = float(concepts.float().square().mean(-1).max().sqrt())
         if not largest <= self._most_rms:
             raise InvalidConceptsError(
-                "concepts are far outside the scale of the LLM's embeddings",
+                "concepts are far outside the scale of what the LLM reads",
                 got=f"an RMS of {largest:.3g}",
-                expected=f"at most {self._most_rms:.3g}, {_MOST_RMS:g} times that of the embeddings",
+                expected=f"at most {self._most_rms:.3g}, {_MOST_RMS:g} times that of the LLM's own states",
                 next_step="look at the compressor that made them",
             )
 
@@ -253,7 +279,7 @@ class ConceptLibrary:
                 strict=True,
             )
         )
-        self._check_scale(torch.cat([*made.values(), *(c.float() for c in found if c is not None)]))
+        self._check_scale(torch.cat(list(made.values())))  # before it is kept
         if not self.store.read_only:
             self.store.put(made.items())
             # A server that answers for weeks must not keep the writer's lock in between.
@@ -278,7 +304,7 @@ def _groups(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
     size = 0
     for passage in passages:
         group.append(passage)
-        size += len(passage.keys)
+        size += sum(passage.n_concepts)
         if size >= _WRITE_EVERY:
             yield group
             group, size = [], 0
@@ -287,7 +313,7 @@ def _groups(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
 
 
 def sample(
-    compressor: Compressor,
+    compressor: AnyCompressor,
     store: ConceptStore,
     keys: Sequence[str],
     segments: Sequence[Sequence[int]],
@@ -312,9 +338,9 @@ def sample(
             metrics.sampled(loss, _anchor_cosine(compressor, segments[i], true))
 
 
-def _anchor_cosine(compressor: Compressor, segment: Sequence[int], concepts: torch.Tensor) -> float | None:
+def _anchor_cosine(compressor: AnyCompressor, segment: Sequence[int], concepts: torch.Tensor) -> float | None:
     """Mean cosine between concepts (K, hidden_size) and the embeddings they start from; None when they do not."""
-    if compressor.config.queries != "anchor":
+    if not isinstance(compressor, Compressor) or compressor.config.queries != "anchor":
         return None
     places = compressor.anchors(segment, len(concepts))
     anchors = compressor.llm.embed([segment[place] for place in places]).float().cpu()

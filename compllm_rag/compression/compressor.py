@@ -31,6 +31,8 @@ from compllm_rag.models.adapters import inject_lora, lora_state
 from compllm_rag.models.device_memory import memory_trouble, out_of_memory, release_unused
 from compllm_rag.models.llm import TargetLLM, decoder_of
 
+# Settings of deep concepts, which these are not.
+_DEEP_FIELDS = ("entry_layer", "unit_length", "opening", "selector", "read_rank", "read_alpha", "read_modules")
 # Tokens and anchors of one forward; enough to keep two cores or one GPU busy, small enough for 24 GiB.
 BATCH_POSITIONS = {"cpu": 4096, "cuda": 65536}
 # Segments read ahead and sorted by length, so that batches are nearly rectangular and memory stays bounded.
@@ -57,6 +59,13 @@ class Compressor:
         self, llm: TargetLLM, config: CompressorConfig | None = None, *, information: torch.Tensor | None = None
     ) -> None:
         self.llm, self.config = llm, config or CompressorConfig()
+        if self.config.deep:
+            raise ConfigurationError(
+                "this configuration is one of deep concepts",
+                got=f"entry layer {self.config.entry_layer}",
+                expected="entry layer 0",
+                next_step="use DeepCompressor, or load it by compllm_rag.compression.loading",
+            )
         depth = len(decoder_of(llm.model).layers)
         if self.config.layers is not None and self.config.layers > depth:
             raise ConfigurationError(
@@ -95,7 +104,15 @@ class Compressor:
         """Load a compressor from a folder or a hub id; see `compllm_rag.compression.pretrained.load_compressor`."""
         from compllm_rag.compression.pretrained import load_compressor
 
-        return load_compressor(cls, folder, llm, revision=revision, **llm_options)
+        made = load_compressor(folder, llm, revision=revision, **llm_options)
+        if not isinstance(made, cls):
+            raise ConfigurationError(
+                "this is a compressor of deep concepts",
+                got=folder,
+                expected="one whose concepts enter at the input embeddings",
+                next_step="use DeepCompressor.from_pretrained",
+            )
+        return made
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the compressor to a folder; see `compllm_rag.compression.pretrained.save_compressor`."""
@@ -112,7 +129,7 @@ class Compressor:
         """Compute the fingerprint again; whoever changes the weights calls this."""
         # Tokens the compressor adds by itself are named by files of the tokenizer that no digest covers.
         # A setting that came later leaves the fingerprints alone that were made before it, as long as it is off.
-        later = set() if self.config.anchor_words else {"anchor_words"}
+        later = set(_DEEP_FIELDS) if self.config.anchor_words else {"anchor_words", *_DEEP_FIELDS}
         added = {"sink_id": self._sink_id()} if self.config.sink else {}
         if self.config.queries == "eos":
             added["query_id"] = int(self.llm.tokenizer.eos_token_id)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from compllm_rag.compression.segmentation import Segmenter
-from compllm_rag.compression.spec import ConceptSpec, embedding_rms
+from compllm_rag.compression.spec import ConceptSpec, embedding_rms, reading_halves, state_rms
 from compllm_rag.config import FORMAT_VERSION, CompressorConfig
 from compllm_rag.errors import (
     FingerprintMismatchError,
@@ -22,16 +22,20 @@ from compllm_rag.errors import (
     UnsupportedFormatError,
 )
 from compllm_rag.models.adapters import load_lora_state
+from compllm_rag.models.halves import Halves
 from compllm_rag.models.hub import snapshot
 from compllm_rag.models.llm import TargetLLM
 
 if TYPE_CHECKING:
     from compllm_rag.compression.compressor import Compressor
+    from compllm_rag.compression.deep import DeepCompressor
+
+    AnyCompressor = Compressor | DeepCompressor
 
 _CONFIG, _WEIGHTS = "config.json", "compressor.safetensors"
 
 
-def save_compressor(compressor: Compressor, folder: Path) -> Path:
+def save_compressor(compressor: AnyCompressor, folder: Path) -> Path:
     """Write a compressor; a reader of the folder sees the old one or the new one, never half of each.
 
     Args:
@@ -60,17 +64,11 @@ def save_compressor(compressor: Compressor, folder: Path) -> Path:
 
 
 def load_compressor(
-    cls: type[Compressor],
-    folder: str | Path,
-    llm: TargetLLM | None = None,
-    *,
-    revision: str | None = None,
-    **llm_options: Any,
-) -> Compressor:
+    folder: str | Path, llm: TargetLLM | None = None, *, revision: str | None = None, **llm_options: Any
+) -> AnyCompressor:
     """Load a compressor.
 
     Args:
-        cls: `Compressor`, or a class derived from it.
         folder: A local folder, or a hub id (then with `revision`, a commit).
         llm: Its target LLM; None loads the one named in its configuration.
         revision: Commit of a hub id.
@@ -91,9 +89,7 @@ def load_compressor(
     _check_llm(record, llm)
     config = CompressorConfig.model_validate(record["config"])
     state = _read_weights(path / _WEIGHTS)
-    _check_tensors(state, llm)
-    compressor = cls(llm, config, information=state["information"].float())
-    _set_weights(compressor, state)
+    compressor = _deep(llm, config, state) if config.deep else _input(llm, config, state)
     if compressor.fingerprint != record["fingerprint"]:
         raise FingerprintMismatchError(
             "compressor's weights are not those its configuration names",
@@ -126,7 +122,18 @@ def load_spec(folder: Path, llm: TargetLLM) -> ConceptSpec:
         )
     config = CompressorConfig.model_validate(record["config"])
     segmenter = Segmenter(llm.tokenizer, config.segment_length)
-    return ConceptSpec(config, str(record["fingerprint"]), segmenter, llm.hidden_size, embedding_rms(llm))
+    scale = state_rms(llm, config) if config.deep else embedding_rms(llm)
+    return ConceptSpec(config, str(record["fingerprint"]), segmenter, llm.hidden_size, scale)
+
+
+def load_reading(folder: Path, llm: TargetLLM, config: CompressorConfig) -> Halves:
+    """The halves of an LLM with the LoRA that reads a saved compressor's deep concepts; the one that writes stays out.
+
+    Raises:
+        UnsupportedFormatError: The weights are missing or damaged.
+    """
+    state = _read_weights(folder / _WEIGHTS) if config.read_rank else {}
+    return reading_halves(llm, config, _under(state, "read."))
 
 
 def _check_llm(record: dict[str, Any], llm: TargetLLM) -> None:
@@ -139,7 +146,7 @@ def _check_llm(record: dict[str, Any], llm: TargetLLM) -> None:
         )
 
 
-def push_compressor(compressor: Compressor, repo_id: str, *, private: bool = False) -> str:
+def push_compressor(compressor: AnyCompressor, repo_id: str, *, private: bool = False) -> str:
     """Upload a compressor to the hub; needs the user's own token.
 
     Returns:
@@ -218,11 +225,42 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def _check_tensors(state: dict[str, torch.Tensor], llm: TargetLLM) -> None:
+def _input(llm: TargetLLM, config: CompressorConfig, state: dict[str, torch.Tensor]) -> Compressor:
+    """The compressor of concepts at the input embeddings."""
+    from compllm_rag.compression.compressor import Compressor
+
     width = llm.hidden_size
-    shapes = {"head.weight": (width, width), "head.bias": (width,), "information": (llm.embedding.weight.shape[0],)}
+    rows = llm.embedding.weight.shape[0]
+    shapes = {"head.weight": (width, width), "head.bias": (width,), "information": (rows,)}
+    _check_tensors(state, shapes, ("lora.",))
+    made = Compressor(llm, config, information=state["information"].float())
+    with torch.no_grad():
+        made.head.weight.copy_(state["head.weight"])
+        made.head.bias.copy_(state["head.bias"])
+    load_lora_state(made.decoder, _under(state, "lora."))
+    return made
+
+
+def _deep(llm: TargetLLM, config: CompressorConfig, state: dict[str, torch.Tensor]) -> DeepCompressor:
+    """The compressor of deep concepts."""
+    from compllm_rag.compression.deep import DeepCompressor
+
+    _check_tensors(state, {"information": (llm.embedding.weight.shape[0],)}, ("lora.", "read."))
+    made = DeepCompressor(llm, config, information=state["information"].float())
+    load_lora_state(made.decoder, _under(state, "lora."))
+    load_lora_state(made.halves.upper, _under(state, "read."))
+    return made
+
+
+def _under(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _check_tensors(
+    state: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]], prefixes: tuple[str, ...]
+) -> None:
     wrong = [name for name, shape in shapes.items() if name not in state or state[name].shape != shape]
-    wrong += [name for name in state if name not in shapes and not name.startswith("lora.")]
+    wrong += [name for name in state if name not in shapes and not name.startswith(prefixes)]
     wrong += [name for name, tensor in state.items() if tensor.dtype != torch.float16]
     if wrong:
         found = state.get(wrong[0])
@@ -232,12 +270,3 @@ def _check_tensors(state: dict[str, torch.Tensor], llm: TargetLLM) -> None:
             expected=f"float16 LoRA tensors and {', '.join(f'{name} {list(shape)}' for name, shape in shapes.items())}",
             next_step="use a compressor made for this LLM",
         )
-
-
-def _set_weights(compressor: Compressor, state: dict[str, torch.Tensor]) -> None:
-    head = compressor.head
-    with torch.no_grad():
-        head.weight.copy_(state["head.weight"])
-        head.bias.copy_(state["head.bias"])
-    lora = {name.removeprefix("lora."): tensor for name, tensor in state.items() if name.startswith("lora.")}
-    load_lora_state(compressor.decoder, lora)

@@ -184,6 +184,18 @@ def _split_evenly(sentence: Segment, size: int) -> list[Segment]:
     return [Segment(a, b, sentence.level if i == parts - 1 else _INNER) for i, (a, b) in enumerate(pairwise(cuts))]
 
 
+def units_of(tokenized: TokenizedText, unit_length: int) -> list[list[int]]:
+    """Token ids of a text in runs of whole segments, each of at most `unit_length` tokens where segments allow it.
+
+    A chunk of the default size is one run. Longer texts are cut where chunks would be cut, so that an edit changes
+    few runs.
+    """
+    return [
+        tokenized.ids[tokenized.segments[first].start : tokenized.segments[last - 1].end]
+        for first, last in chunk_bounds(tokenized, int(unit_length / _MOST))
+    ]
+
+
 def chunk_bounds(tokenized: TokenizedText, chunk_size: int) -> list[tuple[int, int]]:
     """Group segments into chunks with content-defined boundaries.
 

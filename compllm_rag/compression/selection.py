@@ -1,4 +1,4 @@
-"""Anchors: which tokens of a segment its concepts start from.
+"""Which tokens concepts are made of: anchors of a segment, kept places of a unit.
 
 The most informative ones, by a table over the vocabulary (docs/design.md section 4), token by token or word by word.
 """
@@ -9,7 +9,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+import xxhash
 
 # Tokens; a longer run without white space is no word.
 _LONGEST_WORD = 8
@@ -58,6 +60,18 @@ class AnchorChooser:
         # Scripts without blanks have no words to go by.
         best = torch.where(length.gather(1, word) <= _LONGEST_WORD, best, scores)
         return best.masked_fill(~is_token, -math.inf)
+
+
+def best_positions(scores: torch.Tensor, n_concepts: int) -> list[int]:
+    """Places of the K highest of `scores` (n_tokens,), in order; among equals the earlier one."""
+    order = torch.argsort(scores, descending=True, stable=True)[:n_concepts]
+    return sorted(order.tolist())
+
+
+def random_scores(unit: Sequence[int]) -> torch.Tensor:
+    """Chance that depends on a unit's token ids alone, (n_tokens,): the row that every selector must beat."""
+    seed = xxhash.xxh3_64_intdigest(np.asarray(unit, dtype="<u4").tobytes()) & (2**63 - 1)
+    return torch.rand(len(unit), generator=torch.Generator().manual_seed(seed))
 
 
 def word_begins(tokenizer: Any, rows: int) -> torch.Tensor:

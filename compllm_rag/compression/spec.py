@@ -10,13 +10,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from compllm_rag.compression.segmentation import Segmenter
+import torch
+
+from compllm_rag.compression.segmentation import Segmenter, units_of
 from compllm_rag.config import CompressorConfig
 from compllm_rag.errors import FingerprintMismatchError
+from compllm_rag.models.adapters import inject_lora, load_lora_state
+from compllm_rag.models.halves import Halves, lower_half
 from compllm_rag.models.llm import TargetLLM
+from compllm_rag.models.plaintext import encode_plain
 
 if TYPE_CHECKING:
     from compllm_rag.compression.compressor import Compressor
+    from compllm_rag.compression.deep import DeepCompressor
+
+    AnyCompressor = Compressor | DeepCompressor
+
+_ORDINARY = "The lighthouse on the rock was built of stone, and for ninety years its lamp was lit every evening."
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,8 @@ class ConceptSpec:
         fingerprint: Identity of everything they depend on.
         segmenter: Cuts texts into what is compressed.
         hidden_size: Width of a concept.
-        scale: RMS of the LLM's input embeddings, which concepts are measured against.
+        scale: RMS of the LLM's input embeddings, or of its states in front of the entry layer; concepts are measured
+            against it.
     """
 
     config: CompressorConfig
@@ -36,6 +47,21 @@ class ConceptSpec:
     segmenter: Segmenter
     hidden_size: int
     scale: float
+
+    @property
+    def width(self) -> int:
+        """Columns of a record in the store: a deep concept has one more, its place within its unit."""
+        return self.hidden_size + self.config.deep
+
+    def units(self, text: str) -> list[list[int]]:
+        """Token ids of each unit of compression of a text; joined they are the text's.
+
+        CompLLM's are segments, those of deep concepts chunks.
+        """
+        tokenized = self.segmenter.tokenize(text)
+        if self.config.deep:
+            return units_of(tokenized, self.config.unit_length)
+        return tokenized.segment_ids()
 
 
 class DeferredCompressor:
@@ -47,9 +73,9 @@ class DeferredCompressor:
         load: Loads it.
     """
 
-    def __init__(self, spec: ConceptSpec, llm: TargetLLM, load: Callable[[], Compressor]) -> None:
+    def __init__(self, spec: ConceptSpec, llm: TargetLLM, load: Callable[[], AnyCompressor]) -> None:
         self.spec, self.llm, self._load = spec, llm, load
-        self._loaded: Compressor | None = None
+        self._loaded: AnyCompressor | None = None
         self._lock = threading.Lock()
 
     @property
@@ -57,7 +83,7 @@ class DeferredCompressor:
         """Whether it was needed so far."""
         return self._loaded is not None
 
-    def get(self) -> Compressor:
+    def get(self) -> AnyCompressor:
         """The compressor itself.
 
         Raises:
@@ -76,6 +102,37 @@ class DeferredCompressor:
                     )
                 self._loaded = made
             return self._loaded
+
+
+def reading_halves(llm: TargetLLM, config: CompressorConfig, lora: dict[str, torch.Tensor]) -> Halves:
+    """The LLM in two halves, the LoRA that reads deep concepts on its upper one.
+
+    Args:
+        llm: The target LLM.
+        config: Of the compressor.
+        lora: Its tensors, empty where `config` has none.
+
+    Raises:
+        UnsupportedFormatError: They are not those that `config` tells of.
+    """
+    halves = Halves(llm, config.entry_layer)
+    if config.read_rank:
+        inject_lora(halves.upper, rank=config.read_rank, alpha=config.read_alpha, modules=config.read_modules)
+        load_lora_state(halves.upper, lora)
+    return halves
+
+
+def state_rms(llm: TargetLLM, config: CompressorConfig) -> float:
+    """Root mean square of the residual stream in front of the entry layer, at a typical token of ordinary text.
+
+    A few dimensions, and all of a prompt's first token, may be a hundred times larger: hence the median.
+    """
+    ids = torch.tensor([[*config.opening, *encode_plain(llm.tokenizer, _ORDINARY)["input_ids"]]], device=llm.device)
+    with torch.inference_mode():
+        hidden = lower_half(llm.model, config.entry_layer)(
+            inputs_embeds=llm.embedding(ids), use_cache=False
+        ).last_hidden_state  # (1, n, hidden_size)
+    return float(hidden[0].float().square().mean(-1).sqrt().median())
 
 
 def embedding_rms(llm: TargetLLM) -> float:

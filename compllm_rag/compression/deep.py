@@ -1,0 +1,277 @@
+"""Deep concepts: what stands in front of a middle layer of the LLM at the kept tokens of a chunk.
+
+The LLM's first L layers run over a whole chunk behind the prompt's constant opening; K of its n positions are kept, and
+their residual stream is the chunk's concepts. At query time the prompt's own tokens run through those layers without
+the passages, the concepts join at layer L at their source positions, and the upper layers run over all: a passage costs
+(D - L) / (D C) of its prefill as text, D the LLM's layers, and as much of its KV cache.
+
+Two LoRA adapters may be trained, both optional: one below L that writes concepts, one from L on that reads them.
+Untrained, an LLM reads its own states: at L = D / 2 and C = 1 they recover most of what text gives (docs/quality.md).
+Lower layers of a decoder deal with what is near, so that question and passage need not meet there (DeFormer,
+arXiv 2005.00697); CompLLM's concepts (arXiv 2509.19228) enter at layer 0.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compllm_rag.compression.information import information_for
+from compllm_rag.compression.segmentation import Segmenter
+from compllm_rag.compression.selection import best_positions, fitted, random_scores
+from compllm_rag.compression.spec import ConceptSpec, state_rms
+from compllm_rag.config import CompressorConfig
+from compllm_rag.errors import ConfigurationError
+from compllm_rag.fingerprint import tagged_digest, tensor_digest
+from compllm_rag.models.adapters import inject_lora, lora_state
+from compllm_rag.models.device_memory import memory_trouble, out_of_memory, release_unused
+from compllm_rag.models.halves import Halves, lower_half
+from compllm_rag.models.llm import TargetLLM
+
+# Positions of one forward, and of one that gives logits over the vocabulary: (positions, vocab_size) in float32.
+_BATCH_POSITIONS = {"cpu": 4096, "cuda": 65536}
+_LOGIT_POSITIONS = {"cpu": 1024, "cuda": 8192}
+
+
+class DeepCompressor:
+    """Turns units (chunks of text) into deep concepts of a target LLM.
+
+    Args:
+        llm: The target LLM, reader merged.
+        config: With `entry_layer` of at least 1.
+        information: Information content of each token, (vocab_size,) in nats; None takes the shipped table of the
+            embedded model, or estimates one for any other tokenizer.
+
+    Raises:
+        ConfigurationError: The configuration does not fit the LLM.
+        UnsupportedModelError: The LLM cannot be cut in two; see `Halves`.
+    """
+
+    def __init__(self, llm: TargetLLM, config: CompressorConfig, *, information: torch.Tensor | None = None) -> None:
+        self.llm, self.config = llm, config
+        # How the LLM reads these concepts; generators take it from here.
+        self.halves = Halves(llm, config.entry_layer)
+        if config.read_rank:
+            inject_lora(self.halves.upper, rank=config.read_rank, alpha=config.read_alpha, modules=config.read_modules)
+        table = information if information is not None else information_for(llm.tokenizer)
+        # fp16 is what is saved: a table kept finer than its file would choose other positions after a reload.
+        self.information = fitted(table, llm.embedding.weight.shape[0]).half().float().to(llm.device)
+        self.decoder = lower_half(llm.model, config.entry_layer)
+        if config.lora_rank:
+            inject_lora(self.decoder, rank=config.lora_rank, alpha=config.lora_alpha, modules=config.lora_modules)
+        self.segmenter = Segmenter(llm.tokenizer, config.segment_length)
+        self._fingerprint: str | None = None
+        self._most_positions = max(_BATCH_POSITIONS.values())  # of one forward; less once memory was short
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, llm: TargetLLM | None = None, *, revision: str | None = None, **llm_options: Any
+    ) -> DeepCompressor:
+        """Load a compressor from a folder or a hub id; see `compllm_rag.compression.pretrained.load_compressor`.
+
+        Raises:
+            ConfigurationError: It is one of CompLLM's, whose concepts enter at the input embeddings.
+        """
+        from compllm_rag.compression.pretrained import load_compressor
+
+        made = load_compressor(folder, llm, revision=revision, **llm_options)
+        if not isinstance(made, cls):
+            raise ConfigurationError(
+                "this is no compressor of deep concepts",
+                got=folder,
+                expected="one with an entry layer",
+                next_step="use Compressor.from_pretrained",
+            )
+        return made
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the compressor to a folder; see `compllm_rag.compression.pretrained.save_compressor`."""
+        from compllm_rag.compression.pretrained import save_compressor
+
+        return save_compressor(self, Path(folder))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything a concept, and how it is read, depends on; not of dtype or device."""
+        return self._fingerprint or self.refresh_fingerprint()
+
+    def refresh_fingerprint(self) -> str:
+        """Compute the fingerprint again; whoever changes the weights calls this."""
+        self._fingerprint = tagged_digest(
+            "compllm-rag/deep-compressor",
+            target=self.llm.identity,
+            weights=tensor_digest({k: v.cpu().numpy() for k, v in self.state().items()}),
+            config=self.config.model_dump_json(exclude={"format_version"}),
+        )
+        return self._fingerprint
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a concept."""
+        return self.llm.hidden_size
+
+    @property
+    def spec(self) -> ConceptSpec:
+        """What is known of its concepts without its weights."""
+        return ConceptSpec(self.config, self.fingerprint, self.segmenter, self.hidden_size, self._scale)
+
+    @functools.cached_property
+    def _scale(self) -> float:
+        return state_rms(self.llm, self.config)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything learned, in fp16 as it is saved: both LoRAs and the information table."""
+        tensors = {f"lora.{name}": tensor for name, tensor in lora_state(self.decoder).items()}
+        tensors |= {f"read.{name}": tensor for name, tensor in lora_state(self.halves.upper).items()}
+        tensors["information"] = self.information
+        return {name: tensor.half().contiguous() for name, tensor in tensors.items()}
+
+    def compress(self, units: Sequence[Sequence[int]], n_concepts: Sequence[int]) -> list[torch.Tensor]:
+        """Compress units, all at once.
+
+        Args:
+            units: Token ids of each unit.
+            n_concepts: K of each unit, from 1 to its number of tokens.
+
+        Returns:
+            One tensor (K, hidden_size + 1) per unit, float32 on the CPU, in the order given: the states in order of
+            place, and in the last column the place of each within its unit.
+
+        Raises:
+            ConfigurationError: A unit is empty or too long, or its K out of bounds.
+            DeviceMemoryError: Not even a single unit fits the memory; batches are halved before that.
+        """
+        for unit, k in zip(units, n_concepts, strict=True):
+            self._check_unit(unit, k)
+        out: list[torch.Tensor | None] = [None] * len(units)
+        order = sorted(range(len(units)), key=lambda i: len(units[i]))  # nearly rectangular batches
+        device = "cpu" if self.llm.device.type == "cpu" else "cuda"
+        limit = min(_BATCH_POSITIONS[device], self._most_positions)
+        for batch in _batches(order, [len(self.config.opening) + len(unit) for unit in units], limit):
+            made = self._halving([units[i] for i in batch], [n_concepts[i] for i in batch])
+            for i, rows in zip(batch, made, strict=True):
+                out[i] = rows
+        return [rows for rows in out if rows is not None]
+
+    def positions(self, units: Sequence[Sequence[int]], n_concepts: Sequence[int]) -> list[list[int]]:
+        """The places that each unit keeps, in order; see `CompressorConfig.selector`."""
+        scored = [i for i, k in enumerate(n_concepts) if k < len(units[i])]
+        scores = dict(zip(scored, self._scores([units[i] for i in scored]), strict=True))
+        return [
+            best_positions(scores[i], k) if i in scores else list(range(len(units[i])))
+            for i, k in enumerate(n_concepts)
+        ]
+
+    def _check_unit(self, unit: Sequence[int], k: int) -> None:
+        n = len(unit)
+        if not 1 <= n <= self.config.unit_length or not 1 <= k <= n:
+            raise ConfigurationError(
+                "unit cannot be compressed",
+                got=f"{n} tokens into {k} concepts",
+                expected=f"1 to {self.config.unit_length} tokens and 1 to that many concepts",
+                next_step="cut the text with the spec's `units`",
+            )
+
+    def _halving(self, units: list[Sequence[int]], ks: list[int]) -> list[torch.Tensor]:
+        made, said = None, None
+        try:
+            made = self._forward(units, ks)
+        except (RuntimeError, MemoryError) as error:
+            said = memory_trouble(error)
+            if said is None:
+                raise
+        if made is not None:
+            return made
+        release_unused(self.llm.device)
+        if len(units) == 1:
+            raise out_of_memory(
+                "compress a single chunk",
+                self.llm.device,
+                said or "",
+                "end what else uses this device, load the LLM in bfloat16, or take another device (`device='cpu'`)",
+            )
+        half = len(units) // 2
+        self._most_positions = max(1, half * (len(self.config.opening) + max(map(len, units))))
+        return self._halving(units[:half], ks[:half]) + self._halving(units[half:], ks[half:])
+
+    @torch.inference_mode()
+    def _forward(self, units: Sequence[Sequence[int]], ks: Sequence[int]) -> list[torch.Tensor]:
+        kept = self.positions(units, ks)
+        hidden = self.states_with_grad(units)  # (batch, longest, hidden_size)
+        out = []
+        for row, places in zip(hidden, kept, strict=True):
+            at = torch.tensor(places)
+            states = row[at.to(row.device)].float().cpu()  # (K, hidden_size)
+            out.append(torch.cat([states, at[:, None].float()], 1))  # (K, hidden_size + 1)
+        return out
+
+    def states_with_grad(self, units: Sequence[Sequence[int]]) -> torch.Tensor:
+        """One batched forward of the lower half, differentiable in the LoRA that writes.
+
+        Returns:
+            Tensor (batch, most tokens, hidden_size) in the compute dtype: the residual stream in front of the entry
+            layer at every token of each unit; rows beyond a unit's length are meaningless.
+        """
+        begin = len(self.config.opening)
+        ids, mask = self._rows(units)  # (batch, begin + most tokens) each
+        hidden: torch.Tensor = self.decoder(
+            inputs_embeds=self.llm.embedding(ids),
+            attention_mask=None if bool(mask.all()) else mask,
+            use_cache=False,
+        ).last_hidden_state  # (batch, begin + most tokens, hidden_size)
+        return hidden[:, begin:]
+
+    def _rows(self, units: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Opening and unit of each row as ids and mask, (batch, n) each; what pads a row stands behind it."""
+        rows = [[*self.config.opening, *unit] for unit in units]
+        n, device = max(map(len, rows)), self.llm.device
+        ids = torch.tensor([row + [0] * (n - len(row)) for row in rows], device=device)
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        return ids, (torch.arange(n, device=device) < lengths[:, None]).long()
+
+    @torch.inference_mode()
+    def _scores(self, units: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
+        """How much each token of each unit is worth keeping, (n_tokens,) float32 on the CPU each."""
+        if self.config.selector == "random":
+            yield from map(random_scores, units)
+            return
+        known = [self.information[torch.tensor(list(unit), device=self.llm.device)] for unit in units]
+        if self.config.selector == "information":
+            yield from (row.cpu() for row in known)
+            return
+        begin = len(self.config.opening)
+        size = max(1, _LOGIT_POSITIONS["cpu" if self.llm.device.type == "cpu" else "cuda"] // (begin + 240))
+        for at in range(0, len(units), size):
+            ids, mask = self._rows(units[at : at + size])  # (batch, n) each
+            logits = self.llm.model(
+                input_ids=ids, attention_mask=None if bool(mask.all()) else mask, use_cache=False
+            ).logits  # (batch, n, vocab_size)
+            for row, unit, table in zip(logits, units[at : at + size], known[at : at + size], strict=True):
+                # What stands at a place foretells the next: the opening's last token foretells the unit's first.
+                said = row[max(begin - 1, 0) : begin - 1 + len(unit)].float().log_softmax(-1)
+                wanted = torch.tensor(list(unit), device=row.device)[-len(said) :]
+                surprisal = -said.gather(1, wanted[:, None])[:, 0]  # (n_tokens,), one less without an opening
+                missing = torch.zeros(len(unit) - len(said), device=row.device)
+                yield (table + 0.5 * torch.cat([missing, surprisal])).cpu()
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Runs of `order`, shortest rows first, of at most `limit` positions, padding counted; at least one row each."""
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) + 1) * lengths[i] > limit:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def default_entry_layer(depth: int) -> int:
+    """Half the LLM's layers; a concept then costs half a token of text."""
+    return max(1, math.floor(depth / 2))
