@@ -23,8 +23,7 @@ from llama_index.core.instrumentation.events.synthesis import (
     SynthesizeEndEvent,
     SynthesizeStartEvent,
 )
-from llama_index.core.llms import ChatMessage, MessageRole
-from llama_index.core.prompts import BasePromptTemplate, ChatPromptTemplate
+from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.response_synthesizers.base import BaseSynthesizer, QueryTextType
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from llama_index.core.types import RESPONSE_TEXT_TYPE
@@ -37,19 +36,10 @@ from compllm_rag.generation.base import Generation, Generator, TokenStream
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.llm import ConceptLLM
-from compllm_rag.llamaindex.planner import Chooser, PlannedPrompt, Planner, Queued, messages_of
+from compllm_rag.llamaindex.planner import DEFAULT_TEMPLATE, Chooser, PlannedPrompt, Planner, Queued
 from compllm_rag.llamaindex.streams import in_thread
-from compllm_rag.prompt import SYSTEM
 
 dispatcher = get_dispatcher(__name__)
-
-# The same prompt as `compllm_rag.prompt.QAPrompt` lays out.
-DEFAULT_TEMPLATE = ChatPromptTemplate(
-    message_templates=[
-        ChatMessage(role=MessageRole.SYSTEM, content=SYSTEM),
-        ChatMessage(role=MessageRole.USER, content="{context_str}Question: {query_str}"),
-    ]
-)
 
 
 class ConceptSynthesizer(BaseSynthesizer):
@@ -89,15 +79,23 @@ class ConceptSynthesizer(BaseSynthesizer):
     ) -> None:
         self._generator = generator or LocalGenerator(library.llm)
         super().__init__(llm=ConceptLLM(self._generator), callback_manager=callback_manager, streaming=streaming)
-        self._planner = Planner(library, mode=mode, missing=missing, overflow=overflow, choose=choose, queued=queued)
-        self._template = text_qa_template or DEFAULT_TEMPLATE
+        self._planner = Planner(
+            library,
+            text_qa_template or DEFAULT_TEMPLATE,
+            llm=self._llm,
+            mode=mode,
+            missing=missing,
+            overflow=overflow,
+            choose=choose,
+            queued=queued,
+        )
         self._generation = generation or self._generator.config
 
     def _get_prompts(self) -> dict[str, BasePromptTemplate]:
-        return {"text_qa_template": self._template}
+        return {"text_qa_template": self._planner.text_qa_template}
 
     def _update_prompts(self, prompts: dict[str, BasePromptTemplate]) -> None:
-        self._template = prompts.get("text_qa_template", self._template)
+        self._planner.text_qa_template = prompts.get("text_qa_template", self._planner.text_qa_template)
 
     def synthesize(
         self,
@@ -124,7 +122,7 @@ class ConceptSynthesizer(BaseSynthesizer):
         with self._callback_manager.event(
             CBEventType.SYNTHESIZE, payload={EventPayload.QUERY_STR: bundle.query_str}
         ) as event:
-            planned = self._plan(bundle.query_str, nodes)
+            planned = self._plan(bundle, nodes)
             response = self._respond(planned, additional_source_nodes or [])
             event.on_end(payload={EventPayload.RESPONSE: response})
         dispatcher.event(SynthesizeEndEvent(query=bundle, response=response))
@@ -149,7 +147,7 @@ class ConceptSynthesizer(BaseSynthesizer):
         with self._callback_manager.event(
             CBEventType.SYNTHESIZE, payload={EventPayload.QUERY_STR: bundle.query_str}
         ) as event:
-            planned = await asyncio.to_thread(self._plan, bundle.query_str, nodes)
+            planned = await asyncio.to_thread(self._plan, bundle, nodes)
             account = planned.account()
             response = self._output(self._astream(planned, account), planned, account, additional_source_nodes or [])
             event.on_end(payload={EventPayload.RESPONSE: response})
@@ -158,7 +156,7 @@ class ConceptSynthesizer(BaseSynthesizer):
 
     def get_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> RESPONSE_TEXT_TYPE:
         """Answer from bare texts, for callers that have no nodes."""
-        planned = self._plan(query_str, [NodeWithScore(node=TextNode(text=text)) for text in text_chunks])
+        planned = self._plan(QueryBundle(query_str), [NodeWithScore(node=TextNode(text=text)) for text in text_chunks])
         account = planned.account()
         return self._stream(planned, account) if self._streaming else self._generate(planned, account)
 
@@ -167,19 +165,16 @@ class ConceptSynthesizer(BaseSynthesizer):
     ) -> RESPONSE_TEXT_TYPE:
         """`get_response` with the work in threads."""
         nodes = [NodeWithScore(node=TextNode(text=text)) for text in text_chunks]
-        planned = await asyncio.to_thread(self._plan, query_str, nodes)
+        planned = await asyncio.to_thread(self._plan, QueryBundle(query_str), nodes)
         account = planned.account()
         if self._streaming:
             return self._astream(planned, account)
         return await asyncio.to_thread(self._generate, planned, account)
 
-    def _plan(self, query: str, nodes: Sequence[NodeWithScore]) -> PlannedPrompt:
-        messages = messages_of(self._template, self._llm, query)
-        budget = self._generator.window - self._generation.max_new_tokens
-        planned = self._planner.plan(messages, nodes, budget)
-        dispatcher.event(
-            GetResponseStartEvent(query_str=query, text_chunks=[node.node.get_content() for node in planned.nodes])
-        )
+    def _plan(self, query: QueryBundle, nodes: Sequence[NodeWithScore]) -> PlannedPrompt:
+        planned = self._planner.plan(query, nodes, self._generator.window - self._generation.max_new_tokens)
+        texts = [node.node.get_content() for node in planned.nodes]
+        dispatcher.event(GetResponseStartEvent(query_str=query.query_str, text_chunks=texts))
         return planned
 
     def _respond(self, planned: PlannedPrompt, additional: Sequence[NodeWithScore]) -> RESPONSE_TYPE:
