@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from compllm_rag.compression.compressor import Compressor
-from compllm_rag.compression.deep import DeepCompressor
 from compllm_rag.compression.rates import FixedRate, RatePolicy
-from compllm_rag.compression.spec import DeferredCompressor
+from compllm_rag.compression.spec import ConceptCompressor, DeferredCompressor
 from compllm_rag.config import MissingPolicy
 from compllm_rag.errors import (
     ConfigurationError,
@@ -29,10 +28,9 @@ from compllm_rag.errors import (
 )
 from compllm_rag.fingerprint import record_key
 from compllm_rag.metrics import Metrics
+from compllm_rag.prompt import ConceptSpan
 from compllm_rag.store.base import ConceptStore
 from compllm_rag.store.codec import largest
-
-AnyCompressor = Compressor | DeepCompressor
 
 _REMEMBERED = 4096
 # Concepts made between two writes: bounds memory, and what an interruption can lose.
@@ -78,6 +76,7 @@ class Fetched:
         misses: Segments not found.
         compress_s: Seconds spent compressing what was missing.
         places: Of deep concepts: the token of the passage that each stands for, (n_concepts,), increasing.
+        n_tokens: Tokens of the passage.
     """
 
     concepts: torch.Tensor | None
@@ -85,6 +84,22 @@ class Fetched:
     misses: int
     compress_s: float
     places: torch.Tensor | None = None
+    n_tokens: int = 0
+
+    def span(self, passage: int) -> ConceptSpan:
+        """The concepts as a span of a prompt.
+
+        Args:
+            passage: Index of the passage in the prompt.
+
+        Raises:
+            MissingConceptsError: There are none: the passage is to be read as text.
+        """
+        if self.concepts is None:
+            raise MissingConceptsError(
+                "there are no concepts to read", expected="a passage that has some", next_step="read it as text"
+            )
+        return ConceptSpan(self.concepts, passage, self.places, self.n_tokens)
 
 
 class ConceptLibrary:
@@ -104,14 +119,14 @@ class ConceptLibrary:
 
     def __init__(
         self,
-        compressor: AnyCompressor | DeferredCompressor,
+        compressor: ConceptCompressor | DeferredCompressor,
         store: ConceptStore,
         *,
         rate: float | RatePolicy = 2.0,
         namespace: str = "default",
         metrics: Metrics | None = None,
     ) -> None:
-        self.spec, self.llm = compressor.spec, compressor.llm
+        self.spec, self.llm, self.halves = compressor.spec, compressor.llm, compressor.halves
         if store.hidden_size != self.spec.width:
             raise FingerprintMismatchError(
                 "store keeps concepts of another LLM",
@@ -129,7 +144,7 @@ class ConceptLibrary:
         self._most_rms = _MOST_RMS * self.spec.scale
 
     @property
-    def compressor(self) -> AnyCompressor:
+    def compressor(self) -> ConceptCompressor:
         """Makes concepts; loaded now if it was not needed before.
 
         Raises:
@@ -209,7 +224,8 @@ class ConceptLibrary:
         """
         passage = self.passage(text)
         if not passage.keys:
-            return Fetched(torch.empty(0, self.spec.hidden_size), 0, 0, 0.0)
+            places = torch.empty(0, dtype=torch.long) if self.spec.config.deep else None
+            return Fetched(torch.empty(0, self.spec.hidden_size), 0, 0, 0.0, places)
         joined = self.store.get_joined(passage.keys)
         if joined is not None:
             self.metrics.fetched(len(passage.keys), 0)
@@ -239,20 +255,8 @@ class ConceptLibrary:
         self._check_scale(rows)
         if not self.spec.config.deep:
             return Fetched(rows, hits, misses, compress_s)
-        within = rows[:, -1].long()  # (n_concepts,), places within their units
-        lengths = torch.tensor([len(unit) for unit in passage.segments])
-        counts = torch.tensor(passage.n_concepts)
-        unit = torch.repeat_interleave(torch.arange(len(counts)), counts)  # (n_concepts,)
-        begins = lengths.cumsum(0) - lengths  # (n_units,)
-        places = begins[unit] + within
-        if bool((within < 0).any() | (within >= lengths[unit]).any() | (places.diff() <= 0).any()):
-            raise CorruptRecordError(
-                "concepts stand at places that their text does not have",
-                got=f"places {within.min().item()} to {within.max().item()} in a text of {len(passage.ids)} tokens",
-                expected="each token at most once, in order",
-                next_step="run repair, which compresses the text again",
-            )
-        return Fetched(rows[:, :-1], hits, misses, compress_s, places)
+        states, places = unpacked(rows, passage.segments, passage.n_concepts)
+        return Fetched(states, hits, misses, compress_s, places, len(passage.ids))
 
     def _check_scale(self, concepts: torch.Tensor) -> None:
         """Refuse concepts (n, width) that would drown everything else in a prompt."""
@@ -292,6 +296,36 @@ class ConceptLibrary:
         return torch.cat(parts)
 
 
+def unpacked(
+    rows: torch.Tensor, units: Sequence[Sequence[int]], n_concepts: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Records of deep concepts, one behind the other, as states and places.
+
+    Args:
+        rows: (n_concepts of all units, hidden_size + 1), see `DeepCompressor.compress`.
+        units: Token ids of each unit.
+        n_concepts: K of each unit.
+
+    Returns:
+        States (n_concepts, hidden_size), and the token of the whole text that each stands for, (n_concepts,).
+
+    Raises:
+        CorruptRecordError: A place lies outside its unit, or they do not increase.
+    """
+    lengths, counts = torch.tensor([len(unit) for unit in units]), torch.tensor(list(n_concepts))  # (n_units,)
+    unit = torch.repeat_interleave(torch.arange(len(counts)), counts)  # (n_concepts,), which one it belongs to
+    within = rows[:, -1].long()  # (n_concepts,)
+    places = (lengths.cumsum(0) - lengths)[unit] + within  # (n_concepts,)
+    if bool(((within < 0) | (within >= lengths[unit])).any() or (places.diff() <= 0).any()):
+        raise CorruptRecordError(
+            "concepts stand at places that their text does not have",
+            got=f"places {int(within.min())} to {int(within.max())} in units of {lengths.tolist()} tokens",
+            expected="each token at most once, in order",
+            next_step="run repair, which compresses the text again",
+        )
+    return rows[:, :-1], places
+
+
 def _largest(concepts: torch.Tensor) -> float:
     """The largest magnitude in concepts (n, hidden_size); those of a store go by their bits."""
     if concepts.dtype != torch.float16 or concepts.device.type != "cpu":
@@ -313,7 +347,7 @@ def _groups(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
 
 
 def sample(
-    compressor: AnyCompressor,
+    compressor: ConceptCompressor,
     store: ConceptStore,
     keys: Sequence[str],
     segments: Sequence[Sequence[int]],
@@ -333,12 +367,12 @@ def sample(
     chosen = range(0, len(keys), metrics.sample_every)
     for i, read in zip(chosen, store.get([keys[i] for i in chosen]), strict=True):
         if read is not None:
-            true = made[i].float()
+            true, read = made[i][:, : compressor.hidden_size].float(), read[:, : compressor.hidden_size]
             loss = float((read.float() - true).square().mean().sqrt() / true.square().mean().sqrt().clamp_min(1e-12))
             metrics.sampled(loss, _anchor_cosine(compressor, segments[i], true))
 
 
-def _anchor_cosine(compressor: AnyCompressor, segment: Sequence[int], concepts: torch.Tensor) -> float | None:
+def _anchor_cosine(compressor: ConceptCompressor, segment: Sequence[int], concepts: torch.Tensor) -> float | None:
     """Mean cosine between concepts (K, hidden_size) and the embeddings they start from; None when they do not."""
     if not isinstance(compressor, Compressor) or compressor.config.queries != "anchor":
         return None

@@ -34,16 +34,41 @@ class TextSpan:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def extent(self) -> int:
+        """Positions from the first to what follows."""
+        return len(self.ids)
+
 
 @dataclass(frozen=True)
 class ConceptSpan:
-    """Concepts (n_concepts, hidden_size) of one passage."""
+    """Concepts of one passage, or of a part of it.
+
+    Attributes:
+        concepts: (n_concepts, hidden_size).
+        passage: Index of the passage.
+        places: Of deep concepts: the token that each stands for, (n_concepts,), counted within the span and increasing.
+            None for concepts at the input embeddings, which follow one another.
+        n_tokens: Of deep concepts: how many tokens of text the span stands for.
+    """
 
     concepts: torch.Tensor
     passage: int
+    places: torch.Tensor | None = None
+    n_tokens: int = 0
 
     def __len__(self) -> int:
         return int(self.concepts.shape[0])
+
+    @property
+    def deep(self) -> bool:
+        """Whether they enter above the input embeddings."""
+        return self.places is not None
+
+    @property
+    def extent(self) -> int:
+        """Positions from the first to what follows: deep concepts leave gaps where tokens were not kept."""
+        return self.n_tokens if self.deep else len(self)
 
 
 Span = TextSpan | ConceptSpan
@@ -85,6 +110,16 @@ class PromptPlan:
     def positions(self) -> int:
         """Prompt positions the LLM will prefill."""
         return sum(map(len, self.spans))
+
+    @property
+    def extent(self) -> int:
+        """The position behind the last; what the LLM's window must hold. More than `positions` where there are gaps."""
+        return sum(span.extent for span in self.spans)
+
+    @property
+    def deep(self) -> bool:
+        """Whether there are deep concepts in it, so that it is read by the LLM's two halves."""
+        return any(isinstance(span, ConceptSpan) and span.deep for span in self.spans)
 
     @property
     def passages(self) -> list[tuple[int, int, int]]:
@@ -257,7 +292,8 @@ class QAPrompt:
         self.template, self.system = PromptTemplate(tokenizer), system
 
     @cached_property
-    def _before(self) -> TextSpan:
+    def opening(self) -> TextSpan:
+        """What stands in front of the first passage, whatever is asked: the system turn and the user's opening."""
         return _joined(self.template.around(qa_messages("", self.system))[0])
 
     def prefix(self, passages: Sequence[tuple[str, Sequence[Part]]]) -> list[TextSpan | Part]:
@@ -266,7 +302,7 @@ class QAPrompt:
         Args:
             passages: Title and body of each, see `PromptTemplate.passage`.
         """
-        out: list[TextSpan | Part] = [self._before]
+        out: list[TextSpan | Part] = [self.opening]
         for number, (title, body) in enumerate(passages, 1):
             out += self.template.passage(number, title, body)
         return out
@@ -347,6 +383,13 @@ def embed_spans(
     for span in spans:
         if isinstance(span, TextSpan):
             rows.append(next(tokens))
+        elif span.deep:
+            raise InvalidConceptsError(
+                "deep concepts do not stand among input embeddings",
+                got=f"{len(span)} deep concepts",
+                expected="concepts of entry layer 0",
+                next_step="read the plan by a generator with the compressor's halves",
+            )
         elif span.concepts.shape[1] != embedded.shape[1]:
             raise InvalidConceptsError(
                 "concepts do not fit the LLM",

@@ -15,7 +15,7 @@ from compllm_rag.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from compllm_rag.cli.progress import ProgressShow
-    from compllm_rag.compression.compressor import Compressor
+    from compllm_rag.compression.spec import ConceptCompressor
     from compllm_rag.evaluation.results import EvalResult
 
 ModeOption = Annotated[
@@ -166,7 +166,9 @@ def _passages(name: str) -> Literal["all", "gold"]:
     )
 
 
-def _load(llm: str, reader: str, compressor: str, dtype: str | None, offline: bool, show: ProgressShow) -> Compressor:
+def _load(
+    llm: str, reader: str, compressor: str, dtype: str | None, offline: bool, show: ProgressShow
+) -> ConceptCompressor:
     from compllm_rag.compression.loading import load_compressor_for
 
     return load_compressor_for(

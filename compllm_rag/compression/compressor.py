@@ -11,7 +11,6 @@ A segment's concepts depend on nothing but the segment: that is why they can be 
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,14 +20,16 @@ import torch
 from torch import nn
 
 from compllm_rag.compression.information import information_for
+from compllm_rag.compression.pretrained import SavedCompressor, read_compressor, save_compressor
 from compllm_rag.compression.segmentation import Segmenter
 from compllm_rag.compression.selection import AnchorChooser, fitted, word_begins
 from compllm_rag.compression.spec import ConceptSpec, embedding_rms
 from compllm_rag.config import CompressorConfig
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.fingerprint import tagged_digest, tensor_digest
-from compllm_rag.models.adapters import inject_lora, lora_state
+from compllm_rag.models.adapters import inject_lora, load_lora_state, lora_state
 from compllm_rag.models.device_memory import memory_trouble, out_of_memory, release_unused
+from compllm_rag.models.halves import Halves, lower_half
 from compllm_rag.models.llm import TargetLLM, decoder_of
 
 # Settings of deep concepts, which these are not.
@@ -59,13 +60,8 @@ class Compressor:
         self, llm: TargetLLM, config: CompressorConfig | None = None, *, information: torch.Tensor | None = None
     ) -> None:
         self.llm, self.config = llm, config or CompressorConfig()
-        if self.config.deep:
-            raise ConfigurationError(
-                "this configuration is one of deep concepts",
-                got=f"entry layer {self.config.entry_layer}",
-                expected="entry layer 0",
-                next_step="use DeepCompressor, or load it by compllm_rag.compression.loading",
-            )
+        self.halves: Halves | None = None  # its concepts are read by the LLM as it is
+        _refuse_deep(self.config)
         depth = len(decoder_of(llm.model).layers)
         if self.config.layers is not None and self.config.layers > depth:
             raise ConfigurationError(
@@ -81,7 +77,7 @@ class Compressor:
         # Where a word begins; without words every token is one.
         begins = word_begins(llm.tokenizer, rows).to(llm.device) if self.config.anchor_words else None
         self._chooser = AnchorChooser(self.information, begins)
-        self.decoder = _own_tree(llm.model, self.config.layers)
+        self.decoder = lower_half(llm.model, self.config.layers)
         if self.config.lora_rank:
             inject_lora(
                 self.decoder,
@@ -101,23 +97,29 @@ class Compressor:
     def from_pretrained(
         cls, folder: str | Path, llm: TargetLLM | None = None, *, revision: str | None = None, **llm_options: Any
     ) -> Compressor:
-        """Load a compressor from a folder or a hub id; see `compllm_rag.compression.pretrained.load_compressor`."""
-        from compllm_rag.compression.pretrained import load_compressor
+        """Load a compressor from a folder or a hub id; see `compllm_rag.compression.pretrained.read_compressor`.
 
-        made = load_compressor(folder, llm, revision=revision, **llm_options)
-        if not isinstance(made, cls):
-            raise ConfigurationError(
-                "this is a compressor of deep concepts",
-                got=folder,
-                expected="one whose concepts enter at the input embeddings",
-                next_step="use DeepCompressor.from_pretrained",
-            )
+        Raises:
+            ConfigurationError: It is one of deep concepts.
+        """
+        return cls.of(read_compressor(folder, llm, revision=revision, **llm_options))
+
+    @classmethod
+    def of(cls, saved: SavedCompressor) -> Compressor:
+        """The compressor that lies on disk."""
+        _refuse_deep(saved.config)
+        width, rows = saved.llm.hidden_size, saved.llm.embedding.weight.shape[0]
+        saved.check_tensors({"head.weight": (width, width), "head.bias": (width,), "information": (rows,)}, ("lora.",))
+        made = cls(saved.llm, saved.config, information=saved.state["information"].float())
+        with torch.no_grad():
+            made.head.weight.copy_(saved.state["head.weight"])
+            made.head.bias.copy_(saved.state["head.bias"])
+        load_lora_state(made.decoder, saved.under("lora."))
+        saved.check_fingerprint(made.fingerprint)
         return made
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the compressor to a folder; see `compllm_rag.compression.pretrained.save_compressor`."""
-        from compllm_rag.compression.pretrained import save_compressor
-
         return save_compressor(self, Path(folder))
 
     @property
@@ -166,6 +168,10 @@ class Compressor:
     def anchors(self, segment: Sequence[int], n_concepts: int) -> list[int]:
         """Indices of a segment's K most informative tokens, in order; among equals the earlier one."""
         return self._chooser.choose(segment, n_concepts)
+
+    def kept_places(self, segments: Sequence[Sequence[int]], n_concepts: Sequence[int]) -> list[list[int]]:
+        """The tokens of each segment that its concepts start from; see `anchors`."""
+        return [self.anchors(segment, k) for segment, k in zip(segments, n_concepts, strict=True)]
 
     def compress(self, segments: Sequence[Sequence[int]], n_concepts: Sequence[int]) -> list[torch.Tensor]:
         """Compress segments, all at once.
@@ -296,14 +302,14 @@ class Compressor:
         return int(token if token is not None else self.llm.tokenizer.eos_token_id)
 
 
-def _own_tree(model: Any, layers: int | None) -> Any:
-    """A second module tree over the same tensors: first L layers, no final norm."""
-    decoder = decoder_of(model)
-    shared = {id(t): t for t in (*decoder.parameters(), *decoder.buffers())}
-    tree = copy.deepcopy(decoder, shared)
-    tree.layers = tree.layers[: layers or len(tree.layers)]
-    tree.norm = nn.Identity()
-    return tree.requires_grad_(False).eval()
+def _refuse_deep(config: CompressorConfig) -> None:
+    if config.deep:
+        raise ConfigurationError(
+            "this is a compressor of deep concepts",
+            got=f"entry layer {config.entry_layer}",
+            expected="entry layer 0, the input embeddings",
+            next_step="use DeepCompressor",
+        )
 
 
 def _pooled(

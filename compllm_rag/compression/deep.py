@@ -22,13 +22,14 @@ from typing import Any
 import torch
 
 from compllm_rag.compression.information import information_for
+from compllm_rag.compression.pretrained import SavedCompressor, read_compressor, save_compressor
 from compllm_rag.compression.segmentation import Segmenter
 from compllm_rag.compression.selection import best_positions, fitted, random_scores
 from compllm_rag.compression.spec import ConceptSpec, state_rms
 from compllm_rag.config import CompressorConfig
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.fingerprint import tagged_digest, tensor_digest
-from compllm_rag.models.adapters import inject_lora, lora_state
+from compllm_rag.models.adapters import inject_lora, load_lora_state, lora_state
 from compllm_rag.models.device_memory import memory_trouble, out_of_memory, release_unused
 from compllm_rag.models.halves import Halves, lower_half
 from compllm_rag.models.llm import TargetLLM
@@ -53,6 +54,7 @@ class DeepCompressor:
     """
 
     def __init__(self, llm: TargetLLM, config: CompressorConfig, *, information: torch.Tensor | None = None) -> None:
+        _require_deep(config)
         self.llm, self.config = llm, config
         # How the LLM reads these concepts; generators take it from here.
         self.halves = Halves(llm, config.entry_layer)
@@ -72,27 +74,26 @@ class DeepCompressor:
     def from_pretrained(
         cls, folder: str | Path, llm: TargetLLM | None = None, *, revision: str | None = None, **llm_options: Any
     ) -> DeepCompressor:
-        """Load a compressor from a folder or a hub id; see `compllm_rag.compression.pretrained.load_compressor`.
+        """Load a compressor from a folder or a hub id; see `compllm_rag.compression.pretrained.read_compressor`.
 
         Raises:
             ConfigurationError: It is one of CompLLM's, whose concepts enter at the input embeddings.
         """
-        from compllm_rag.compression.pretrained import load_compressor
+        return cls.of(read_compressor(folder, llm, revision=revision, **llm_options))
 
-        made = load_compressor(folder, llm, revision=revision, **llm_options)
-        if not isinstance(made, cls):
-            raise ConfigurationError(
-                "this is no compressor of deep concepts",
-                got=folder,
-                expected="one with an entry layer",
-                next_step="use Compressor.from_pretrained",
-            )
+    @classmethod
+    def of(cls, saved: SavedCompressor) -> DeepCompressor:
+        """The compressor that lies on disk."""
+        _require_deep(saved.config)
+        saved.check_tensors({"information": (saved.llm.embedding.weight.shape[0],)}, ("lora.", "read."))
+        made = cls(saved.llm, saved.config, information=saved.state["information"].float())
+        load_lora_state(made.decoder, saved.under("lora."))
+        load_lora_state(made.halves.upper, saved.under("read."))
+        saved.check_fingerprint(made.fingerprint)
         return made
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the compressor to a folder; see `compllm_rag.compression.pretrained.save_compressor`."""
-        from compllm_rag.compression.pretrained import save_compressor
-
         return save_compressor(self, Path(folder))
 
     @property
@@ -158,7 +159,7 @@ class DeepCompressor:
                 out[i] = rows
         return [rows for rows in out if rows is not None]
 
-    def positions(self, units: Sequence[Sequence[int]], n_concepts: Sequence[int]) -> list[list[int]]:
+    def kept_places(self, units: Sequence[Sequence[int]], n_concepts: Sequence[int]) -> list[list[int]]:
         """The places that each unit keeps, in order; see `CompressorConfig.selector`."""
         scored = [i for i, k in enumerate(n_concepts) if k < len(units[i])]
         scores = dict(zip(scored, self._scores([units[i] for i in scored]), strict=True))
@@ -201,7 +202,7 @@ class DeepCompressor:
 
     @torch.inference_mode()
     def _forward(self, units: Sequence[Sequence[int]], ks: Sequence[int]) -> list[torch.Tensor]:
-        kept = self.positions(units, ks)
+        kept = self.kept_places(units, ks)
         hidden = self.states_with_grad(units)  # (batch, longest, hidden_size)
         out = []
         for row, places in zip(hidden, kept, strict=True):
@@ -258,6 +259,16 @@ class DeepCompressor:
                 surprisal = -said.gather(1, wanted[:, None])[:, 0]  # (n_tokens,), one less without an opening
                 missing = torch.zeros(len(unit) - len(said), device=row.device)
                 yield (table + 0.5 * torch.cat([missing, surprisal])).cpu()
+
+
+def _require_deep(config: CompressorConfig) -> None:
+    if not config.deep:
+        raise ConfigurationError(
+            "this is no compressor of deep concepts",
+            got="entry layer 0, the input embeddings",
+            expected="an entry layer of at least 1",
+            next_step="use Compressor",
+        )
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], limit: int) -> Iterator[list[int]]:

@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from typing import Any, get_args
+
+import torch
 
 from compllm_rag.compression.compressor import Compressor
-from compllm_rag.config import DEFAULT_LLM
-from compllm_rag.models.llm import TargetLLM
+from compllm_rag.compression.deep import DeepCompressor, default_entry_layer
+from compllm_rag.compression.pretrained import read_compressor
+from compllm_rag.compression.spec import ConceptCompressor
+from compllm_rag.config import DEFAULT_LLM, Codec, CompressorConfig, checked
+from compllm_rag.errors import ConfigurationError
+from compllm_rag.models.llm import TargetLLM, decoder_of
+from compllm_rag.prompt import QAPrompt
 
 AUTO = "auto"
 
@@ -18,7 +26,7 @@ def shipped_adapter(llm: str, kind: str) -> Path | None:
 
     Args:
         llm: The LLM's alias.
-        kind: `reader` or `compressor`.
+        kind: `reader`, `deep` or `compressor`.
     """
     if "/" in llm or llm in (".", ".."):
         return None
@@ -31,12 +39,14 @@ def load_compressor_for(
     *,
     reader: str | Path | None = AUTO,
     compressor: str | Path | None = AUTO,
+    codec: Codec = "deep",
+    entry_layer: int | None = None,
     dtype: str | None = None,
     device: str | None = None,
     cache_dir: Path | None = None,
     offline: bool = False,
     progress: Callable[[str, float | None], None] | None = None,
-) -> Compressor:
+) -> ConceptCompressor:
     """Load an LLM with its reader and its compressor.
 
     Args:
@@ -44,6 +54,9 @@ def load_compressor_for(
         reader: Folder of a reader adapter; `auto` takes the shipped one where there is one, None none.
         compressor: Folder of a compressor; `auto` takes the shipped one where there is one and the reader is the
             shipped one too, else the untrained one; None takes the untrained one.
+        codec: Where no folder is given: `deep`, concepts that enter at a middle layer, or `input`, those of CompLLM at
+            the input embeddings.
+        entry_layer: Of untrained deep concepts: L; None takes half the LLM's layers.
         dtype: See `TargetLLM.from_pretrained`.
         device: See `TargetLLM.from_pretrained`.
         cache_dir: Where fetched models lie.
@@ -58,7 +71,39 @@ def load_compressor_for(
     target = TargetLLM.from_pretrained(
         llm, reader=own, dtype=dtype, device=device, cache_dir=cache_dir, offline=offline, progress=progress
     )
+    if codec not in get_args(Codec):
+        raise ConfigurationError("unknown codec", got=codec, expected=" or ".join(get_args(Codec)))
     folder = Path(compressor) if compressor not in (AUTO, None) else None
-    if compressor == AUTO and reader == AUTO:
-        folder = shipped_adapter(llm, "compressor")
-    return Compressor.from_pretrained(folder, target) if folder else Compressor(target)
+    if compressor == AUTO and reader == AUTO and entry_layer is None:
+        folder = shipped_adapter(llm, "deep" if codec == "deep" else "compressor")
+    if folder is not None:
+        return load_compressor(folder, target)
+    return untrained_deep(target, entry_layer) if codec == "deep" else Compressor(target)
+
+
+def load_compressor(
+    folder: str | Path, llm: TargetLLM | None = None, *, revision: str | None = None, **llm_options: Any
+) -> ConceptCompressor:
+    """Load a compressor of either kind; arguments and errors as of `read_compressor`."""
+    saved = read_compressor(folder, llm, revision=revision, **llm_options)
+    return DeepCompressor.of(saved) if saved.config.deep else Compressor.of(saved)
+
+
+def untrained_deep(
+    llm: TargetLLM, entry_layer: int | None = None, *, information: torch.Tensor | None = None, **settings: Any
+) -> DeepCompressor:
+    """Deep concepts as any LLM reads them without training.
+
+    Args:
+        llm: The target LLM.
+        entry_layer: L; None takes half the LLM's layers.
+        information: See `DeepCompressor`.
+        **settings: Further fields of `CompressorConfig`.
+
+    Raises:
+        ConfigurationError, UnsupportedModelError: See `DeepCompressor`.
+    """
+    depth = len(decoder_of(llm.model).layers)
+    settings.setdefault("opening", QAPrompt(llm.tokenizer).opening.ids)
+    layer = default_entry_layer(depth) if entry_layer is None else entry_layer
+    return DeepCompressor(llm, checked(CompressorConfig, entry_layer=layer, **settings), information=information)

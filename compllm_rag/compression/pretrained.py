@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -14,28 +15,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from compllm_rag.compression.segmentation import Segmenter
-from compllm_rag.compression.spec import ConceptSpec, embedding_rms, reading_halves, state_rms
+from compllm_rag.compression.spec import ConceptCompressor, ConceptSpec, embedding_rms, reading_halves, state_rms
 from compllm_rag.config import FORMAT_VERSION, CompressorConfig
 from compllm_rag.errors import (
     FingerprintMismatchError,
     UnknownModelError,
     UnsupportedFormatError,
 )
-from compllm_rag.models.adapters import load_lora_state
 from compllm_rag.models.halves import Halves
 from compllm_rag.models.hub import snapshot
 from compllm_rag.models.llm import TargetLLM
 
-if TYPE_CHECKING:
-    from compllm_rag.compression.compressor import Compressor
-    from compllm_rag.compression.deep import DeepCompressor
-
-    AnyCompressor = Compressor | DeepCompressor
-
 _CONFIG, _WEIGHTS = "config.json", "compressor.safetensors"
 
 
-def save_compressor(compressor: AnyCompressor, folder: Path) -> Path:
+def save_compressor(compressor: ConceptCompressor, folder: Path) -> Path:
     """Write a compressor; a reader of the folder sees the old one or the new one, never half of each.
 
     Args:
@@ -63,10 +57,65 @@ def save_compressor(compressor: AnyCompressor, folder: Path) -> Path:
     return folder
 
 
-def load_compressor(
+@dataclass(frozen=True)
+class SavedCompressor:
+    """A compressor as it lies on disk.
+
+    Attributes:
+        llm: Its target LLM.
+        config: What it is.
+        state: Its tensors by name, fp16.
+        fingerprint: What its configuration says it has.
+    """
+
+    llm: TargetLLM
+    config: CompressorConfig
+    state: dict[str, torch.Tensor]
+    fingerprint: str
+
+    def under(self, prefix: str) -> dict[str, torch.Tensor]:
+        """The tensors whose names begin so, without that beginning."""
+        return _under(self.state, prefix)
+
+    def check_tensors(self, shapes: dict[str, tuple[int, ...]], prefixes: tuple[str, ...]) -> None:
+        """Refuse other tensors than those of the shapes given and those under the prefixes.
+
+        Raises:
+            UnsupportedFormatError: One is missing, superfluous, or of another shape or dtype.
+        """
+        state = self.state
+        wrong = [name for name, shape in shapes.items() if name not in state or state[name].shape != shape]
+        wrong += [name for name in state if name not in shapes and not name.startswith(prefixes)]
+        wrong += [name for name, tensor in state.items() if tensor.dtype != torch.float16]
+        if wrong:
+            found = state.get(wrong[0])
+            fixed = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+            raise UnsupportedFormatError(
+                "compressor's weights do not fit",
+                got=f"{wrong[0]}, {'missing' if found is None else f'{found.dtype} {list(found.shape)}'}",
+                expected=f"float16 LoRA tensors and {fixed}",
+                next_step="use a compressor made for this LLM",
+            )
+
+    def check_fingerprint(self, fingerprint: str) -> None:
+        """Refuse weights that are not those the configuration names.
+
+        Raises:
+            FingerprintMismatchError: With both.
+        """
+        if fingerprint != self.fingerprint:
+            raise FingerprintMismatchError(
+                "compressor's weights are not those its configuration names",
+                got=fingerprint[:16],
+                expected=self.fingerprint[:16],
+                next_step="fetch or save the compressor again",
+            )
+
+
+def read_compressor(
     folder: str | Path, llm: TargetLLM | None = None, *, revision: str | None = None, **llm_options: Any
-) -> AnyCompressor:
-    """Load a compressor.
+) -> SavedCompressor:
+    """Read a compressor's files.
 
     Args:
         folder: A local folder, or a hub id (then with `revision`, a commit).
@@ -88,16 +137,7 @@ def load_compressor(
         llm = TargetLLM.from_pretrained(record["llm"]["source"], **llm_options)
     _check_llm(record, llm)
     config = CompressorConfig.model_validate(record["config"])
-    state = _read_weights(path / _WEIGHTS)
-    compressor = _deep(llm, config, state) if config.deep else _input(llm, config, state)
-    if compressor.fingerprint != record["fingerprint"]:
-        raise FingerprintMismatchError(
-            "compressor's weights are not those its configuration names",
-            got=compressor.fingerprint[:16],
-            expected=record["fingerprint"][:16],
-            next_step="fetch or save the compressor again",
-        )
-    return compressor
+    return SavedCompressor(llm, config, _read_weights(path / _WEIGHTS), str(record["fingerprint"]))
 
 
 def load_spec(folder: Path, llm: TargetLLM) -> ConceptSpec:
@@ -146,11 +186,11 @@ def _check_llm(record: dict[str, Any], llm: TargetLLM) -> None:
         )
 
 
-def push_compressor(compressor: AnyCompressor, repo_id: str, *, private: bool = False) -> str:
+def push_compressor(compressor: ConceptCompressor, repo_id: str, *, private: bool = False) -> str:
     """Upload a compressor to the hub; needs the user's own token.
 
     Returns:
-        The commit's id, which `load_compressor` takes as `revision`.
+        The commit's id, which `read_compressor` takes as `revision`.
     """
     with tempfile.TemporaryDirectory() as scratch:
         save_compressor(compressor, Path(scratch))
@@ -225,48 +265,5 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def _input(llm: TargetLLM, config: CompressorConfig, state: dict[str, torch.Tensor]) -> Compressor:
-    """The compressor of concepts at the input embeddings."""
-    from compllm_rag.compression.compressor import Compressor
-
-    width = llm.hidden_size
-    rows = llm.embedding.weight.shape[0]
-    shapes = {"head.weight": (width, width), "head.bias": (width,), "information": (rows,)}
-    _check_tensors(state, shapes, ("lora.",))
-    made = Compressor(llm, config, information=state["information"].float())
-    with torch.no_grad():
-        made.head.weight.copy_(state["head.weight"])
-        made.head.bias.copy_(state["head.bias"])
-    load_lora_state(made.decoder, _under(state, "lora."))
-    return made
-
-
-def _deep(llm: TargetLLM, config: CompressorConfig, state: dict[str, torch.Tensor]) -> DeepCompressor:
-    """The compressor of deep concepts."""
-    from compllm_rag.compression.deep import DeepCompressor
-
-    _check_tensors(state, {"information": (llm.embedding.weight.shape[0],)}, ("lora.", "read."))
-    made = DeepCompressor(llm, config, information=state["information"].float())
-    load_lora_state(made.decoder, _under(state, "lora."))
-    load_lora_state(made.halves.upper, _under(state, "read."))
-    return made
-
-
 def _under(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def _check_tensors(
-    state: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]], prefixes: tuple[str, ...]
-) -> None:
-    wrong = [name for name, shape in shapes.items() if name not in state or state[name].shape != shape]
-    wrong += [name for name in state if name not in shapes and not name.startswith(prefixes)]
-    wrong += [name for name, tensor in state.items() if tensor.dtype != torch.float16]
-    if wrong:
-        found = state.get(wrong[0])
-        raise UnsupportedFormatError(
-            "compressor's weights do not fit",
-            got=f"{wrong[0]}, {'missing' if found is None else f'{found.dtype} {list(found.shape)}'}",
-            expected=f"float16 LoRA tensors and {', '.join(f'{name} {list(shape)}' for name, shape in shapes.items())}",
-            next_step="use a compressor made for this LLM",
-        )

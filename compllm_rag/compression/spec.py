@@ -6,9 +6,10 @@ Whoever only reads concepts loads no compressor. It is loaded on the first miss.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -19,12 +20,6 @@ from compllm_rag.models.adapters import inject_lora, load_lora_state
 from compllm_rag.models.halves import Halves, lower_half
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.models.plaintext import encode_plain
-
-if TYPE_CHECKING:
-    from compllm_rag.compression.compressor import Compressor
-    from compllm_rag.compression.deep import DeepCompressor
-
-    AnyCompressor = Compressor | DeepCompressor
 
 _ORDINARY = "The lighthouse on the rock was built of stone, and for ninety years its lamp was lit every evening."
 
@@ -64,6 +59,53 @@ class ConceptSpec:
         return tokenized.segment_ids()
 
 
+class ConceptCompressor(Protocol):
+    """Makes concepts of one kind: CompLLM's at the input embeddings, or deep ones."""
+
+    llm: TargetLLM
+    config: CompressorConfig
+
+    @property
+    def halves(self) -> Halves | None:
+        """Of deep concepts: the LLM in two halves, as it reads them."""
+        ...
+
+    @property
+    def spec(self) -> ConceptSpec:
+        """What is known of its concepts without its weights."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of everything its concepts depend on."""
+        ...
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a concept."""
+        ...
+
+    def refresh_fingerprint(self) -> str:
+        """Compute the fingerprint again, after the weights changed."""
+        ...
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything learned, in fp16 as it is saved."""
+        ...
+
+    def kept_places(self, units: Sequence[Sequence[int]], n_concepts: Sequence[int]) -> list[list[int]]:
+        """The tokens of each unit that its concepts stand for, in order."""
+        ...
+
+    def compress(self, units: Sequence[Sequence[int]], n_concepts: Sequence[int]) -> list[torch.Tensor]:
+        """One tensor (K, width) per unit, float32 on the CPU, in the order given."""
+        ...
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write it to a folder."""
+        ...
+
+
 class DeferredCompressor:
     """A compressor that is loaded when something has to be compressed.
 
@@ -71,11 +113,14 @@ class DeferredCompressor:
         spec: What its concepts are.
         llm: The target LLM.
         load: Loads it.
+        halves: Of deep concepts: the LLM in two halves, as it reads them.
     """
 
-    def __init__(self, spec: ConceptSpec, llm: TargetLLM, load: Callable[[], AnyCompressor]) -> None:
-        self.spec, self.llm, self._load = spec, llm, load
-        self._loaded: AnyCompressor | None = None
+    def __init__(
+        self, spec: ConceptSpec, llm: TargetLLM, load: Callable[[], ConceptCompressor], halves: Halves | None = None
+    ) -> None:
+        self.spec, self.llm, self._load, self.halves = spec, llm, load, halves
+        self._loaded: ConceptCompressor | None = None
         self._lock = threading.Lock()
 
     @property
@@ -83,7 +128,7 @@ class DeferredCompressor:
         """Whether it was needed so far."""
         return self._loaded is not None
 
-    def get(self) -> AnyCompressor:
+    def get(self) -> ConceptCompressor:
         """The compressor itself.
 
         Raises:

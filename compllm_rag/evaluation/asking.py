@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.config import GenerationConfig
 from compllm_rag.evaluation.bodies import COMPRESSED, Bodies, PassageBodies, Segmented, Setting
 from compllm_rag.evaluation.metrics import exact_match, f1, subspan_match
@@ -35,7 +35,7 @@ class Asker:
 
     def __init__(
         self,
-        compressor: Compressor,
+        compressor: ConceptCompressor,
         setting: Setting,
         segmented: Segmented,
         generation: GenerationConfig,
@@ -43,7 +43,7 @@ class Asker:
         prompt: QAPrompt | None = None,
     ) -> None:
         self._llm, self._setting, self._segmented = compressor.llm, setting, segmented
-        self._generator = ScoringGenerator(compressor.llm, generation)
+        self._generator = ScoringGenerator(compressor.llm, generation, halves=compressor.halves)
         self._prompt = prompt or QAPrompt(compressor.llm.tokenizer)
         self._counted = bodies is not None or setting.mode in COMPRESSED
         self._bodies: PassageBodies = bodies or Bodies(compressor, setting, segmented)
@@ -91,7 +91,7 @@ class Asker:
     def _batch(self, questions: list[Question], plans: list[PromptPlan], *, answer: bool) -> list[Record]:
         answers, prefilled = self._generator.run(plans, answer=answer)
         golds = [self._target(question.answers[0]) for question in questions]
-        likelihoods = prefilled.log_likelihoods(self._llm.model, golds)
+        likelihoods = prefilled.log_likelihoods(golds)
         options = self._options(questions, prefilled)
         rows = zip(questions, plans, answers, golds, likelihoods, options, strict=True)
         return [self._record(q, p, a, -total / len(g), len(g), o) for q, p, a, g, total, o in rows]
@@ -102,7 +102,7 @@ class Asker:
         for place in range(max(len(question.options) for question in questions)):
             # Questions that have no such option score their end token, which nobody looks at.
             targets = [self._target(q.options[place]) if place < len(q.options) else (self._end,) for q in questions]
-            found = prefilled.log_likelihoods(self._llm.model, targets)
+            found = prefilled.log_likelihoods(targets)
             for row, (question, target, total) in enumerate(zip(questions, targets, found, strict=True)):
                 known, mean = best[row], total / len(target)
                 if place < len(question.options) and (known is None or mean > known[0]):

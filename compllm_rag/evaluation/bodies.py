@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, get_args
 
 import torch
 
-from compllm_rag.compression.compressor import Compressor
 from compllm_rag.compression.rates import FixedRate
+from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.errors import ConfigurationError
+from compllm_rag.library import unpacked
 from compllm_rag.prompt import ConceptSpan, Span, TextSpan
 from compllm_rag.store.encodings import encoding_named
 
@@ -65,14 +66,14 @@ class Setting:
 class Segmented:
     """Segments of each text that was asked for, cut once for all modes."""
 
-    def __init__(self, compressor: Compressor) -> None:
-        self._segmenter = compressor.segmenter
+    def __init__(self, compressor: ConceptCompressor) -> None:
+        self._units = compressor.spec.units
         self._known: dict[str, list[list[int]]] = {}
 
     def __call__(self, text: str) -> list[list[int]]:
         """Token ids of each segment; joined they are the text's."""
         if text not in self._known:
-            self._known[text] = self._segmenter.split(text)
+            self._known[text] = self._units(text)
         return self._known[text]
 
     def n_tokens(self, text: str) -> int:
@@ -108,11 +109,11 @@ class Bodies:
         ConfigurationError, RateOutOfReachError: The rate cannot be kept, or there is no such encoding.
     """
 
-    def __init__(self, compressor: Compressor, setting: Setting, segmented: Segmented) -> None:
+    def __init__(self, compressor: ConceptCompressor, setting: Setting, segmented: Segmented) -> None:
         self._encoding = encoding_named(setting.encoding) if setting.encoding else None
         self._compressor, self._mode, self._segmented = compressor, setting.mode, segmented
-        self._policy = FixedRate(setting.rate, compressor.config.segment_length) if setting.rate else None
-        self._made: dict[str, torch.Tensor | tuple[int, ...]] = {}
+        self._policy = FixedRate(setting.rate, compressor.config.longest_unit) if setting.rate else None
+        self._made: dict[str, Span] = {}
 
     def size(self, text: str) -> int:
         """Prompt positions of a passage."""
@@ -129,29 +130,31 @@ class Bodies:
             self._compress(missing)
             return
         for text in missing:
-            self._made[text] = (
-                self._pruned(text) if self._policy else tuple(t for s in self._segmented(text) for t in s)
-            )
+            units = self._segmented(text)
+            if self._policy:
+                kept = self._compressor.kept_places(units, self._concepts(text))
+                units = [[unit[i] for i in places] for unit, places in zip(units, kept, strict=True)]
+            self._made[text] = TextSpan(tuple(token for unit in units for token in unit))
 
     def spans(self, text: str, passage: int) -> list[Span]:
         """The spans of a passage that was prepared."""
-        made = self._made[text]
-        return [ConceptSpan(made, passage) if isinstance(made, torch.Tensor) else TextSpan(made, passage)]
+        return [replace(self._made[text], passage=passage)]
 
     def _concepts(self, text: str) -> list[int]:
         return self._policy.n_concepts(self._segmented(text)) if self._policy else []
 
     def _compress(self, texts: list[str]) -> None:
-        segments = [self._segmented(text) for text in texts]
+        units = [self._segmented(text) for text in texts]
         counts = [self._concepts(text) for text in texts]
-        # (K, hidden_size) for each segment, those of all texts in a row
-        flat = self._compressor.compress([s for group in segments for s in group], [k for ks in counts for k in ks])
+        # (K, width) for each unit, those of all texts in a row
+        flat = self._compressor.compress([u for group in units for u in group], [k for ks in counts for k in ks])
         at = 0
-        for text, ks in zip(texts, counts, strict=True):
-            made = torch.cat(flat[at : at + len(ks)])  # (n_concepts, hidden_size) of one text
-            self._made[text] = self._encoding.rounded(made) if self._encoding else made
+        for text, group, ks in zip(texts, units, counts, strict=True):
+            rows = torch.cat(flat[at : at + len(ks)])  # (n_concepts, width) of one text
+            rows = self._encoding.rounded(rows) if self._encoding else rows
+            if self._compressor.config.deep:
+                states, places = unpacked(rows, group, ks)
+                self._made[text] = ConceptSpan(states, 0, places, sum(map(len, group)))
+            else:
+                self._made[text] = ConceptSpan(rows, 0)
             at += len(ks)
-
-    def _pruned(self, text: str) -> tuple[int, ...]:
-        pairs = zip(self._segmented(text), self._concepts(text), strict=True)
-        return tuple(segment[i] for segment, k in pairs for i in self._compressor.anchors(segment, k))

@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 from compllm_rag import __version__
-from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.config import GenerationConfig
 from compllm_rag.errors import ConfigurationError, PromptTooLongError
 from compllm_rag.evaluation.asking import Asker
@@ -31,7 +31,7 @@ TEXT, NONE = Setting("text"), Setting("none")
 
 
 def evaluate(
-    compressor: Compressor,
+    compressor: ConceptCompressor,
     questions: Sequence[Question] | QuestionFile,
     *,
     mode: str = "concepts",
@@ -65,7 +65,7 @@ def evaluate(
 
 
 def evaluate_many(
-    compressor: Compressor,
+    compressor: ConceptCompressor,
     questions: Sequence[Question] | QuestionFile,
     settings: Sequence[tuple[str, float | None] | tuple[str, float | None, str]],
     *,

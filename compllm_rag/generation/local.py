@@ -15,12 +15,15 @@ from typing import Any
 import torch
 
 from compllm_rag.config import GenerationConfig
-from compllm_rag.errors import DeviceMemoryError, PromptTooLongError
+from compllm_rag.errors import ConfigurationError, DeviceMemoryError, PromptTooLongError
 from compllm_rag.generation.base import FinishReason, Generation
+from compllm_rag.generation.forward import Forward, WholeForward, as_rows
+from compllm_rag.generation.halves import SplitForward, split_rows
 from compllm_rag.generation.text import Detokenizer
 from compllm_rag.models.device_memory import room_for
+from compllm_rag.models.halves import Halves
 from compllm_rag.models.llm import TargetLLM
-from compllm_rag.prompt import PromptInputs, PromptPlan, lay_out
+from compllm_rag.prompt import PromptPlan, lay_out
 
 
 class LocalGenerator:
@@ -29,10 +32,11 @@ class LocalGenerator:
     Args:
         llm: The target LLM.
         config: Used where a call gives none.
+        halves: The LLM in two halves, to read deep concepts with; `halves` of their compressor or library.
     """
 
-    def __init__(self, llm: TargetLLM, config: GenerationConfig | None = None) -> None:
-        self.llm, self._config = llm, config or GenerationConfig()
+    def __init__(self, llm: TargetLLM, config: GenerationConfig | None = None, *, halves: Halves | None = None) -> None:
+        self.llm, self._config, self.halves = llm, config or GenerationConfig(), halves
 
     @property
     def name(self) -> str:
@@ -86,6 +90,15 @@ class LocalGenerator:
             self._check(plan, config)
         if not plans:
             return []
+        kinds = [plan.deep for plan in plans]
+        if len(set(kinds)) > 1:  # text is read by the LLM as it is, deep concepts by its halves
+            answers = {
+                i: made
+                for kind in (False, True)
+                for chosen in [[i for i, own in enumerate(kinds) if own == kind]]
+                for i, made in zip(chosen, self.generate([plans[i] for i in chosen], config), strict=True)
+            }
+            return [answers[i] for i in range(len(plans))]
         if len(plans) == 1:
             return self._generate(plans, config)
         with suppress(DeviceMemoryError):
@@ -95,13 +108,13 @@ class LocalGenerator:
 
     def _generate(self, plans: Sequence[PromptPlan], config: GenerationConfig) -> list[Generation]:
         begun = time.perf_counter()
-        inputs = self._lay_out(plans)
+        forward = self.lay_out(plans)
         laid_out = time.perf_counter()
         texts = [Detokenizer(self.llm.tokenizer, config.stop) for _ in plans]
         ids: list[list[int]] = [[] for _ in plans]
         reasons: list[FinishReason | None] = [None for _ in plans]
         stop, first = self.llm.stop_ids(), laid_out
-        for step, tokens in enumerate(self._tokens(inputs, config.max_new_tokens)):
+        for step, tokens in enumerate(self._tokens(forward, plans, config.max_new_tokens)):
             first = time.perf_counter() if step == 0 else first
             for row, token in enumerate(tokens):
                 if reasons[row] is not None:
@@ -123,79 +136,58 @@ class LocalGenerator:
         ]
 
     def _check(self, plan: PromptPlan, config: GenerationConfig) -> None:
-        if plan.positions + config.max_new_tokens > self.window:
+        if plan.deep and self.halves is None:
+            raise ConfigurationError(
+                "this generator cannot read deep concepts",
+                got="a plan with deep concepts",
+                expected="a generator with the LLM's halves",
+                next_step="pass `halves` of the compressor or of the library",
+            )
+        if plan.extent + config.max_new_tokens > self.window:
             raise PromptTooLongError(
                 "prompt does not fit the window of the LLM",
-                got=f"{plan.positions} positions and {config.max_new_tokens} new tokens",
+                got=f"{plan.extent} positions and {config.max_new_tokens} new tokens",
                 expected=f"at most {self.window} together",
                 next_step="retrieve fewer chunks, raise the compression rate, or shorten the question",
             )
 
-    @torch.inference_mode()
-    def prefill(self, inputs: PromptInputs) -> tuple[torch.Tensor, Any]:
-        """One forward over the prompt.
+    def lay_out(self, plans: Sequence[PromptPlan]) -> Forward:
+        """Prompts of one kind as a batch that is ready to be read: all with deep concepts, or none of them.
 
-        Returns:
-            Logits (batch, vocab_size) of the first new token, and the KV cache.
+        Text alone is read by the LLM as it is, without anything that was trained for concepts.
+
+        Raises:
+            DeviceMemoryError: There is no memory for them.
         """
-        from transformers import DynamicCache
+        with self._room_for(plans):
+            if self.halves is not None and any(plan.deep for plan in plans):
+                return SplitForward(self.halves, split_rows(plans))
+            return WholeForward(self.llm, lay_out(plans, self.llm))
 
-        out = self.llm.model(
-            inputs_embeds=inputs.inputs_embeds,
-            attention_mask=inputs.attention_mask,
-            position_ids=inputs.position_ids,
-            past_key_values=DynamicCache(config=self.llm.model.config),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return out.logits[:, -1], out.past_key_values
+    def prefill(self, forward: Forward) -> torch.Tensor:
+        """Read prompts that were laid out; logits (batch, vocab_size) of the first new token of each."""
+        return forward.prefill()
 
-    def _tokens(self, inputs: PromptInputs, limit: int) -> Iterator[list[int]]:
+    def _tokens(self, forward: Forward, plans: Sequence[PromptPlan], limit: int) -> Iterator[list[int]]:
         """Greedy tokens of the whole batch, step by step; the caller decides when to stop.
 
         Raises:
             DeviceMemoryError: There is no memory for the next step.
         """
-        with self._room_for(inputs.inputs_embeds.shape[1]):
-            yield from self._steps(inputs, limit)
+        with self._room_for(plans):
+            logits = self.prefill(forward)  # (batch, vocab_size)
+            for step in range(limit):
+                tokens = logits.argmax(-1).tolist()
+                yield tokens
+                if step + 1 < limit:
+                    logits = forward.extend(as_rows(tokens, self.llm.device))[:, -1]
 
-    def _room_for(self, positions: int) -> AbstractContextManager[None]:
+    def _room_for(self, plans: Sequence[PromptPlan]) -> AbstractContextManager[None]:
         next_step = (
             "retrieve fewer chunks, raise the compression rate, end what else uses this device, or take another one"
         )
+        positions = max(plan.positions for plan in plans)
         return room_for(f"answer a prompt of {positions} positions", self.llm.device, next_step)
-
-    def _lay_out(self, plans: Sequence[PromptPlan]) -> PromptInputs:
-        with self._room_for(max(plan.positions for plan in plans)):
-            return lay_out(plans, self.llm)
-
-    def _steps(self, inputs: PromptInputs, limit: int) -> Iterator[list[int]]:
-        """See `_tokens`.
-
-        Inference mode is entered for each step and left before each yield: it belongs to the thread, and a generator
-        that is held open must not leave it switched on for its caller.
-        """
-        logits, cache = self.prefill(inputs)
-        mask, positions = inputs.attention_mask, None
-        if inputs.position_ids is not None:
-            positions = inputs.position_ids[:, -1:] + 1
-        for step in range(limit):
-            tokens = logits.argmax(-1)
-            yield tokens.tolist()
-            if step + 1 == limit:
-                return
-            if mask is not None and positions is not None:
-                mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], 1)
-                positions = positions + (1 if step else 0)
-            with torch.inference_mode():
-                logits = self.llm.model(
-                    input_ids=tokens[:, None],
-                    attention_mask=mask,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                ).logits[:, -1]
 
 
 class LocalStream:
@@ -213,12 +205,12 @@ class LocalStream:
     def __iter__(self) -> Iterator[str]:
         """Pieces of text, none of them empty."""
         begun = time.perf_counter()
-        inputs = self._generator._lay_out([self._plan])
+        forward = self._generator.lay_out([self._plan])
         laid_out = time.perf_counter()
         self._layout_s = laid_out - begun
         stop, first = self._generator.llm.stop_ids(), 0.0
         reason: FinishReason = "length"
-        for [token] in self._generator._tokens(inputs, self._config.max_new_tokens):
+        for [token] in self._generator._tokens(forward, [self._plan], self._config.max_new_tokens):
             now = time.perf_counter()
             if not first:
                 first, self._prefill_s = now, now - laid_out

@@ -20,8 +20,7 @@ from compllm_rag.catalog.accounts import Accounts
 from compllm_rag.catalog.measures import storage_families
 from compllm_rag.catalog.origins import Origins
 from compllm_rag.catalog.pending import PendingChunks
-from compllm_rag.compression.compressor import Compressor
-from compllm_rag.compression.spec import DeferredCompressor
+from compllm_rag.compression.spec import ConceptCompressor, DeferredCompressor
 from compllm_rag.config import GenerationConfig, IngestConfig
 from compllm_rag.errors import CompLLMError, ConfigurationError
 from compllm_rag.generation.base import Generator
@@ -76,7 +75,7 @@ class ConceptIndex(VectorStoreIndex):
 
     def __init__(
         self,
-        compressor: Compressor | DeferredCompressor,
+        compressor: ConceptCompressor | DeferredCompressor,
         store: ConceptStore,
         vector_store: FaissTextVectorStore,
         embedder: BaseEmbedding,
@@ -92,7 +91,7 @@ class ConceptIndex(VectorStoreIndex):
             compressor.spec, compressor.llm, *embedder_identity(embedder), vector_store.dim, self.config
         )
         self.library = ConceptLibrary(compressor, store, rate=self.config.rate, namespace=self.config.namespace)
-        self.generator: Generator = generator or LocalGenerator(compressor.llm)
+        self.generator: Generator = generator or LocalGenerator(compressor.llm, generation, halves=compressor.halves)
         self._generation = generation or self.generator.config
         self.faiss = vector_store
         self.parser = ConceptNodeParser(self.library.spec.segmenter, self.config.chunk_size)
@@ -202,7 +201,7 @@ class ConceptIndex(VectorStoreIndex):
         return index
 
     @property
-    def compressor(self) -> Compressor:
+    def compressor(self) -> ConceptCompressor:
         """The compressor all concepts in the storage come from; loaded now if nothing was compressed before."""
         return self.library.compressor
 

@@ -19,11 +19,20 @@ from compllm_rag.catalog.faults import damaged
 from compllm_rag.catalog.pending import count_pending
 from compllm_rag.catalog.references import count_keys
 from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.deep import DeepCompressor
 from compllm_rag.compression.loading import AUTO, load_compressor_for
 from compllm_rag.compression.rates import FixedRate
-from compllm_rag.compression.spec import DeferredCompressor
-from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM, GenerationConfig, IngestConfig
-from compllm_rag.errors import CompLLMError, ConfigurationError
+from compllm_rag.compression.spec import ConceptCompressor, DeferredCompressor
+from compllm_rag.config import (
+    DEFAULT_EMBEDDER,
+    DEFAULT_LLM,
+    DEFAULT_RATES,
+    Codec,
+    CompressorConfig,
+    GenerationConfig,
+    IngestConfig,
+)
+from compllm_rag.errors import CompLLMError, ConfigurationError, StorageMismatchError
 from compllm_rag.llamaindex.storage_parts import (
     defer_own_compressor,
     embedder_named,
@@ -55,7 +64,7 @@ class IndexParts:
         folder: The storage; None in memory.
     """
 
-    compressor: Compressor | DeferredCompressor
+    compressor: ConceptCompressor | DeferredCompressor
     store: ConceptStore
     vectors: FaissTextVectorStore
     embedder: BaseEmbedding
@@ -70,11 +79,13 @@ def create_index(
     llm: str | None = None,
     embedder: str | BaseEmbedding | None = None,
     reader: str | Path | None = AUTO,
-    compressor: str | Path | Compressor | None = AUTO,
+    compressor: str | Path | ConceptCompressor | None = AUTO,
     rate: float | None = None,
     chunk_size: int | None = None,
     namespace: str | None = None,
     encoding: str | None = None,
+    codec: Codec | None = None,
+    entry_layer: int | None = None,
     generation: GenerationConfig | None = None,
     progress: Callable[[str, float | None], None] | None = None,
     **model_options: Any,
@@ -87,10 +98,13 @@ def create_index(
         embedder: The same for the embedder, or a LlamaIndex embedder.
         reader: Folder of a reader adapter, `auto` or None; see `load_compressor_for`.
         compressor: The same for the compressor, or one that is loaded already (then `llm` and `reader` are its own).
-        rate: Source tokens per concept; None takes 2.
+        rate: Source tokens per concept; None takes 1 for deep concepts and 2 for those at the input embeddings.
         chunk_size: Target tokens per chunk, about; None takes 200.
         namespace: Tenant.
         encoding: How concepts are kept: `fp16`, `int8` or `int4`; None takes fp16. No part of their identity.
+        codec: `deep` (the default) for concepts that enter the LLM at a middle layer, `input` for those of CompLLM
+            at its input embeddings; a compressor that is given says it itself.
+        entry_layer: Of untrained deep concepts: L; None takes half the LLM's layers.
         generation: Limits of the answers.
         progress: Called with messages while models are fetched.
         **model_options: `dtype`, `device`, `cache_dir`, `offline` of `TargetLLM.from_pretrained`.
@@ -109,20 +123,30 @@ def create_index(
             folder,
             llm=llm,
             embedder=embedder,
-            compressor=compressor if isinstance(compressor, Compressor) else None,
+            compressor=compressor if isinstance(compressor, Compressor | DeepCompressor) else None,
             generation=generation,
             progress=progress,
+            codec=codec,
+            entry_layer=entry_layer,
             expect={"rate": rate, "chunk_size": chunk_size, "namespace": namespace, "encoding": encoding},
             **model_options,
         )
-    config = _config(rate=rate, chunk_size=chunk_size, namespace=namespace, encoding=encoding)
     made = (
         compressor
-        if isinstance(compressor, Compressor)
+        if isinstance(compressor, Compressor | DeepCompressor)
         else load_compressor_for(
-            llm or DEFAULT_LLM, reader=reader, compressor=compressor, progress=progress, **model_options
+            llm or DEFAULT_LLM,
+            reader=reader,
+            compressor=compressor,
+            codec=codec or "deep",
+            entry_layer=entry_layer,
+            progress=progress,
+            **model_options,
         )
     )
+    _check_codec(codec, entry_layer, made.config)
+    rate = DEFAULT_RATES["deep" if made.config.deep else "input"] if rate is None else rate
+    config = _config(rate=rate, chunk_size=chunk_size, namespace=namespace, encoding=encoding)
     _check_rate(config, made)
     embed, source, identity = embedder_named(embedder or DEFAULT_EMBEDDER, progress, model_options)
     dimension = len(embed.get_text_embedding("dimension"))
@@ -144,12 +168,14 @@ def load_index(
     *,
     llm: str | None = None,
     embedder: str | BaseEmbedding | None = None,
-    compressor: Compressor | None = None,
+    compressor: ConceptCompressor | None = None,
     generation: GenerationConfig | None = None,
     read_only: bool = False,
     progress: Callable[[str, float | None], None] | None = None,
     expect: dict[str, Any] | None = None,
     complete: bool = True,
+    codec: Codec | None = None,
+    entry_layer: int | None = None,
     **model_options: Any,
 ) -> IndexParts:
     """Open a storage that exists.
@@ -163,6 +189,8 @@ def load_index(
         read_only: Never write; several processes may read while one writes.
         progress: Called with messages while models are fetched.
         expect: Settings that must be the storage's own.
+        codec: Must be the storage's own; None asks for none.
+        entry_layer: The same.
         complete: Refuse a concept store that holds fewer records than text refers to; repair does not.
         **model_options: `dtype`, `device`, `cache_dir`, `offline` of `TargetLLM.from_pretrained`.
 
@@ -178,6 +206,7 @@ def load_index(
         manifest.check_ingest(**(expect or {}))
         made = compressor or defer_own_compressor(folder, manifest, llm, progress, model_options)
         manifest.check_compressor(made.spec.fingerprint, made.llm.source)
+        _check_codec(codec, entry_layer, made.spec.config)
         embed = load_embedder_of(manifest, embedder, progress, model_options)
         store = open_store(manifest, folder / CONCEPTS, read_only=read_only)
         if complete:
@@ -216,5 +245,20 @@ def _config(**asked: Any) -> IngestConfig:
         ) from error
 
 
-def _check_rate(config: IngestConfig, compressor: Compressor) -> None:
-    FixedRate(config.rate, compressor.config.segment_length)
+def _check_rate(config: IngestConfig, compressor: ConceptCompressor) -> None:
+    FixedRate(config.rate, compressor.config.longest_unit)
+
+
+def _check_codec(codec: Codec | None, entry_layer: int | None, own: CompressorConfig) -> None:
+    """Refuse another codec or entry layer than the compressor's."""
+    for name, asked, has in (
+        ("codec", codec, "deep" if own.deep else "input"),
+        ("entry layer", entry_layer, own.entry_layer),
+    ):
+        if asked is not None and asked != has:
+            raise StorageMismatchError(
+                f"the compressor has another {name}",
+                got=asked,
+                expected=has,
+                next_step="leave it out, or ingest into a new storage with another compressor",
+            )

@@ -180,9 +180,10 @@ class Planner:
             title, metadata = shown_metadata(node.node)
             passage = self.template.passage(i + 1, title, body.spans, metadata)
             fact = self._facts(node, body, sum(map(len, passage)))
-            if fact.positions > left:
+            extent = sum(span.extent for span in passage)
+            if extent > left:
                 break
-            left -= fact.positions
+            left -= extent
             spans += passage
             facts.append(fact)
         dropped = [node.node.node_id for node in nodes[len(facts) :]]
@@ -218,9 +219,7 @@ class Planner:
             fetched = self.library.fetch(text, missing=missing)
             fetch_s = time.perf_counter() - begun - fetched.compress_s
         span: Span = (
-            TextSpan(self.library.passage(text).ids, passage)
-            if fetched.concepts is None
-            else ConceptSpan(fetched.concepts, passage)
+            TextSpan(self.library.passage(text).ids, passage) if fetched.concepts is None else fetched.span(passage)
         )
         return NodeBody([span], fetched.hits, fetched.misses, fetch_s, fetched.compress_s)
 

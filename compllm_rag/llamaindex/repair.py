@@ -27,7 +27,7 @@ from compllm_rag.catalog.database import FORMAT_VERSION, claimed, connected, rea
 from compllm_rag.catalog.flat_vectors import FlatVectors, unit_vector
 from compllm_rag.catalog.generations import Generation, GenerationFiles
 from compllm_rag.catalog.rows import StoredNode
-from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.errors import CorruptRecordError, StorageMismatchError, StorageNotFoundError
 from compllm_rag.llamaindex.index import ConceptIndex
 from compllm_rag.llamaindex.nodes import decode_node
@@ -77,7 +77,7 @@ def repair_storage(
     *,
     llm: str | None = None,
     embedder: str | BaseEmbedding | None = None,
-    compressor: Compressor | None = None,
+    compressor: ConceptCompressor | None = None,
     progress: Progress | None = None,
     **model_options: Any,
 ) -> RepairReport:

@@ -9,10 +9,9 @@ from typing import Any
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
 
-from compllm_rag.compression.compressor import Compressor
-from compllm_rag.compression.loading import AUTO, load_compressor_for, shipped_adapter
-from compllm_rag.compression.pretrained import load_spec
-from compllm_rag.compression.spec import DeferredCompressor
+from compllm_rag.compression.loading import AUTO, load_compressor, load_compressor_for, shipped_adapter
+from compllm_rag.compression.pretrained import load_reading, load_spec
+from compllm_rag.compression.spec import ConceptCompressor, DeferredCompressor
 from compllm_rag.errors import StorageMismatchError, StorageNotFoundError
 from compllm_rag.llamaindex.embedding import embedder_identity, load_embedder
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
@@ -55,7 +54,7 @@ def load_own_compressor(
     llm: str | None,
     progress: Callable[[str, float | None], None] | None,
     model_options: dict[str, Any],
-) -> Compressor:
+) -> ConceptCompressor:
     """Load the compressor that lies in a storage, with its reader and the LLM it names."""
     kept = folder / READER
     return load_compressor_for(
@@ -80,7 +79,8 @@ def defer_own_compressor(
         llm or manifest.llm, reader=kept if kept.is_dir() else None, progress=progress, **model_options
     )
     spec = load_spec(folder / COMPRESSOR, target)
-    return DeferredCompressor(spec, target, lambda: Compressor.from_pretrained(folder / COMPRESSOR, target))
+    halves = load_reading(folder / COMPRESSOR, target, spec.config) if spec.config.deep else None
+    return DeferredCompressor(spec, target, lambda: load_compressor(folder / COMPRESSOR, target), halves)
 
 
 def load_embedder_of(
@@ -111,7 +111,7 @@ def embedder_named(
     return load_embedder(embedder, progress=progress, **known)
 
 
-def keep_adapters(folder: Path, compressor: Compressor, llm: str, reader: str | Path | None) -> None:
+def keep_adapters(folder: Path, compressor: ConceptCompressor, llm: str, reader: str | Path | None) -> None:
     """Copy compressor and reader into a storage, so that it can be moved as a whole."""
     compressor.save_pretrained(folder / COMPRESSOR)
     own = shipped_adapter(llm, "reader") if reader == AUTO else reader

@@ -77,7 +77,7 @@ class ConceptSynthesizer(BaseSynthesizer):
         generation: GenerationConfig | None = None,
         callback_manager: CallbackManager | None = None,
     ) -> None:
-        self._generator = generator or LocalGenerator(library.llm)
+        self._generator = generator or LocalGenerator(library.llm, halves=library.halves)
         super().__init__(llm=ConceptLLM(self._generator), callback_manager=callback_manager, streaming=streaming)
         self._planner = Planner(
             library,

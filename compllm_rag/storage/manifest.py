@@ -37,6 +37,7 @@ class Manifest(Frozen):
     embedder_identity: str
     dimension: int
     hidden_size: int
+    entry_layer: int = 0
     ingest: IngestConfig
 
     @classmethod
@@ -58,6 +59,7 @@ class Manifest(Frozen):
             embedder_identity=embedder_identity,
             dimension=dimension,
             hidden_size=spec.hidden_size,
+            entry_layer=spec.config.entry_layer,
             ingest=ingest,
         )
 
@@ -83,6 +85,11 @@ class Manifest(Frozen):
                 expected=f"format {FORMAT_VERSION}",
                 next_step="update compllm-rag, or ingest again into a new storage",
             ) from error
+
+    @property
+    def width(self) -> int:
+        """Columns of a record in the concept store; a deep concept has one more, its place in the text."""
+        return self.hidden_size + (self.entry_layer > 0)
 
     def check_compressor(self, fingerprint: str, llm: str) -> None:
         """Refuse a compressor (or its LLM, reader, tokenizer) other than the storage's.

@@ -35,7 +35,7 @@ def open_store(
         StorageMismatchError, CorruptRecordError, UnsupportedFormatError: See `DiskStore`.
     """
     if where is None:
-        return MemoryStore(manifest.hidden_size, encoding=manifest.ingest.encoding)
+        return MemoryStore(manifest.width, encoding=manifest.ingest.encoding)
     scheme = _URL.match(where) if isinstance(where, str) else None
     if scheme is not None:
         raise ConfigurationError(
@@ -46,7 +46,7 @@ def open_store(
         )
     return DiskStore(
         where,
-        hidden_size=manifest.hidden_size,
+        hidden_size=manifest.width,
         read_only=read_only,
         encoding=manifest.ingest.encoding,
         counted=counted,
