@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from compllm_rag.errors import ConfigurationError, UnsupportedFormatError
 from compllm_rag.fingerprint import file_digest
@@ -42,7 +43,7 @@ def merge_adapter(model: Any, folder: Path) -> dict[str, str]:
     for name in names:
         module = modules.get(name)
         shape = (state[name + _B].shape[0], state[name + _A].shape[1])
-        if module is None or module.weight.shape != shape:
+        if not isinstance(module, nn.Linear) or module.weight.shape != shape:
             raise ConfigurationError(
                 "reader adapter fits another model",
                 got=f"{name} of shape {list(shape)}",

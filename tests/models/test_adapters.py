@@ -109,6 +109,15 @@ def test_an_adapter_of_a_deeper_model_is_refused(folder: Path) -> None:
         merge_adapter(toy.model(layers=1), folder)
 
 
+@pytest.mark.parametrize("name", ["model.layers.0", "model.layers.0.input_layernorm"])
+def test_an_adapter_of_what_is_no_linear_layer_is_refused(folder: Path, name: str) -> None:
+    path = folder / "adapter_model.safetensors"
+    extra = {f"base_model.model.{name}.lora_{side}.weight": torch.zeros(4, 4) for side in "AB"}
+    save_file(load_file(path) | extra, path)
+    with pytest.raises(ConfigurationError, match=f"{name} of shape"):
+        merge_adapter(toy.model(), folder)
+
+
 @pytest.mark.parametrize(
     "options",
     [
