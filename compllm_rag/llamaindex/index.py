@@ -37,8 +37,7 @@ from compllm_rag.llamaindex.reentrant_lock import ReentrantLock
 from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer
 from compllm_rag.llamaindex.uploads import UploadQueue, UploadReceipt
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
-from compllm_rag.metrics import Metrics, Work
-from compllm_rag.prometheus import exposition
+from compllm_rag.metrics import Metrics, Work, exposition
 from compllm_rag.storage.manifest import Manifest
 from compllm_rag.storage.namespaces import existing_namespace, namespace_folder, prepare_namespace
 from compllm_rag.storage.stats import stats_fields
