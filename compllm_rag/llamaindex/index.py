@@ -118,7 +118,7 @@ class ConceptIndex(VectorStoreIndex):
         Args:
             storage_dir: A folder; None keeps everything in memory.
             namespace: Tenant; those of one folder share nothing. None takes the folder's own.
-            **options: See `storage.create_index`, and for what it raises.
+            **options: See `llamaindex.opening.create_index`, and for what it raises.
         """
         from compllm_rag.llamaindex.opening import create_index
         from compllm_rag.storage.namespaces import namespace_folder, prepare_namespace
@@ -136,7 +136,7 @@ class ConceptIndex(VectorStoreIndex):
         Args:
             storage_dir: Its folder.
             namespace: Tenant; None takes the folder's own.
-            **options: See `storage.load_index`, and for what it raises.
+            **options: See `llamaindex.opening.load_index`, and for what it raises.
         """
         from compllm_rag.llamaindex.opening import load_index
         from compllm_rag.storage.namespaces import existing_namespace

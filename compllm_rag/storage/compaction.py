@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compllm_rag.errors import StorageMismatchError
 from compllm_rag.catalog.accounts import Accounts
 from compllm_rag.catalog.catalog import Catalog
 from compllm_rag.catalog.kv import KeyValues
+from compllm_rag.errors import StorageMismatchError
 from compllm_rag.storage.manifest import CONCEPTS, META_KEY, Manifest, require_storage
 from compllm_rag.storage.migration import BACKUP
 from compllm_rag.storage.namespaces import FOLDER

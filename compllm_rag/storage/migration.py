@@ -17,13 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from compllm_rag.catalog.catalog import Catalog
+from compllm_rag.catalog.database import claimed, connected
+from compllm_rag.catalog.faults import translated_errors
+from compllm_rag.catalog.generations import sync_folder
 from compllm_rag.config import FORMAT_VERSION
 from compllm_rag.errors import UnsupportedFormatError
-from compllm_rag.catalog.catalog import Catalog
-from compllm_rag.catalog.database import connected
-from compllm_rag.catalog.faults import translated_errors
-from compllm_rag.catalog.database import claimed
-from compllm_rag.catalog.generations import sync_folder
 from compllm_rag.storage.manifest import CATALOG, CONCEPTS, META_KEY, Manifest, refuse_newer, require_storage
 from compllm_rag.store.disk import DiskStore
 from compllm_rag.store.index_database import make_private

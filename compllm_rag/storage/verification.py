@@ -5,31 +5,27 @@ No model is loaded and nothing is written, so a storage on a read-only medium ca
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from compllm_rag.errors import CompLLMError, CorruptRecordError, StorageNotFoundError, UnsupportedFormatError
 from compllm_rag.catalog import rows as node_rows
-from compllm_rag.storage.adapter_files import FILES_KEY, damaged_adapters
-from compllm_rag.catalog.pending import pending_keys
 from compllm_rag.catalog.database import connected, has_tables, read_state
 from compllm_rag.catalog.generations import GenerationFiles
-from compllm_rag.storage.manifest import CATALOG, CONCEPTS, META_KEY, Manifest, refuse_newer, require_storage
+from compllm_rag.catalog.pending import pending_keys
 from compllm_rag.catalog.references import count_keys, is_counted, referred_keys
+from compllm_rag.errors import CompLLMError, CorruptRecordError, UnsupportedFormatError
+from compllm_rag.storage.adapter_files import FILES_KEY, damaged_adapters
+from compllm_rag.storage.manifest import CATALOG, CONCEPTS, META_KEY, Manifest, refuse_newer, require_storage
 from compllm_rag.store.base import ConceptStore
 from compllm_rag.store.disk import DiskStore
 from compllm_rag.store.verification import StoreCheck
-
-
-from dataclasses import asdict, dataclass, field
-from typing import Any
-
 
 _SHOWN = 100  # a lost pack damages a million records in one way
 

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from compllm_rag import Compressor, ConceptIndex
 from compllm_rag.cli.main import app
 from compllm_rag.errors import CompLLMError, ConfigurationError, StorageNotFoundError, StoreLockedError
-from compllm_rag.storage.namespaces import delete_namespace, list_namespaces, namespace_folder
 from compllm_rag.llamaindex.opening import create_index
 from compllm_rag.storage.compaction import compact_storage
+from compllm_rag.storage.namespaces import delete_namespace, list_namespaces, namespace_folder
 from tests.faults.fault_samples import QUESTION, check_whole, create, documents, load, run, sound, texts
 from toy_embedder import HashEmbedder
 
