@@ -31,7 +31,7 @@ def page(
         "",
         "A storage keeps concepts in the encoding it was made with (`ingest --encoding`, `encoding=` in Python): fp16, "
         "int8 with one unit a concept, or int4 with a step for each group of 32 values. The docstring of "
-        "`compllm_rag/store/quantised.py` describes the bytes.",
+        "`compllm_rag/store/encodings.py` describes the bytes.",
         "",
     ]
     lines += _sizes(storage_size) if storage_size else []
