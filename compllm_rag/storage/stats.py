@@ -1,0 +1,52 @@
+"""What a storage holds, in numbers, told without loading any model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from compllm_rag.catalog.accounts import Accounts
+from compllm_rag.catalog.catalog import Catalog
+from compllm_rag.catalog.kv import KeyValues
+from compllm_rag.catalog.pending import PendingChunks
+from compllm_rag.storage.manifest import CONCEPTS, META_KEY, Manifest, require_storage
+from compllm_rag.store import DiskStore
+from compllm_rag.store.base import StoreStats
+
+
+def storage_stats(folder: Path) -> dict[str, Any]:
+    """What a storage holds, told without loading any model; the fields of `stats --json` (docs/results.md).
+
+    Raises:
+        StorageNotFoundError: There is no storage here.
+        UnsupportedFormatError, CorruptRecordError: The storage is damaged or too new.
+    """
+    require_storage(folder)
+    with Catalog.open(folder, read_only=True) as catalog:
+        manifest, values = Manifest.parse(catalog.get_meta(META_KEY)), KeyValues(catalog)
+        with DiskStore(folder / CONCEPTS, hidden_size=manifest.hidden_size, read_only=True) as store:
+            return stats_fields(Accounts(values), len(PendingChunks(values)), store.stats(), manifest)
+
+
+def stats_fields(accounts: Accounts, pending: int, stored: StoreStats, manifest: Manifest) -> dict[str, Any]:
+    """Counts, rates and identities as plain values."""
+    documents, total = accounts.total()
+    return {
+        "documents": documents,
+        "chunks": total.chunks,
+        "segments": total.segments,
+        "unique_segments": stored.records,
+        "source_tokens": total.source_tokens,
+        "concepts": total.concepts,
+        "achieved_rate": total.source_tokens / total.concepts if total.concepts else None,
+        "concept_bytes": stored.payload_bytes,
+        "encoding": stored.encoding,
+        "bytes_per_source_token": stored.payload_bytes / total.source_tokens if total.source_tokens else None,
+        "fingerprint": manifest.fingerprint,
+        "llm": manifest.llm,
+        "embedder": manifest.embedder,
+        "rate": manifest.ingest.rate,
+        "chunk_size": manifest.ingest.chunk_size,
+        "namespace": manifest.ingest.namespace,
+        "metrics": accounts.measures.fields(total.chunks, pending),
+    }
