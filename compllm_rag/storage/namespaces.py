@@ -20,11 +20,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from compllm_rag.catalog.database import claimed
+from compllm_rag.catalog.faults import translated_errors
+from compllm_rag.catalog.generations import sync_folder
 from compllm_rag.config import IngestConfig, checked
 from compllm_rag.errors import CompLLMError, ConfigurationError, StorageNotFoundError
-from compllm_rag.catalog.faults import translated_errors
-from compllm_rag.catalog.database import claimed
-from compllm_rag.catalog.generations import sync_folder
 from compllm_rag.storage.manifest import CATALOG, CONCEPTS, read_manifest
 from compllm_rag.store.lock import WriterLock
 

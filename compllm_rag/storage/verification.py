@@ -5,31 +5,27 @@ No model is loaded and nothing is written, so a storage on a read-only medium ca
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from compllm_rag.errors import CompLLMError, CorruptRecordError, StorageNotFoundError, UnsupportedFormatError
 from compllm_rag.catalog import rows as node_rows
-from compllm_rag.storage.adapter_files import FILES_KEY, damaged_adapters
-from compllm_rag.catalog.pending import pending_keys
 from compllm_rag.catalog.database import connected, has_tables, read_state
 from compllm_rag.catalog.generations import GenerationFiles
-from compllm_rag.storage.manifest import CATALOG, CONCEPTS, META_KEY, Manifest, refuse_newer, require_storage
+from compllm_rag.catalog.pending import pending_keys
 from compllm_rag.catalog.references import count_keys, is_counted, referred_keys
+from compllm_rag.errors import CompLLMError, CorruptRecordError, UnsupportedFormatError
+from compllm_rag.storage.adapter_files import FILES_KEY, damaged_adapters
+from compllm_rag.storage.manifest import CATALOG, CONCEPTS, META_KEY, Manifest, refuse_newer, require_storage
+from compllm_rag.storage.stores import open_store
 from compllm_rag.store.base import ConceptStore
-from compllm_rag.store.disk import DiskStore
 from compllm_rag.store.verification import StoreCheck
-
-
-from dataclasses import asdict, dataclass, field
-from typing import Any
-
 
 _SHOWN = 100  # a lost pack damages a million records in one way
 
@@ -241,13 +237,7 @@ def _check_concepts(
 ) -> None:
     made.segments = count_keys(connection)
     try:
-        with DiskStore(
-            folder / CONCEPTS,
-            hidden_size=manifest.hidden_size,
-            read_only=True,
-            encoding=manifest.ingest.encoding,
-            counted=False,
-        ) as store:
+        with open_store(manifest, folder / CONCEPTS, read_only=True, counted=False) as store:
             check: StoreCheck = store.verify(deep=made.deep, progress=progress)
             made.records, made.pack_bytes, made.dead_bytes = check.sound.records, check.pack_bytes, check.dead_bytes
             for damage in check.damage:

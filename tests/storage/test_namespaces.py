@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from compllm_rag import Compressor, ConceptIndex
 from compllm_rag.cli.main import app
 from compllm_rag.errors import CompLLMError, ConfigurationError, StorageNotFoundError, StoreLockedError
-from compllm_rag.storage.namespaces import delete_namespace, list_namespaces, namespace_folder
 from compllm_rag.llamaindex.opening import create_index
 from compllm_rag.storage.compaction import compact_storage
+from compllm_rag.storage.namespaces import delete_namespace, list_namespaces, namespace_folder
 from tests.faults.fault_samples import QUESTION, check_whole, create, documents, load, run, sound, texts
 from toy_embedder import HashEmbedder
 
@@ -129,9 +129,8 @@ def test_compaction_of_the_folder_leaves_the_others(tmp_path: Path, compressor: 
 
 def test_a_storage_of_before_keeps_its_name(tmp_path: Path, compressor: Compressor) -> None:
     path = tmp_path / "s"
-    with create_index(
-        ConceptIndex, path, compressor=compressor, embedder=HashEmbedder(), chunk_size=60, namespace="old"
-    ) as index:
+    parts = create_index(path, compressor=compressor, embedder=HashEmbedder(), chunk_size=60, namespace="old")
+    with ConceptIndex.of(parts) as index:
         index.ingest(documents())
     for name in (None, "old"):
         with load(path, compressor, namespace=name) as index:

@@ -17,10 +17,10 @@ from compllm_rag.cli.main import app
 from compllm_rag.errors import ConfigurationError, StorageMismatchError
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.repair import repair_storage
-from compllm_rag.storage.stats import storage_stats
-from compllm_rag.storage.compaction import compact_storage
-from compllm_rag.storage.verification import verify_storage
 from compllm_rag.models.llm import TargetLLM
+from compllm_rag.storage.compaction import compact_storage
+from compllm_rag.storage.stats import storage_stats
+from compllm_rag.storage.verification import verify_storage
 from toy_embedder import HashEmbedder, save_sentence_transformer
 from trained import trained
 
