@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
+import random
 import shlex
 import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,17 +26,97 @@ import torch
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.compression.loading import load_compressor_for
 from compllm_rag.config import DEFAULT_LLM
+from compllm_rag.errors import ConfigurationError
+from compllm_rag.evaluation.journal import Journal
+from compllm_rag.library import ConceptLibrary
+from compllm_rag.store import DiskStore
 
+Record = dict[str, Any]
 _PACKAGES = ("compllm-rag", "torch", "transformers", "llama-index-core", "faiss-cpu", "diskcache")
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """Options every benchmark has."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "llm": {"default": DEFAULT_LLM, "help": "alias, folder or org/name@revision"},
+    "repeats": {"type": int, "default": 5, "help": "timed rounds; medians are reported"},
+    "texts": {"type": Path, "help": "folder of .md or .txt to run on (default: the sample corpus)"},
+    "data-dir": {"type": Path, "help": "folder of evaluation sets and plain texts"},
+    "limit": {"type": int, "help": "questions, the first of a seeded order"},
+    "rate": {"type": float, "default": 2.0, "help": "source tokens per concept"},
+    "rates": {"type": float, "nargs": "+", "default": [2.0, 4.0], "help": "source tokens per concept"},
+    "reader": {"default": "auto", "help": "folder of a reader, auto or none"},
+    "compressor": {"default": "auto", "help": "folder of a compressor, auto or none"},
+    "embedder": {"help": "retrieval embedder; default: the embedded one"},
+    "batch-size": {"type": int, "default": 16, "help": "questions of a batch"},
+}
+
+
+def parser(name: str, description: str | None, shared: str, **defaults: Any) -> argparse.ArgumentParser:
+    """Options of a benchmark: `--json`, and those that several have.
+
+    Args:
+        name: The benchmark's.
+        description: Its module's docstring.
+        shared: Names of `_OPTIONS`.
+        defaults: Of these options, where they differ from those there.
+    """
+    made = argparse.ArgumentParser(
+        f"compllm-rag bench {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("--json", type=Path, help="write the result there")
-    made.add_argument("--llm", default=DEFAULT_LLM, help="alias, folder or org/name@revision")
-    made.add_argument("--repeats", type=int, default=5, help="timed rounds; medians are reported")
-    made.add_argument("--texts", type=Path, help="folder of .md or .txt to run on (default: the sample corpus)")
+    for option in shared.split():
+        made.add_argument(f"--{option}", **_OPTIONS[option])
+    made.set_defaults(**defaults)
+    return made
+
+
+def parsed(options: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options given, None being those of the process, and as `command` what to type to measure it again."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = options.parse_args(words)
+    if "--json" in words:  # where the result was written is nobody's business
+        at = words.index("--json")
+        del words[at : at + 2]
+    args.command = shlex.join([*options.prog.split(), *words])
+    return args
+
+
+def record_of(args: argparse.Namespace, result: Mapping[str, Any]) -> Record:
+    """A result with the command and the machine it was measured by."""
+    return {"command": args.command, "environment": environment(), **result}
+
+
+def written(args: argparse.Namespace, result: Mapping[str, Any]) -> Record:
+    """The record of a result, in a file too where asked."""
+    record = record_of(args, result)
+    if args.json is not None:
+        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return record
+
+
+def journal_of(path: Path | None, run: Mapping[str, Any]) -> Journal:
+    """The journal of a run, beside its JSON file (NAME.records.jsonl).
+
+    Raises:
+        ConfigurationError: The file there is of another run.
+    """
+    return Journal(path.with_suffix(".records.jsonl") if path else None, run)
+
+
+def part(journal: Journal, name: str, make: Callable[[], Any], **what: Any) -> Any:
+    """A part of a run: made now, or before if the journal has it.
+
+    Args:
+        journal: Of the run.
+        name: Of the part.
+        make: Makes it, as JSON can hold it.
+        what: What it depends on besides the run.
+    """
+    found = journal.get({"part": name, **what})
+    if found is not None:
+        progress(f"{name}: done before")
+        return found
+    made = json.loads(json.dumps(make()))  # the same whether it was made now or before
+    journal.put({"part": name, **what}, made)
     return made
 
 
@@ -45,15 +129,62 @@ def texts(folder: Path | None) -> list[str]:
     return [path.read_text(encoding="utf-8") for path in sorted(source.iterdir()) if path.suffix in (".md", ".txt")]
 
 
+def chunks_of(compressor: Compressor, sources: list[str], n_tokens: int) -> list[str]:
+    """Chunks of the texts, about `n_tokens` in all."""
+    # Here, because it wants LlamaIndex; some benchmarks run without it.
+    from compllm_rag.llamaindex.node_parser import chunk_texts
+
+    out: list[str] = []
+    total = 0
+    for source in itertools.cycle(sources):
+        for text, _, _ in chunk_texts(compressor.segmenter.tokenize(source), 200):
+            if total >= n_tokens:
+                return out
+            out.append(text)
+            total += len(compressor.segmenter.tokenize(text).ids)
+    return out
+
+
+def compressed(compressor: Compressor, chunks: list[str], rate: float) -> float:
+    """Compress chunks into a new store on disk, down to the disk; bytes of concepts per source token."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        DiskStore(Path(folder) / "concepts", hidden_size=compressor.hidden_size) as store,
+    ):
+        report = ConceptLibrary(compressor, store, rate=rate).ensure(chunks)
+        store.flush()
+        return store.stats().payload_bytes / report.source_tokens
+
+
+def input_compressor(llm: str, **options: Any) -> Compressor:
+    """The LLM's compressor of concepts at the input embeddings; options as of `load_compressor_for`.
+
+    Raises:
+        ConfigurationError: The folder named holds another.
+    """
+    made = load_compressor_for(llm, codec="input", **options)
+    if not isinstance(made, Compressor):
+        raise ConfigurationError(
+            "this benchmark measures concepts at the input embeddings", got="deep concepts", next_step="name another"
+        )
+    return made
+
+
 def trained_like(llm: str) -> Compressor:
     """The LLM's compressor; an untrained head is filled with small noise so that nothing can be skipped."""
-    compressor = load_compressor_for(llm)
+    compressor = input_compressor(llm)
     if not bool(compressor.head.weight.any()):
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             noise = torch.randn(compressor.head.weight.shape, generator=generator) * 1e-3
             compressor.head.weight.copy_(noise)
     return compressor
+
+
+def compressor_of(args: argparse.Namespace) -> Compressor:
+    """The compressor and reader that the options name."""
+    reader, compressor = (None if word == "none" else word for word in (args.reader, args.compressor))
+    return input_compressor(args.llm, reader=reader, compressor=compressor)
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -65,14 +196,21 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def in_turns(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Time several calls in turns, after one round that is not counted: a noisy machine then bothers all alike."""
+def in_turns(
+    calls: Mapping[str, Callable[[], object]], repeats: int, *, new_order: bool = False
+) -> dict[str, list[float]]:
+    """Time several calls in turns, after one round that is not counted: a noisy machine then bothers all alike.
+
+    Args:
+        calls: By name.
+        repeats: Rounds that count.
+        new_order: In every round.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(repeats + 1):
-        for name, call in calls.items():
-            took = timed(call)
-            if round_:
-                seconds[name].append(took)
+        for name in random.Random(round_).sample(list(calls), len(calls)) if new_order else calls:
+            took = timed(calls[name])
+            seconds[name] += [took] if round_ else []
         progress(f"round {round_} of {repeats}: " + ", ".join(f"{n} {s[-1]:.2f} s" for n, s in seconds.items() if s))
     return seconds
 
@@ -88,13 +226,18 @@ def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def write(result: dict[str, Any], path: Path | None) -> None:
-    """Print the result and write it where asked, with what it was measured on."""
-    record = {"command": command(sys.argv), "environment": environment(), **result}
-    text = json.dumps(record, indent=1)
-    print(text)
-    if path is not None:
-        path.write_text(text + "\n", encoding="utf-8")
+class Tenths:
+    """Progress of an evaluation: a line whenever a setting begins and a tenth of it is done."""
+
+    def __init__(self) -> None:
+        self._last = ("", -1)
+
+    def __call__(self, message: str, share: float | None) -> None:
+        """Take the message and the share that is done."""
+        now = (message.split(",")[0], int(10 * (share or 0)))
+        if now != self._last:
+            self._last = now
+            progress(f"{message}, {10 * now[1]} %")
 
 
 def environment() -> dict[str, Any]:
@@ -114,17 +257,15 @@ def environment() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES if _installed(name)},
+        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
         "commit": commit,
     }
 
 
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+def _version(name: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(name)
+    return None
 
 
 def reworded(sources: Sequence[str], copies: int = 10_000) -> Iterator[str]:
@@ -136,12 +277,3 @@ def reworded(sources: Sequence[str], copies: int = 10_000) -> Iterator[str]:
         for text in sources:
             words = text.split(" ")
             yield " ".join(f"{word}{copy}" if copy and at % 7 == 3 else word for at, word in enumerate(words))
-
-
-def command(argv: Sequence[str]) -> str:
-    """What to type to measure it again; where the result was written is nobody's business."""
-    words = list(argv[1:])
-    if "--json" in words:
-        at = words.index("--json")
-        del words[at : at + 2]
-    return shlex.join(["python", "-m", f"benchmarks.{Path(argv[0]).stem}", *words])

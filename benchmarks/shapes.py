@@ -1,7 +1,7 @@
 """LLMs of a known shape with random weights: speed does not depend on the values, and no download is needed.
 
 The fields that decide the speed are those of the published configurations, but for the window: it is 262,144 positions
-in all, so that 128k tokens of text and the markers between passages fit. The `tiny` ones are for trying the path.
+in all, so that 128k tokens of text and the markers between passages fit. `tiny` is for trying the path.
 """
 
 from __future__ import annotations
@@ -18,31 +18,19 @@ from compllm_rag.errors import ConfigurationError
 from compllm_rag.models import resolve_model
 from compllm_rag.models.llm import TargetLLM
 
+_SIZES = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+_SIZES += ["head_dim", "vocab_size", "max_position_embeddings"]
 # From the configuration files of Qwen/Qwen3-4B-Instruct-2507 and google/gemma-3-4b-pt (its text part).
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-4b": {
         "model_type": "qwen3",
-        "hidden_size": 2560,
-        "intermediate_size": 9728,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "max_position_embeddings": 262144,
+        **dict(zip(_SIZES, (2560, 9728, 36, 32, 8, 128, 151936, 262144), strict=True)),
         "rope_parameters": {"rope_type": "default", "rope_theta": 5_000_000.0},
         "tie_word_embeddings": True,
     },
     "gemma3-4b": {
         "model_type": "gemma3_text",
-        "hidden_size": 2560,
-        "intermediate_size": 10240,
-        "num_hidden_layers": 34,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "vocab_size": 262208,
-        "max_position_embeddings": 262144,
+        **dict(zip(_SIZES, (2560, 10240, 34, 8, 4, 256, 262208, 262144), strict=True)),
         "sliding_window": 1024,
         # Five layers with a window, then one without.
         "layer_types": ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(34)],
@@ -53,27 +41,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "tiny": {
         "model_type": "qwen3",
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "vocab_size": 65536,
-        "max_position_embeddings": 262144,
+        **dict(zip(_SIZES, (32, 64, 3, 4, 2, 8, 65536, 262144), strict=True)),
         "tie_word_embeddings": True,
-    },
-    "tiny-windowed": {
-        "model_type": "gemma3_text",
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "vocab_size": 65536,
-        "max_position_embeddings": 131072,
-        "sliding_window": 64,
     },
 }
 # Those that compute only the positions inside a window; sdpa computes all of them and masks, which would flatter

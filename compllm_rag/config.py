@@ -75,7 +75,9 @@ class CompressorConfig(Frozen):
     )
     lora_rank: int = Field(default=0, ge=0, description="rank of the LoRA that writes concepts; 0: no LoRA")
     lora_alpha: int = Field(default=0, ge=0)
-    lora_modules: tuple[str, ...] = ()
+    lora_modules: tuple[str, ...] = Field(
+        default=(), description="linear layers that LoRA changes, by the end of their names"
+    )
     entry_layer: int = Field(
         default=0, ge=0, description="L, the layer at which concepts enter; 0: the input embeddings (CompLLM)"
     )

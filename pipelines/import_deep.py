@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -58,7 +59,7 @@ def main() -> None:
 
     llm = TargetLLM.from_pretrained(args.llm, reader=args.reader or shipped_adapter(args.llm, "reader"))
     write, read = lora_states(load_file(args.weights), args.entry_layer)
-    settings = {}
+    settings: dict[str, Any] = {}
     for prefix, half in (("lora", write), ("read", read)):
         ranks = {tensor.shape[0] for name, tensor in half.items() if ".lora_A." in name}
         if ranks:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import importlib
 import io
 import json
-import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr
 from pathlib import Path
 
+import benchmarks
 import toy
 import toy_embedder
 
@@ -44,14 +43,12 @@ def reconstructed(folder: Path) -> Path:
 
 def run(name: str, out: Path, *words: object) -> tuple[dict, str]:
     """What a benchmark writes, and its progress; in this process, because starting one takes longer than the run."""
-    told, given = io.StringIO(), sys.argv
-    sys.argv = [f"benchmarks/{name}.py", "--json", str(out), *map(str, words)]
-    try:
-        with redirect_stderr(told), redirect_stdout(io.StringIO()):
-            importlib.import_module(f"benchmarks.{name}").main()
-    finally:
-        sys.argv = given
-    return json.loads(out.read_text()), told.getvalue()
+    told = io.StringIO()
+    with redirect_stderr(told):
+        record = benchmarks.benchmark(name).main(["--json", str(out), *map(str, words)])
+    made: dict = json.loads(out.read_text())
+    assert json.loads(json.dumps(record)) == made
+    return made, told.getvalue()
 
 
 def options(data: Path, toy_folder: Path) -> list[object]:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
-import json
-import runpy
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +23,8 @@ BENCHMARKS = {
     "loft": "Retrieval and answers over a LOFT corpus.",
     "rivals": "Other ways to fill as many positions, on the same passages.",
     "domains": "What is lost in other kinds of text.",
+    "anchors": "Which tokens concepts should start from; needs the training data.",
+    "ablations": "What each choice in the compressor brings; trains small ones.",
     "quality": "Text, concepts, pruning and nothing on probes, with --data-dir on evaluation sets.",
     "store_read": "Concepts from disk to tensor, against a flat file and other stores.",
     "storage_size": "Bytes per source token of storages, vectors, text and KV cache.",
@@ -52,47 +50,24 @@ def bench(
 
     Example: compllm-rag bench ttft --llm my-model --json ttft.json
     """
-    folder = _folder()
-    there = {known: what for known, what in BENCHMARKS.items() if (folder / "benchmarks" / f"{known}.py").exists()}
     if name is None or name.startswith("-"):
         typer.echo("Usage: compllm-rag bench NAME [OPTIONS], with a NAME of:\n")
-        for known, what in there.items():
+        for known, what in BENCHMARKS.items():
             typer.echo(f"  {known:<16} {what}")
         typer.echo("\n`compllm-rag bench NAME --help` tells the options of one. Results go to --json FILE.")
         return
-    if name not in there:
+    if name not in BENCHMARKS:
         raise ConfigurationError(
             "benchmark unknown",
             got=name,
-            expected=f"one of {', '.join(there)}",
+            expected=f"one of {', '.join(BENCHMARKS)}",
             next_step="compllm-rag bench",
         )
-    sys.path.insert(0, str(folder))
-    printed = _run(name, [str(folder / "benchmarks" / f"{name}.py"), *context.args])
-    typer.echo(_shown(name, printed), nl=False)
-
-
-def _folder() -> Path:
-    """The folder to import `benchmarks` from: that of the checkout, or inside this package where it was installed."""
-    here = Path(__file__).parents[1]
-    for folder in (here / "_bench", here.parent):
-        if (folder / "benchmarks" / "common.py").exists():
-            return folder
-    raise ConfigurationError(
-        "benchmarks are not there",
-        got=str(here),
-        expected="the package as installed, or a checkout of it",
-        next_step="pip install --force-reinstall compllm-rag",
-    )
-
-
-def _run(name: str, words: list[str]) -> str:
-    """Run a benchmark as a program; what it prints is JSON for programs, people get `_shown`."""
-    printed = io.StringIO()
-    before, sys.argv = sys.argv, words
+    sys.path.insert(0, str(_folder()))
+    benchmarks = importlib.import_module("benchmarks")
     try:
-        with contextlib.redirect_stdout(printed):
-            runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+        record = benchmarks.benchmark(name).main(context.args)
+        lines = benchmarks.page(name).tables(record)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith(("benchmarks", "compllm_rag")):
             raise
@@ -102,24 +77,27 @@ def _run(name: str, words: list[str]) -> str:
             expected=f"what `bench {name}` needs",
             next_step="pip install 'compllm-rag[train]'",
         ) from error
-    finally:
-        sys.argv = before
-        if "-h" in words or "--help" in words:
-            typer.echo(printed.getvalue().replace(f"{name}.py", f"compllm-rag bench {name}", 1), nl=False)
-    return printed.getvalue()
+    _show(lines)
 
 
-def _shown(name: str, printed: str) -> str:
-    """The record as tables; as it was printed where there are none for it."""
+def _folder() -> Path:
+    """The folder to import `benchmarks` from: that of the checkout, or inside this package where it was installed."""
+    package = Path(__file__).parents[1]
+    for folder in (package / "_bench", package.parent):
+        if (folder / "benchmarks" / "common.py").exists():
+            return folder
+    raise ConfigurationError(
+        "benchmarks are not there",
+        got=str(package),
+        expected="the package as installed, or a checkout of it",
+        next_step="pip install --force-reinstall compllm-rag",
+    )
+
+
+def _show(lines: list[str]) -> None:
+    """Print a page's tables; its pictures are for docs/."""
     from rich.console import Console
     from rich.markdown import Markdown
 
-    if not printed.strip():
-        return ""
-    text: str = importlib.import_module("benchmarks.summary").summary(name, json.loads(printed))
-    if not text:
-        return printed
-    shown = io.StringIO()
-    width = Console().width if sys.stdout.isatty() else 120
-    Console(file=shown, width=width).print(Markdown(text))
-    return shown.getvalue()
+    text = "\n".join(line for line in lines if not line.startswith("!["))
+    Console(width=None if sys.stdout.isatty() else 120).print(Markdown(text))

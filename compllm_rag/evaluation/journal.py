@@ -12,6 +12,7 @@ from typing import Any
 from compllm_rag.errors import ConfigurationError
 
 _START = b'{"key": "'  # of every line
+_RUN = "run"  # key of the line that says which run a file is of
 
 
 class Journal:
@@ -19,17 +20,24 @@ class Journal:
 
     Args:
         path: File of JSON lines, made when the first result comes. None keeps results in memory alone.
+        run: What all results of a run depend on, as JSON can hold it; it is the file's first line, so that a file of
+            another run is told from this one's. None: results of several runs may lie in one file.
 
     Raises:
-        ConfigurationError: The file is no journal; it is left as it is.
+        ConfigurationError: The file is no journal, or that of another run; it is left as it is.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, run: Mapping[str, Any] | None = None) -> None:
         self._path = path
-        self._known: dict[str, dict[str, Any]] = {}
+        self._known: dict[str, Any] = {}
         self._torn = False
-        if path is None or not path.exists():
-            return
+        if path is not None and path.exists():
+            self._read(path)
+        self._run = None if run is None or self._known else json.loads(json.dumps(run))
+        if run is not None and self._known and self._known.get(_RUN) != json.loads(json.dumps(run)):
+            raise _of_another_run(path, self._known.get(_RUN) or {}, run)
+
+    def _read(self, path: Path) -> None:
         lines = path.read_bytes().split(b"\n")
         last = lines.pop()  # a run was killed within its last line, else empty
         self._torn = bool(last)
@@ -42,11 +50,11 @@ class Journal:
         if not (last.startswith(_START) or _START.startswith(last)):
             raise _foreign(path, len(lines) + 1, last)
 
-    def get(self, what: Mapping[str, Any]) -> dict[str, Any] | None:
+    def get(self, what: Mapping[str, Any]) -> Any:
         """The result of what it depends on, None if it is not there."""
         return self._known.get(_key(what))
 
-    def put(self, what: Mapping[str, Any], result: dict[str, Any]) -> None:
+    def put(self, what: Mapping[str, Any], result: Any) -> None:
         """Keep a result, durable on return.
 
         Args:
@@ -54,6 +62,10 @@ class Journal:
             result: As JSON can hold it.
         """
         self._known[_key(what)] = result
+        lines = [{"key": _key(what), "result": result}]
+        if self._run is not None:
+            lines.insert(0, {"key": _RUN, "result": self._run})
+            self._run = None
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,9 +73,19 @@ class Journal:
             if self._torn:
                 file.truncate(self._path.read_bytes().rfind(b"\n") + 1)
                 self._torn = False
-            file.write(json.dumps({"key": _key(what), "result": result}).encode() + b"\n")
+            file.write("".join(f"{json.dumps(line)}\n" for line in lines).encode())
             file.flush()
             os.fsync(file.fileno())
+
+
+def _of_another_run(path: Path | None, there: Mapping[str, Any], run: Mapping[str, Any]) -> ConfigurationError:
+    other = sorted(name for name in there.keys() | run.keys() if there.get(name) != run.get(name))
+    return ConfigurationError(
+        f"{path} is of another run",
+        got=", ".join(f"{name} {there.get(name)!r}" for name in other),
+        expected=", ".join(f"{name} {run.get(name)!r}" for name in other),
+        next_step="name another file, or remove this one and start again",
+    )
 
 
 def _foreign(path: Path, number: int, line: bytes) -> ConfigurationError:

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.evaluation.questions import read_questions, read_rows
 from compllm_rag.evaluation.results import EvalConfig, EvalResult
 from compllm_rag.evaluation.runner import Progress, evaluate_many
@@ -62,7 +62,7 @@ def probe_file() -> Path:
 
 
 def run_probes(
-    compressor: Compressor,
+    compressor: ConceptCompressor,
     *,
     mode: str = "concepts",
     rate: float | None = 2.0,

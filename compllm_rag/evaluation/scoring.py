@@ -58,9 +58,9 @@ class ScoringGenerator(LocalGenerator):
         super().__init__(llm, config, halves=halves)
         self._kept: list[Prefilled] = []
 
-    def prefill(self, forward: Forward) -> torch.Tensor:
-        """See `LocalGenerator.prefill`."""
-        logits = super().prefill(forward)
+    def begin(self, forward: Forward) -> torch.Tensor:
+        """See `LocalGenerator.begin`."""
+        logits = super().begin(forward)
         self._kept = [Prefilled(forward.fork(), logits)]
         return logits
 
@@ -76,6 +76,6 @@ class ScoringGenerator(LocalGenerator):
         if answer:
             answers: list[str | None] = [made.text for made in self.generate(plans)]
         else:
-            self.prefill(self.lay_out(plans))
+            self.begin(self.lay_out(plans))
             answers = [None] * len(plans)
         return answers, self._kept.pop()

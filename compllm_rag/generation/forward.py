@@ -40,7 +40,7 @@ class WholeForward:
 
     def __init__(self, llm: TargetLLM, inputs: PromptInputs) -> None:
         self._llm, self._inputs = llm, inputs
-        self._cache: Any = None
+        self.cache: Any = None
         self._mask = inputs.attention_mask  # (batch, slots in the cache); None where nothing is padded
         # (batch, 1), position of the next token; None where positions are slots.
         self._at = None if inputs.position_ids is None else inputs.position_ids[:, -1:] + 1
@@ -50,12 +50,12 @@ class WholeForward:
         """Read the prompts; logits (batch, vocab_size) of the first new token of each."""
         from transformers import DynamicCache
 
-        self._cache = DynamicCache(config=self._llm.model.config)
+        self.cache = DynamicCache(config=self._llm.model.config)
         logits: torch.Tensor = self._llm.model(
             inputs_embeds=self._inputs.inputs_embeds,
             attention_mask=self._mask,
             position_ids=self._inputs.position_ids,
-            past_key_values=self._cache,
+            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
@@ -73,7 +73,7 @@ class WholeForward:
             input_ids=ids,
             attention_mask=self._mask,
             position_ids=positions,
-            past_key_values=self._cache,
+            past_key_values=self.cache,
             use_cache=True,
         ).logits
         return logits
@@ -81,7 +81,7 @@ class WholeForward:
     def fork(self) -> WholeForward:
         """The same prompts as they were read, to be gone on with in another way."""
         forked = copy.copy(self)
-        forked._cache = fork_cache(self._cache)
+        forked.cache = fork_cache(self.cache)
         return forked
 
 

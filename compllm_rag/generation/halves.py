@@ -107,7 +107,6 @@ class SplitForward:
         self._states = torch.cat(states) if states else None  # (concepts of all rows, hidden_size)
         self.lower_cache, self.upper_cache = halves.caches()
         self._low_seen, self._seen = self._low_mask, self._mask  # of all slots in the caches, as steps add to them
-        self._ends = [max(row, default=-1) + 1 for row in positions]
         self._at: torch.Tensor | None = None  # (batch, 1), position of the next token; None before the prefill
 
     def _checked(self, states: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from compllm_rag.generation.text import Detokenizer
 from compllm_rag.models.device_memory import room_for
 from compllm_rag.models.halves import Halves
 from compllm_rag.models.llm import TargetLLM
-from compllm_rag.prompt import PromptPlan, lay_out
+from compllm_rag.prompt import PromptInputs, PromptPlan, lay_out
 
 
 class LocalGenerator:
@@ -164,8 +164,17 @@ class LocalGenerator:
                 return SplitForward(self.halves, split_rows(plans))
             return WholeForward(self.llm, lay_out(plans, self.llm))
 
-    def prefill(self, forward: Forward) -> torch.Tensor:
-        """Read prompts that were laid out; logits (batch, vocab_size) of the first new token of each."""
+    def prefill(self, inputs: PromptInputs) -> tuple[torch.Tensor, Any]:
+        """One forward of the LLM as it is over prompts that were laid out.
+
+        Returns:
+            Logits (batch, vocab_size) of the first new token, and the KV cache.
+        """
+        forward = WholeForward(self.llm, inputs)
+        return forward.prefill(), forward.cache
+
+    def begin(self, forward: Forward) -> torch.Tensor:
+        """Read prompts; logits (batch, vocab_size) of the first new token of each."""
         return forward.prefill()
 
     def _tokens(self, forward: Forward, plans: Sequence[PromptPlan], limit: int) -> Iterator[list[int]]:
@@ -175,7 +184,7 @@ class LocalGenerator:
             DeviceMemoryError: There is no memory for the next step.
         """
         with self._room_for(plans):
-            logits = self.prefill(forward)  # (batch, vocab_size)
+            logits = self.begin(forward)  # (batch, vocab_size)
             for step in range(limit):
                 tokens = logits.argmax(-1).tolist()
                 yield tokens

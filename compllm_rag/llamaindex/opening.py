@@ -79,7 +79,7 @@ def create_index(
     llm: str | None = None,
     embedder: str | BaseEmbedding | None = None,
     reader: str | Path | None = AUTO,
-    compressor: str | Path | ConceptCompressor | None = AUTO,
+    compressor: str | Path | Compressor | DeepCompressor | None = AUTO,
     rate: float | None = None,
     chunk_size: int | None = None,
     namespace: str | None = None,

@@ -206,7 +206,7 @@ def _keep(tree: Any, decoder: Any, first: int, last: int) -> None:
         for name, value in list(vars(config).items()):
             # One entry a layer: `layer_types`, `no_rope_layers`, `layer_rope_theta` and their like.
             if isinstance(value, list | tuple) and len(value) == depth:
-                setattr(config, name, value)
+                setattr(config, name, value[first:last])
         if isinstance(getattr(config, "max_window_layers", None), int):
             config.max_window_layers = max(0, config.max_window_layers - first)
         config.num_hidden_layers = last - first

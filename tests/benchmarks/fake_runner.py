@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from benchmarks.baselines.protocol import serve
+from benchmarks.rivals.protocol import serve
 
 
 def lingua():

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import gzip
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import benchmarks
+import loft_corpus
 import toy
+from compllm_rag.errors import ConfigurationError
 from training_samples import write_world
 
 ROOT = Path(__file__).parents[2]
@@ -25,20 +29,18 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(name: str, out: Path, *options: str) -> dict:
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(out), "--repeats", "1", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == json.loads(out.read_text())
-    record = json.loads(done.stdout)
-    assert record["command"] == " ".join([f"python -m benchmarks.{name} --repeats 1", *options])
+def run(name: str, out: Path, *options: object) -> dict:
+    words = list(map(str, options))
+    record, _ = loft_corpus.run(name, out, *words)
+    assert record["command"] == shlex.join(["compllm-rag", "bench", name, *words])
     assert record["environment"]["versions"]["torch"]
+    assert "|---|" in "\n".join(benchmarks.page(name).tables(record))
     return record
 
 
 def test_ingest(tmp_path: Path, toy_folder: Path, texts: Path) -> None:
     record = run(
-        "ingest", tmp_path / "o.json", "--llm", str(toy_folder), "--texts", str(texts), "--sizes", "300", "600"
+        "ingest", tmp_path / "o.json", "--llm", toy_folder, "--texts", texts, "--sizes", 300, 600, "--repeats", 1
     )
     assert list(record["sizes"]) == ["300", "600"]
     for size, row in record["sizes"].items():
@@ -49,7 +51,7 @@ def test_ingest(tmp_path: Path, toy_folder: Path, texts: Path) -> None:
 
 def test_query(tmp_path: Path, toy_folder: Path, texts: Path) -> None:
     record = run(
-        "query", tmp_path / "o.json", "--llm", str(toy_folder), "--texts", str(texts), "--lengths", "300", "700"
+        "query", tmp_path / "o.json", "--llm", toy_folder, "--texts", texts, "--lengths", 300, 700, "--repeats", 1
     )
     for context in record["contexts"].values():
         text, two, four = (context[k] for k in ("text", "concepts at rate 2", "concepts at rate 4"))
@@ -60,12 +62,12 @@ def test_query(tmp_path: Path, toy_folder: Path, texts: Path) -> None:
 
 
 def test_startup(tmp_path: Path) -> None:
-    record = run("startup", tmp_path / "o.json")
+    record = run("startup", tmp_path / "o.json", "--repeats", 1)
     assert set(record["median_s"]) == {"empty process", "import compllm_rag", "compllm-rag --help"}
 
 
 def test_store_read(tmp_path: Path) -> None:
-    sizes = ["--concepts", "300", "--width", "65", "--small-width", "33", "--small-chunks", "12"]
+    sizes = ["--concepts", "300", "--width", "65", "--small-width", "33", "--small-chunks", "12", "--repeats", "1"]
     record = run("store_read", tmp_path / "o.json", *sizes)
     assert record["bytes"] == 2 * 65 * record["concepts"] and 300 <= record["concepts"] < 420
     for state in ("warm", "cold"):
@@ -96,19 +98,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_quality_and_its_report(tmp_path: Path, toy_folder: Path, world: Path) -> None:
     out = tmp_path / "results" / "quality"
-    words = [sys.executable, "-m", "benchmarks.quality", "--llm", toy_folder, "--data-dir", world, "--out", out]
+    words = ["--llm", toy_folder, "--data-dir", world, "--out", out]
     words += ["--sets", "squad", "race", "probes", "--limit", "5", "--rates", "2", "4"]
-    command = list(map(str, words))
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    record, _ = loft_corpus.run("quality", tmp_path / "all.json", *words)
     squad = json.loads((out / "squad.json").read_text())
     assert [(r["mode"], r["rate"]) for r in squad["results"]] == [
         ("text", None), ("concepts", 2.0), ("concepts", 4.0), ("pruned", 2.0), ("pruned", 4.0), ("none", None)
     ]  # fmt: skip
     race = json.loads((out / "race.json").read_text())["results"][0]
     assert race["f1"] is None and race["accuracy"] is not None
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert again.stderr.count("done before") == 3
+    again, told = loft_corpus.run("quality", tmp_path / "all.json", *words)
+    assert told.count("done before") == 3 and again == record and again["squad"] == squad
     subprocess.run(
         [sys.executable, "-m", "benchmarks.report", "--results", tmp_path / "results", "--docs", tmp_path / "docs"],
         cwd=ROOT, check=True, timeout=300,
@@ -127,16 +127,7 @@ def test_storage_and_its_page(tmp_path: Path, toy_folder: Path, texts: Path, wor
     results = tmp_path / "results"
     results.mkdir()
     llm = ["--llm", str(toy_folder)]
-    sizes = run(
-        "storage_size",
-        results / "storage_size.json",
-        "--texts",
-        str(texts),
-        "--llms",
-        str(toy_folder),
-        "--lengths",
-        "50",
-    )
+    sizes = run("storage_size", results / "storage_size.json", "--texts", texts, "--llms", toy_folder, "--lengths", 50)
     found = sizes["llms"][toy_folder.name]
     assert found["cache"]["per_token"] == {"50": 2 * 2 * 2 * 8 * 2}
     for row in found["rates"].values():
@@ -169,17 +160,19 @@ def test_committed_pages_are_what_committed_results_give() -> None:
 def test_ablations(tmp_path: Path, toy_folder: Path, world: Path) -> None:
     chosen = ["--choices", "as shipped: anchors, KL, 12 layers", "reader trained along", "paper's queries: EOS"]
     options = ["--llm", toy_folder, "--data-dir", world, "--out", tmp_path / "runs", "--steps", "2", "--batch", "2"]
-    words = [sys.executable, "-m", "benchmarks.ablations", "--json", tmp_path / "o.json", *options]
-    words += ["--max-context", "80", "--validation", "2", *chosen]
-    subprocess.run(list(map(str, words)), cwd=ROOT, check=True, capture_output=True, timeout=300)
-    pruning, *rows = json.loads((tmp_path / "o.json").read_text())["rows"]
+    record = run("ablations", tmp_path / "o.json", *options, "--max-context", 80, "--validation", 2, *chosen)
+    pruning, *rows = record["rows"]
     assert pruning["steps"] == 0 and [row["steps"] for row in rows] == [2, 2, 2]
     assert len({row["nll_concepts@2"] for row in rows}) == 3
+    again, told = loft_corpus.run(
+        "ablations", tmp_path / "o.json", *map(str, options), "--max-context", 80, "--validation", 2, *chosen
+    )
+    assert again["rows"] == record["rows"] and told.count("done before") == 3
+    with pytest.raises(ConfigurationError, match="is of another run: got max_context 80, steps 2"):
+        loft_corpus.run("ablations", tmp_path / "o.json", *map(str, options), "--steps", 3)
 
 
 def test_anchors(tmp_path: Path, toy_folder: Path, world: Path) -> None:
     options = ["--llm", toy_folder, "--data-dir", world, "--groups", "2", "--rates", "2"]
-    words = [sys.executable, "-m", "benchmarks.anchors", "--json", tmp_path / "o.json", *options]
-    subprocess.run(list(map(str, words)), cwd=ROOT, check=True, capture_output=True, timeout=300)
-    rows = json.loads((tmp_path / "o.json").read_text())["rows"]
+    rows = run("anchors", tmp_path / "o.json", *options)["rows"]
     assert len({row["nll_text"] for row in rows}) == 1 and len({row["nll_pruned@2"] for row in rows}) > 1

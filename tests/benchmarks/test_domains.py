@@ -5,18 +5,17 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 
 import toy
-from benchmarks import domains
-from benchmarks.domain_texts import DOMAINS, pieces, questions_of, texts_of
-from benchmarks.pages import domains as page
+from benchmarks.quality import domains_page as page
+from benchmarks.quality.domain_texts import DOMAINS, pieces, questions_of, texts_of
 from compllm_rag.compression.compressor import Compressor
-from compllm_rag.errors import DataFileError
+from compllm_rag.errors import ConfigurationError, DataFileError
 from compllm_rag.training.material import Material
+from loft_corpus import run
 
 TEXT = " ".join(toy.TEXT.split())
 
@@ -75,30 +74,16 @@ def test_questions_are_of_passages_that_fit(tmp_path: Path, compressor: Compress
     assert found == questions_of(path, 4, compressor, 100)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """What a run said on its way."""
-    monkeypatch.setattr(sys, "argv", ["benchmarks/domains.py", *map(str, words)])
-    domains.main()
-    return str(capsys.readouterr().err)
-
-
-def test_it_runs_resumes_and_has_its_section(
-    tmp_path: Path,
-    toy_folder: Path,
-    compressor: Compressor,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_it_runs_resumes_and_has_its_section(tmp_path: Path, toy_folder: Path, compressor: Compressor) -> None:
     qas = [{"id": "q", "question": "Who?", "answers": ["Ada"]}]
     write(tmp_path / DOMAINS["squad"].file, [{"context": f"{n} {TEXT[:400]}", "qas": qas} for n in range(3)])
     documentation(tmp_path, compressor)
     out = tmp_path / "domains.json"
-    words = ["--json", out, "--llm", toy_folder, "--data-dir", tmp_path, "--context", 60, "--length", 8]
+    words = ["--llm", toy_folder, "--data-dir", tmp_path, "--context", 60, "--length", 8]
     words += ["--rates", 2, "--limit", 2, "--domains", "squad"]
-    assert "squad: 2 passages of 2 texts" in run(monkeypatch, capsys, *words)
-    again = run(monkeypatch, capsys, *words, "code")
+    assert "squad: 2 passages of 2 texts" in run("domains", out, *words)[1]
+    record, again = run("domains", out, *words, "code")
     assert "squad: done before" in again and "code: 2 passages of 2 texts" in again
-    record = json.loads(out.read_text())
     squad, code = record["domains"]["squad"], record["domains"]["code"]
     assert squad["answers"]["n"] == 3 and code["answers"] is None
     assert "SQuAD train" in squad["in_training_mix"] and "holds out" in code["held_out"]
@@ -110,10 +95,11 @@ def test_it_runs_resumes_and_has_its_section(
         for row in rows:
             assert math.isclose(row["perplexity"], math.exp(row["nll"]))
             assert row["perplexity_interval"][0] <= row["perplexity"] <= row["perplexity_interval"][1]
-    made = page.section(tmp_path, tmp_path)
-    assert made is not None and "| text | – |" in made and "for the gold answers of questions" in made
+    made = "\n".join(page.tables(record))
+    assert "| text | – |" in made and "for the gold answers of questions" in made
     assert f"| {squad['answers']['rows'][3]['nll']:.2f} [" in made and "2 texts: copying and continuing" in made
-    assert (tmp_path / "domains.png").read_bytes()[:4] == b"\x89PNG"
-    assert page.section(tmp_path / "nothing", tmp_path) is None
+    assert len(page.plot(record).axes) == 2
+    with pytest.raises(ConfigurationError, match=r"domains.records.jsonl is of another run: got length 8"):
+        run("domains", out, *words, "--length", 9)
     with pytest.raises(DataFileError, match="no text is long enough"):
-        run(monkeypatch, capsys, *words[:-6], "--context", 900, "--length", 900, "--domains", "squad")
+        run("domains", tmp_path / "long.json", *words[:4], "--context", 900, "--length", 900, "--domains", "squad")

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import toy
-from benchmarks.edits import KINDS, REVISIONS, edited, revisions, sentences, synthetic
+from benchmarks.ingest.edits import KINDS, REVISIONS, edited, plot, revisions, sentences, synthetic, tables
+from loft_corpus import run
 from toy_embedder import save_sentence_transformer
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("text", [toy.TEXT, synthetic(4), revisions(REVISIONS)[0][1]])
@@ -43,11 +39,7 @@ def test_the_benchmark(tmp_path: Path, toy_folder: Path) -> None:
         (folder / f"{number}.md").write_text(synthetic(6, seed=number) + toy.TEXT, encoding="utf-8")
     embedder = save_sentence_transformer(tmp_path / "embedder", toy.TEXT)
     words = ["--llm", toy_folder, "--embedder", embedder, "--texts", folder, "--repeats", "2"]
-    words += ["--synthetic", "12", "--revisions", "3", "--plot", tmp_path / "r.png", "--json", out]
-    command = [sys.executable, "-m", "benchmarks.edits", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    record = json.loads(out.read_text())
+    record, _ = run("edits", out, *words, "--synthetic", "12", "--revisions", "3")
     assert len(record["texts"]) == 5
     for row in record["texts"].values():
         assert [edit["kind"] for edit in row["edits"]] == [kind for kind in KINDS for _ in range(2)]
@@ -59,4 +51,5 @@ def test_the_benchmark(tmp_path: Path, toy_folder: Path) -> None:
     for row in later:
         assert 0 < row["share_reused"] <= 1
         assert row["segments_compressed"] < row["segments"]
-    assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(plot(record).axes[0].patches) == 2
+    assert f"| synthetic | {record['texts']['synthetic']['source_tokens']:,} |" in "\n".join(tables(record))

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import pytest
 
 import toy
 import toy_embedder
-from benchmarks import ingest_scale
-from benchmarks.ingest_scale import documents, linearity, slices
-from benchmarks.ingest_sweeps import variant
-from benchmarks.pages import ingest as page
+from benchmarks.ingest import ingest_scale_page as page
+from benchmarks.ingest.ingest_scale import documents, linearity, slices
+from benchmarks.ingest.sweeps import variant
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.compression.segmentation import Segmenter
 from compllm_rag.config import CompressorConfig
+from loft_corpus import run
 
 
 def folder_of_texts(tmp_path: Path) -> Path:
@@ -60,18 +58,13 @@ def test_variants_keep_the_shipped_lora() -> None:
     assert any(name.startswith("lora.") for name in made.state())
 
 
-def test_it_runs_resumes_and_has_its_section(
-    tmp_path: Path, toy_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_runs_resumes_and_has_its_section(tmp_path: Path, toy_folder: Path) -> None:
     embedder = toy_embedder.save_sentence_transformer(tmp_path / "e", toy.TEXT)
     out = tmp_path / "ingest_scale.json"
-    words = ["--json", out, "--llm", toy_folder, "--embedder", embedder, "--texts", folder_of_texts(tmp_path)]
+    words = ["--llm", toy_folder, "--embedder", embedder, "--texts", folder_of_texts(tmp_path)]
     words += ["--total", 900, "--slice", 300, "--every", 2, "--layers", 1, 0, "--segments", 10, 20]
     words += ["--batches", 64, 128, "--sweep-tokens", 100, "--repeats", 1]
-    monkeypatch.setattr(sys, "argv", ["benchmarks/ingest_scale.py", *map(str, words)])
-    ingest_scale.main()
-    assert json.loads(out.read_text()) == json.loads(capsys.readouterr().out)
-    record = json.loads(out.read_text())
+    record, _ = run("ingest_scale", out, *words)
     growth = record["growth"]
     rows = growth["rows"]
     assert [row["fresh_tokens_per_s"] is not None for row in rows] == [True, False, True]
@@ -87,10 +80,8 @@ def test_it_runs_resumes_and_has_its_section(
     assert growth["bytes_per_token"]["disk"] > growth["bytes_per_token"]["concepts"]
     assert list(record["layers"]["rows"]) == ["1", "all"] and list(record["batches"]["rows"]) == ["64", "128"]
     assert list(record["segments"]["rows"]) == ["10", "20"] and record["texts"] == "texts given, reworded"
-    made = page.section(tmp_path, tmp_path)
-    assert made is not None and "| | all |" in made.replace("|  |", "| |") and "the FAISS index not counted" in made
-    assert (tmp_path / "ingest.png").read_bytes()[:4] == b"\x89PNG"
-    ingest_scale.main()
-    assert capsys.readouterr().err.count("done before") == 4
-    assert json.loads(out.read_text())["growth"] == growth
-    assert page.section(tmp_path / "texts", tmp_path) is None
+    made = "\n".join(page.tables(record))
+    assert "| | all |" in made.replace("|  |", "| |") and "the FAISS index not counted" in made
+    assert len(page.plot(record).axes) == 2
+    again, told = run("ingest_scale", out, *words)
+    assert told.count("done before") == 4 and again["growth"] == growth

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 import toy
-from benchmarks.loft import passages
-from benchmarks.loft_data import RECONSTRUCTED, LoftSet, Query, load
-from benchmarks.loft_in_context import in_context
-from benchmarks.loft_metrics import multi_value, parse_values, single_value
-from benchmarks.loft_prompts import ALL_OF_THEM, CorpusPrompt, examples
-from benchmarks.pages import loft as loft_page
+from benchmarks.loft import loft_page
+from benchmarks.loft.data import RECONSTRUCTED, LoftSet, Query, load
+from benchmarks.loft.in_context import in_context
+from benchmarks.loft.loft import passages
+from benchmarks.loft.metrics import multi_value, parse_values, single_value
+from benchmarks.loft.prompts import ALL_OF_THEM, CorpusPrompt, examples
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.errors import ConfigurationError, DataFileError
 from compllm_rag.evaluation.questions import SourcePassage
@@ -156,10 +156,10 @@ def test_loft_runs_resumes_and_has_its_section(data: Path, toy_folder: Path, tmp
     assert 0 <= record["recall"]["1"] <= record["recall"]["5"] <= record["recall"]["10"] == 100
     text, concepts, none = record["top"]["2"]
     assert text["positions"] > concepts["positions"] > none["positions"]
-    page = loft_page.section(tmp_path, tmp_path)
-    assert page is not None and RECONSTRUCTED in page and "### Top 2" in page
+    page = "\n".join(loft_page.tables(record))
+    assert RECONSTRUCTED in page and "### Top 2" in page
     assert f"| text | – | {text['positions']:,.0f} |" in page
-    assert (tmp_path / "loft.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(loft_page.plot(record).axes[0].get_legend().get_texts()) == 3
 
 
 def test_a_corpus_in_context_runs_resumes_and_is_on_the_page(data: Path, toy_folder: Path, tmp_path: Path) -> None:
@@ -173,9 +173,9 @@ def test_a_corpus_in_context_runs_resumes_and_is_on_the_page(data: Path, toy_fol
         ("text", None), ("concepts", 2.0), ("concepts", 4.0),
     ]  # fmt: skip
     assert all("left_out" in row or row["loft"]["f1"]["value"] >= 0 for row in record["in_context"])
-    assert "text: " not in log, "text is not asked again"
-    page = loft_page.section(tmp_path, tmp_path)
-    assert page is not None and "### Corpus in context" in page and "2 answered examples" in page
+    assert "text: done before" in log and "text: 1 of" not in log, "text is not asked again"
+    page = "\n".join(loft_page.tables(record))
+    assert "### Corpus in context" in page and "2 answered examples" in page
 
 
 def test_a_corpus_that_does_not_fit_is_said_to(data: Path, toy_folder: Path, tmp_path: Path) -> None:
@@ -184,4 +184,4 @@ def test_a_corpus_that_does_not_fit_is_said_to(data: Path, toy_folder: Path, tmp
     assert record["note"] == RECONSTRUCTED and record["examples"] == 0
     for row in record["in_context"]:
         assert row["positions"] > row["window"] and str(row["window"]) in row["left_out"]
-    assert "the LLM reads" in (loft_page.section(tmp_path, tmp_path) or "")
+    assert "the LLM reads" in "\n".join(loft_page.tables(record))

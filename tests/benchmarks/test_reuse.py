@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,13 +10,13 @@ import torch
 from safetensors.torch import save_file
 
 import toy
-from benchmarks.pages import reuse as page
-from benchmarks.reuse import PREFIXES, first_below, simulate, systems_of
-from benchmarks.reuse_costs import Costs, fit, load_cache
-from benchmarks.reuse_streams import PrefixCache, Sizes, conversation_stream, positions, sizes_of, zipf_stream
+from benchmarks.reuse import reuse_page as page
+from benchmarks.reuse.costs import Costs, fit, load_cache
+from benchmarks.reuse.reuse import PREFIXES, first_below, simulate, systems_of
+from benchmarks.reuse.streams import PrefixCache, Sizes, conversation_stream, positions, sizes_of, zipf_stream
 from compllm_rag.compression.compressor import Compressor
+from loft_corpus import run
 
-ROOT = Path(__file__).parents[2]
 N = 30
 SIZES = Sizes(text=(200,) * N, concepts=(103,) * N, head=40, marker=6, question=20)
 COSTS = Costs((0.0, 1e-3, 1e-7), 1e-3, 1e-3, 1e-2, 1e-2, 46_000, 1152)
@@ -143,18 +140,13 @@ def test_concepts_pay_off_and_prefix_caching_helps_conversations_most() -> None:
 def test_it_runs_keeps_its_costs_and_has_its_section(toy_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "reuse.json"
     words = ["--llm", toy_folder, "--repeats", 1, "--lengths", 16, 64, 128, "--queries"]
-    command = [sys.executable, "-m", "benchmarks.reuse", "--json", out, *words]
     for queries in (20, 30):
-        done = subprocess.run(
-            list(map(str, [*command, queries])), cwd=ROOT, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
-        assert ("costs, round" in done.stderr) == (queries == 20)
-    record = json.loads(out.read_text())
+        record, told = run("reuse", out, *words, queries)
+        assert ("round 1 of 1" in told) == (queries == 20)
     assert record["passages"] > 50 and set(record["streams"]) == {"zipf", "conversations"} and record["queries"] == 30
     assert record["costs"]["kv_bytes"] == 2 * 2 * 2 * 8 * 2, "layers, keys and values, heads, width, fp16"
     assert record["costs"]["concept_bytes"] == 64 and 0.5 < record["concepts"] / record["source_tokens"] < 0.6
     assert min(record["costs"][name] for name in ("compress", "fetch", "kv_load", "kv_store")) > 0
-    made = page.section(tmp_path, tmp_path)
-    assert made is not None and "### Conversations" in made and "| chunk KV, prefix cache |" in made
-    assert (tmp_path / "reuse.png").stat().st_size > 1000
+    made = "\n".join(page.tables(record))
+    assert "### Conversations" in made and "| chunk KV, prefix cache |" in made
+    assert len(page.plot(record).axes) == 2

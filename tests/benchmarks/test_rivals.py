@@ -12,22 +12,24 @@ import pytest
 import torch
 
 import toy
-from benchmarks import rivals
-from benchmarks.baselines import environments, run_kvpress
-from benchmarks.baselines.base import LeftOutError, ask_with
-from benchmarks.baselines.folders import for_transformers_4
-from benchmarks.baselines.inside import inside
-from benchmarks.baselines.kv_pruning import KVPruning, _groups, _request
-from benchmarks.baselines.lingua import Lingua
-from benchmarks.baselines.matching import match
-from benchmarks.baselines.process import Runner, RunnerError
-from benchmarks.baselines.run_llmlingua import even_window
-from benchmarks.pages.rivals import PUBLISHED, section
+from benchmarks.rivals import environments, rivals, run_kvpress
+from benchmarks.rivals.base import LeftOutError, ask_with
+from benchmarks.rivals.folders import for_transformers_4
+from benchmarks.rivals.inside import inside
+from benchmarks.rivals.kv_pruning import KVPruning, _groups, _request
+from benchmarks.rivals.lingua import Lingua
+from benchmarks.rivals.matching import match
+from benchmarks.rivals.process import Runner, RunnerError
+from benchmarks.rivals.rivals_page import PUBLISHED, plot, tables
+from benchmarks.rivals.run_llmlingua import even_window
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.config import CompressorConfig
+from compllm_rag.errors import ConfigurationError
 from compllm_rag.evaluation.bodies import Setting
+from compllm_rag.evaluation.journal import Journal
 from compllm_rag.evaluation.questions import Question, SourcePassage
 from compllm_rag.prompt import QAPrompt
+from loft_corpus import run
 
 FAKE = (sys.executable, "-m", "tests.benchmarks.fake_runner")
 ASKED = ("Who?", "When was it built?", "Where?")
@@ -58,7 +60,7 @@ def fakes(folder: Path) -> list:
         *inside(),
         Lingua(folder, runner=(*FAKE, "lingua")),
         KVPruning("knorm", "KV pruning, Knorm", folder, runner=(*FAKE, "kv")),
-        KVPruning("snapkv", "KV pruning, SnapKV", folder, own_folder=True),
+        KVPruning("snapkv", "KV pruning, SnapKV", folder),
         Lingua(folder, classifier="toy", runner=(*FAKE, "refuses")),
     ]
 
@@ -71,11 +73,10 @@ def test_questions_of_a_passage_stay_together(questions: list[Question]) -> None
 
 
 def test_all_rivals_are_measured_on_the_same(task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.baselines.lingua.Lingua._classifier", lambda self: Path(task.llm))
-    out = tmp_path / "rivals.json"
+    monkeypatch.setattr("benchmarks.rivals.lingua.Lingua._classifier", lambda self: Path(task.llm))
     parts = tmp_path / "rivals.records.jsonl"
     same = {"questions": "these"}
-    made = rivals.measure(task, fakes(tmp_path), [2.0, 4.0], rivals.Parts(parts, same))
+    made = rivals.measure(task, fakes(tmp_path), [2.0, 4.0], Journal(parts, same))
     rows = {(row["name"], row["rate"]): row for row in made["rivals"]}
     names = ["concepts", "truncation", "pruning", "anchors", "mean", "llmlingua", "kvpress_knorm"]
     assert list(rows) == [("none", None), ("text", None), *((n, r) for r in (2.0, 4.0) for n in names)]
@@ -99,7 +100,7 @@ def test_all_rivals_are_measured_on_the_same(task, tmp_path: Path, monkeypatch: 
         "kvpress_snapkv": {
             "title": "KV pruning, SnapKV",
             "why": "package kvpress has no environment",
-            "how": "python -m benchmarks.baselines.environments make kvpress --folder DIR",
+            "how": "python -m benchmarks.rivals.environments make kvpress --folder DIR",
         },
         "llmlingua2": {
             "title": "LLMLingua-2",
@@ -108,44 +109,38 @@ def test_all_rivals_are_measured_on_the_same(task, tmp_path: Path, monkeypatch: 
         },
     }
     lines = parts.read_text().splitlines()
-    assert len(lines) == len(made["rivals"])
-    again = rivals.measure(task, fakes(tmp_path), [2.0, 4.0], rivals.Parts(parts, same))
+    assert len(lines) == 1 + len(made["rivals"]), "the run, and a line for each"
+    again = rivals.measure(task, fakes(tmp_path), [2.0, 4.0], Journal(parts, same))
     assert again == made and parts.read_text().splitlines() == lines
-    rivals.measure(task, inside()[:1], [2.0], rivals.Parts(parts, {"questions": "others"}))
-    assert len(parts.read_text().splitlines()) == len(lines) + 1
+    with pytest.raises(ConfigurationError, match="of another run"):
+        Journal(parts, {"questions": "others"})
+    assert parts.read_text().splitlines() == lines
 
-    head = {"command": "python -m benchmarks.rivals", "environment": {"commit": "0123456789"}, "llm": "toy"}
+    head = {"command": "compllm-rag bench rivals", "environment": {"commit": "0123456789"}, "llm": "toy"}
     head |= {"trained": False, "data": "squad_dev.jsonl.gz", "n": 6, "passages": 3, "rates": [2.0, 4.0]}
-    out.write_text(json.dumps(head | made))
-    page = section(tmp_path, tmp_path)
-    assert page and "### Rate 4" in page and "| mean of embeddings | " in page
+    page = "\n".join(tables(head | made))
+    assert "### Rate 4" in page and "| mean of embeddings | " in page
     assert f"| {rows['truncation', 4.0]['nll']:.2f} |" in page
     assert "KV pruning, SnapKV was left out" in page and "environments make kvpress" in page
     ours, published = page.split("### Published by others")
     assert "| LLMLingua-2 | 4 | 47.53 |" in published and "47.53" not in ours
-    assert (tmp_path / "rivals.png").read_bytes()[:4] == b"\x89PNG"
-    assert section(tmp_path / "nothing", tmp_path) is None
+    assert len(plot(head | made).axes) == 2
 
 
-def test_command_line(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_command_line(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "eval").mkdir()
     qas = [{"id": str(j), "question": asked, "answers": ["Ada"]} for j, asked in enumerate(ASKED)]
     with gzip.open(tmp_path / "eval" / rivals.FILE, "wt") as file:
         file.write(json.dumps({"id": "a", "context": toy.TEXT[:200], "qas": qas}))
     out = tmp_path / "o.json"
-    words = ["--json", str(out), "--llm", str(folder), "--data-dir", str(tmp_path), "--llmlingua2", "none"]
-    words += ["--rivals", "truncation", "llmlingua"]
-    monkeypatch.setattr(sys, "argv", ["benchmarks/rivals.py", *words])
-    rivals.main()
-    record = json.loads(out.read_text())
-    assert record == json.loads(capsys.readouterr().out)
+    words = ["--llm", folder, "--data-dir", tmp_path, "--llmlingua2", "none", "--rivals", "truncation", "llmlingua"]
+    record, _ = run("rivals", out, *words)
     assert (record["n"], record["passages"], record["trained"]) == (2, 1, False)
     assert [row["name"] for row in record["rivals"]] == ["none", "text", "concepts", "truncation"]
-    assert record["left_out"]["llmlingua"]["how"] == "python -m benchmarks.baselines.environments make llmlingua"
-    assert record["command"].startswith("python -m benchmarks.rivals --llm") and record["environment"]["commit"]
-    monkeypatch.setattr(sys, "argv", ["benchmarks/rivals.py", *words[:-1], "none-such"])
+    assert record["left_out"]["llmlingua"]["how"] == "python -m benchmarks.rivals.environments make llmlingua"
+    assert record["command"].startswith("compllm-rag bench rivals --llm") and record["environment"]["commit"]
     with pytest.raises(SystemExit):
-        rivals.main()
+        run("rivals", out, *words[:-1], "none-such")
 
 
 @pytest.mark.parametrize(
@@ -267,7 +262,7 @@ def save_classifier(folder: Path) -> Path:
 
 def test_llmlingua_2_with_a_toy_classifier(task, tmp_path: Path) -> None:
     pytest.importorskip("llmlingua")
-    here = (sys.executable, "-m", "benchmarks.baselines.run_llmlingua")
+    here = (sys.executable, "-m", "benchmarks.rivals.run_llmlingua")
     rival = Lingua(tmp_path, classifier=str(save_classifier(tmp_path)), runner=here)
     outcome = rival.ask(task, 2.0)
     notes = outcome.notes

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import toy
-from benchmarks.flops import LayerShape, crossover, kv_bytes, layers_of, pairs, prefill, speed_up
 from benchmarks.memory import Peak
-from benchmarks.pages import ttft as page
 from benchmarks.shapes import SHAPES, config_of, random_llm
-from benchmarks.ttft import measured_crossover
+from benchmarks.ttft import ttft_page as page
+from benchmarks.ttft.flops import LayerShape, crossover, kv_bytes, layers_of, pairs, prefill, speed_up
+from benchmarks.ttft.ttft import measured_crossover
 from compllm_rag.errors import ConfigurationError
+from loft_corpus import run
 
-ROOT = Path(__file__).parents[2]
 NEEDED = 131_072
 
 
@@ -76,7 +73,7 @@ def test_windows_want_an_attention_that_has_them() -> None:
     with pytest.raises(ConfigurationError, match="layers have a window"):
         random_llm("gemma3-4b", toy.llm().tokenizer, dtype="float32", device="cpu")
     with pytest.raises(ConfigurationError, match="layers have a window"):
-        random_llm("tiny-windowed", toy.llm().tokenizer, dtype="float32", device="cpu", attention="eager")
+        random_llm("gemma3-4b", toy.llm().tokenizer, dtype="float32", device="cpu", attention="eager")
 
 
 def test_shapes_are_what_their_names_say() -> None:
@@ -96,13 +93,9 @@ def test_it_runs_resumes_and_has_its_section(shape: bool, toy_folder: Path, tmp_
     out = tmp_path / "ttft.json"
     words = ["--llm", toy_folder, "--repeats", 1, "--decode", 2, "--rates", 2]
     words += ["--shape", "tiny", "--device", "cpu"] if shape else []
-    command = [sys.executable, "-m", "benchmarks.ttft", "--json", out, *words, "--lengths", 60]
-    first, second = [*command, "--memory", "none"], [*command, 120, "--memory", "longest" if shape else "none"]
-    subprocess.run(list(map(str, first)), cwd=ROOT, check=True, capture_output=True, timeout=300)
-    done = subprocess.run(list(map(str, second)), cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "context of 120" in done.stderr and "context of 60" not in done.stderr
-    record = json.loads(out.read_text())
+    run("ttft", out, *words, "--lengths", 60, "--memory", "none")
+    record, told = run("ttft", out, *words, "--lengths", 60, 120, "--memory", "longest" if shape else "none")
+    assert "context of 120" in told and "context of 60" not in told
     text, concepts, cold = record["lengths"]["60"]["rows"]
     assert text["positions"] > concepts["positions"] == cold["positions"]
     assert text["kv_bytes"] > concepts["kv_bytes"] > 0
@@ -116,6 +109,6 @@ def test_it_runs_resumes_and_has_its_section(shape: bool, toy_folder: Path, tmp_
     assert text["thousand_tokens_s"] > text["ttft_s"] and concepts["flop_bound"] > 1
     assert 1 < concepts["flop_bound_positions"] < 4 and concepts["fetch_first_s"] > 0
     assert [row["rate"] for row in record["crossover"]] == [2.0]
-    made = page.section(tmp_path, tmp_path)
-    assert made is not None and "| concepts, rate 2 |" in made and "Crossover" in made
-    assert (tmp_path / "ttft.png").stat().st_size > 1000
+    made = "\n".join(page.tables(record))
+    assert "| concepts, rate 2 |" in made and "Crossover" in made
+    assert ("(ttft_tiny.png)" if shape else "(ttft.png)") in made and len(page.plot(record).axes[0].lines) == 6

@@ -1,1 +1,0 @@
-"""Rivals of concepts behind one protocol (`base.Baseline`); what needs packages of its own runs as a process."""

@@ -1,0 +1,81 @@
+"""The section on equal cost: quality over TTFT, and text against concepts where both cost the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.cells import difference, number, source, table, way, with_interval
+from benchmarks.common import median_of_quotients
+
+
+def tables(record: dict[str, Any]) -> list[str]:
+    """Lines of the section."""
+    head = ["read as", "rate", "documents", "positions", "TTFT (s)", "F1", "subspan EM", "NLL"]
+    rows = []
+    for row in record["rows"]:
+        cells = [row["mode"], number(row["achieved_rate"], 2), str(row["k"]), number(row["positions"], 0)]
+        cells += [number(row["ttft_s"], 2), with_interval(row["f1"], row["interval"]), number(row["subspan_em"])]
+        rows.append([*cells, number(row["nll"], 2)])
+    return [
+        "## Equal cost",
+        "",
+        f"{record['set']}, {record['n']} questions, `{record['llm']}`: fewer documents as text against more of "
+        f"them as concepts. TTFT is the median over {record['timed']} of the questions, from a warm store, all "
+        "settings in turns. Brackets are bootstrap 95 % intervals over questions, of TTFT ratios the least and the "
+        "most over the same questions in the same rounds; differences are paired. " + record["note"],
+        "",
+        f"{source(record)}.",
+        "",
+        "Recall of the document with the answer: "
+        + ", ".join(f"{number(v)} % at {k}" for k, v in record["recall"].items())
+        + f", of {record['documents']} documents.",
+        "",
+        *table(head, rows),
+        "At the most equal prompt positions:",
+        "",
+        *_pairs(record["equal_positions"], record["rows"]),
+        "At the most equal TTFT:",
+        "",
+        *_pairs(record["equal_ttft"], record["rows"]),
+        "![F1 over TTFT](equal_cost.png)",
+        "",
+    ]
+
+
+def _pairs(pairs: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[str]:
+    head = ["text, top", "concepts, top", "rate", "cost / text", "TTFT / text", "F1 text", "F1 concepts", "difference"]
+    known = {(row["mode"], row["rate"], row["k"]): row["ttft_all_s"] for row in rows}
+    shown = []
+    for pair in pairs:
+        # Of the same question in the same round.
+        ratio = median_of_quotients(
+            known["concepts", pair["rate"], pair["concepts_k"]], known["text", None, pair["text_k"]]
+        )
+        cells = [str(pair["text_k"]), str(pair["concepts_k"]), f"{pair['rate']:g}", f"{pair['cost_ratio']:.2f}"]
+        cells += [with_interval(ratio["median"], (ratio["min"], ratio["max"]), 2, 2), number(pair["f1_text"])]
+        shown.append([*cells, number(pair["f1_concepts"]), difference(pair)])
+    return table(head, shown)
+
+
+def plot(record: dict[str, Any]) -> Any:
+    """F1 over TTFT, a point for each setting."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    panel = figure.subplots()
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in record["rows"]:
+        groups.setdefault(way(row), []).append(row)
+    for name, rows in groups.items():
+        x, y = [row["ttft_s"] for row in rows], [row["f1"] for row in rows]
+        low = [max(0.0, row["f1"] - row["interval"][0]) for row in rows]
+        high = [max(0.0, row["interval"][1] - row["f1"]) for row in rows]
+        panel.errorbar(x, y, yerr=[low, high], marker="o", capsize=3, linewidth=1, label=name)
+        for row in rows:
+            panel.annotate(f"{row['k']}", (row["ttft_s"], row["f1"]), textcoords="offset points", xytext=(5, 5))
+    panel.set_xlabel("TTFT (s); numbers at the points are documents in the prompt")
+    panel.set_ylabel("F1 (%)")
+    panel.set_ylim(bottom=0)
+    panel.set_xlim(left=0)
+    panel.legend(frameon=False, fontsize="small")
+    return figure

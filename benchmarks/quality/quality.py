@@ -1,0 +1,119 @@
+"""What do answers lose when passages are read as concepts? Text, concepts, pruning and nothing, on several sets.
+
+Reads evaluation sets from a folder (`--data-dir`, with `eval/*.jsonl.gz`), writes one JSON file a set as soon as that
+set is done, and keeps each setting that is done beside it (SET.records.jsonl), so it can be interrupted and run again.
+The probes need no data. `python -m benchmarks.report` turns the files into docs/quality.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.common import Record, Tenths, compressor_of, journal_of, parsed, parser, part, progress, record_of
+from compllm_rag.compression.rates import max_rate
+from compllm_rag.compression.spec import ConceptCompressor
+from compllm_rag.evaluation.journal import Journal
+from compllm_rag.evaluation.probes import probe_file
+from compllm_rag.evaluation.questions import read_questions, read_rows
+from compllm_rag.evaluation.results import EvalConfig
+from compllm_rag.evaluation.runner import evaluate_many
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSet:
+    """One evaluation set: its file, how many questions, which passages, and whether answers are generated."""
+
+    file: str
+    title: str
+    limit: int
+    passages: Literal["all", "gold"] = "all"
+    generate: bool = True
+
+
+SETS = {
+    "squad": EvalSet("squad_dev.jsonl.gz", "SQuAD v1.1 dev", 500),
+    "hotpotqa": EvalSet("hotpotqa_dev.jsonl.gz", "HotpotQA dev, gold paragraphs", 200, "gold"),
+    "fairytaleqa": EvalSet("fairytaleqa_val.jsonl.gz", "FairytaleQA validation", 200),
+    "quail": EvalSet("quail_dev.jsonl.gz", "QuAIL dev", 200, generate=False),
+    "race": EvalSet("race_dev.jsonl.gz", "RACE dev", 200, generate=False),
+    "narrativeqa": EvalSet("narrativeqa_valid.jsonl.gz", "NarrativeQA validation, summaries", 200),
+}
+
+
+def settings(segment_length: int, rates: list[float]) -> list[tuple[str, float | None]]:
+    """Text, concepts and pruning at each rate within reach, nothing."""
+    reached = [rate for rate in rates if rate <= max_rate(segment_length)]
+    made: list[tuple[str, float | None]] = [("text", None)]
+    made += [("concepts", rate) for rate in reached] + [("pruned", rate) for rate in reached]
+    return [*made, ("none", None)]
+
+
+def main(argv: Sequence[str] | None = None) -> Record:
+    """Run it; the records of all sets by their names."""
+    options = parser("quality", __doc__, "llm data-dir rates reader compressor batch-size limit", rates=[2.0, 4.0, 6.0])
+    options.add_argument("--out", type=Path, default=Path("quality"), help="folder for the results, a file a set")
+    options.add_argument("--sets", nargs="+", choices=[*SETS, "probes"], default=["probes", *SETS])
+    args = parsed(options, argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    compressor = compressor_of(args)
+    made = {}
+    for name in args.sets:
+        if name != "probes" and args.data_dir is None:
+            progress(f"{name}: left out, there is no --data-dir")
+            continue
+        limit = args.limit or (SETS[name].limit if name in SETS else None)
+        target = args.out / f"{name}.json"
+        journal = journal_of(target, {"fingerprint": compressor.fingerprint, "limit": limit})
+        make = partial(_one, name, limit, compressor, args, journal)
+        made[name] = part(journal, name, make, rates=args.rates)
+        target.write_text(json.dumps(made[name], indent=1) + "\n", encoding="utf-8")
+    if args.json is not None:
+        args.json.write_text(json.dumps(made) + "\n", encoding="utf-8")
+    return made
+
+
+def _one(name: str, limit: int | None, compressor: ConceptCompressor, args: Namespace, journal: Journal) -> Record:
+    chosen = SETS.get(name) or EvalSet(probe_file().name, "Fidelity probes", 0)
+    path = args.data_dir / "eval" / chosen.file if name in SETS else probe_file()
+    config = EvalConfig(limit=limit, passages=chosen.passages, generate=chosen.generate, batch_size=args.batch_size)
+    results = evaluate_many(
+        compressor,
+        read_questions(path),
+        settings(compressor.config.segment_length, args.rates),
+        config=config,
+        data=path.name,
+        progress=Tenths(),
+        journal=journal,
+    )
+    progress(f"{name}: " + ", ".join(f"{r.mode}@{r.rate or 1:g} f1 {r.f1} recovered {r.recovered}" for r in results))
+    record = {
+        "fingerprint": compressor.fingerprint,
+        "limit": limit,
+        "rates": args.rates,
+        "set": name,
+        "title": chosen.title,
+        "llm": compressor.llm.source,
+        "compressor": compressor.config.model_dump(mode="json"),
+        "results": [result.to_dict() for result in results],
+    }
+    if name == "probes":
+        record["kinds"] = [_by_kind(result, path) for result in results]
+    return record_of(args, record)
+
+
+def _by_kind(result: Any, path: Path) -> dict[str, Any]:
+    """F1 and accuracy of each kind of probe, needles by depth too."""
+    rows = {str(row["id"]): row for _, row in read_rows(path)}
+    groups: dict[str, list[Any]] = {}
+    for record in result.records:
+        row = rows[record.id]
+        groups.setdefault(str(row["kind"]), []).append(record)
+        if "depth" in row:
+            groups.setdefault(f"needle at {row['depth']} %", []).append(record)
+    return {kind: {"n": len(g), "f1": round(sum(r.f1 for r in g) / len(g), 2)} for kind, g in groups.items()}

@@ -1,0 +1,96 @@
+"""The page on quality: a section for each set, the plot of them, and the probes by what they ask for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.cells import difference, number, source, table, with_interval
+from benchmarks.quality.quality import SETS
+
+
+def tables(record: dict[str, Any]) -> list[str]:
+    """Lines of the page.
+
+    Args:
+        record: A record for each set by its name.
+    """
+    sets = [name for name in SETS if name in record]
+    lines = [line for name in sets for line in _section(record[name])]
+    lines += ["![Recovered over the achieved rate](quality.png)", ""] if sets else []
+    return lines + (_probes(record["probes"]) if "probes" in record else [])
+
+
+def _section(record: dict[str, Any]) -> list[str]:
+    choices = any(r["accuracy"] is not None for r in record["results"])
+    answers = any(r["f1"] is not None for r in record["results"])
+    head = ["mode", "rate", "positions", "NLL", "ΔNLL", "recovered"]
+    head += ["F1", "ΔF1", "EM", "ΔEM", "as text says"] if answers else []
+    head += ["accuracy", "Δaccuracy"] if choices else []
+    rows = []
+    for row in record["results"]:
+        cells = [row["mode"], number(row["achieved_rate"], 2), number(row["positions"], 0)]
+        cells += [_with(row, "nll", 2), _paired(row, "nll", 2), _with(row, "recovered")]
+        if answers:
+            cells += [_with(row, "f1"), _paired(row, "f1"), _with(row, "em"), _paired(row, "em")]
+            cells.append(_with(row, "agreement"))
+        if choices:
+            cells += [_with(row, "accuracy"), _paired(row, "accuracy")]
+        rows.append(cells)
+    asked = f"{record['results'][0]['n']} questions; {source(record)}."
+    return [f"## {record['title']}", "", asked, "", *table(head, rows)]
+
+
+def _probes(record: dict[str, Any]) -> list[str]:
+    names = [f"{r['mode']} {r['rate']:g}" if r["rate"] else r["mode"] for r in record["results"]]
+    first = record["kinds"][0]
+    # A needle's depths in their order behind it: "needle at 25 %" by its number, everything else by name.
+    order = sorted(first, key=lambda kind: [int(w) if w.isdigit() else -1 for w in kind.split()])
+    order.sort(key=lambda kind: kind.split(" at ")[0])
+    rows = [[k, str(first[k]["n"]), *(number(kinds[k]["f1"], 0) for kinds in record["kinds"])] for k in order]
+    return [
+        "## Fidelity probes",
+        "",
+        "Short questions made by templates (`pipelines/build_probes.py`), F1 by what they ask for: what compression "
+        f"loses, and what the reader cannot do even with text. `{record['command']}`.",
+        "",
+        *table(["kind", "n", *names], rows),
+    ]
+
+
+def _with(row: dict[str, Any], name: str, digits: int = 1) -> str:
+    return with_interval(row[name], row["intervals"].get(name), digits, digits if digits > 1 else 0)
+
+
+def _paired(row: dict[str, Any], name: str, digits: int = 1) -> str:
+    """The difference to text with its interval; text itself has none."""
+    return difference(None if row["mode"] == "text" else row["paired"].get(name), digits)
+
+
+def plot(record: dict[str, Any]) -> Any:
+    """Recovered over the achieved rate, one panel a set."""
+    from matplotlib.figure import Figure
+
+    shown = [record[name] for name in SETS if name in record]
+    columns = min(3, len(shown)) or 1
+    rows = -(-len(shown) // columns) or 1
+    figure = Figure(figsize=(3.4 * columns + 0.6, 3.0 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for panel in panels.flat[len(shown) :]:
+        panel.set_visible(False)
+    for panel, one in zip(panels.flat, shown, strict=False):
+        for mode, colour, marker in (("concepts", "tab:blue", "o"), ("pruned", "tab:gray", "s")):
+            points = [r for r in one["results"] if r["mode"] == mode and r["recovered"] is not None]
+            if not points:
+                continue
+            x, y = [r["achieved_rate"] for r in points], [r["recovered"] for r in points]
+            low = [r["recovered"] - r["intervals"]["recovered"][0] for r in points]
+            high = [r["intervals"]["recovered"][1] - r["recovered"] for r in points]
+            panel.errorbar(x, y, yerr=[low, high], color=colour, marker=marker, capsize=3, label=mode)
+        panel.axhline(100, color="0.7", linewidth=0.8)
+        panel.axhline(0, color="0.7", linewidth=0.8)
+        panel.set_title(one["title"], fontsize="medium")
+        panel.set_xlabel("achieved rate (tokens per concept)")
+        panel.legend(frameon=False, fontsize="small")
+    for panel in panels[:, 0]:
+        panel.set_ylabel("recovered (%)")
+    return figure

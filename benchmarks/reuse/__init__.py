@@ -1,0 +1,1 @@
+"""What does a query cost when passages come again?"""

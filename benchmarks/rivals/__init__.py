@@ -1,0 +1,1 @@
+"""What else could fill as many positions?"""

@@ -1,0 +1,1 @@
+"""How long until the first token, and how large is the KV cache?"""
