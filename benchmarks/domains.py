@@ -29,9 +29,7 @@ from compllm_rag.evaluation.bodies import Bodies, Segmented, Setting
 from compllm_rag.evaluation.questions import Question
 from compllm_rag.evaluation.scoring import ScoringGenerator
 from compllm_rag.evaluation.statistics import Record, Statistics, statistics
-from compllm_rag.prompt import PromptPlan, QAPrompt, Span, TextSpan
-
-REQUEST = "Repeat the passage word for word."  # decides only the system turn in front of the passage
+from compllm_rag.prompt import PromptPlan, QAPrompt, Span
 
 
 def score(
@@ -40,13 +38,13 @@ def score(
     """Likelihood of each continuation behind its passage."""
     prompt, generator = QAPrompt(compressor.llm.tokenizer), ScoringGenerator(compressor.llm)
     bodies = Bodies(compressor, setting, segmented)
-    head = TextSpan((*prompt.parts(REQUEST)[0], *prompt.marker(1, "")))
     records = []
     for begin in range(0, len(found), batch):
         part = found[begin : begin + batch]
         bodies.prepare(piece.passage for piece in part)
-        shown: list[list[Span]] = [[] if setting.mode == "none" else [bodies.span(piece.passage, 0)] for piece in part]
-        plans = [PromptPlan((head, *spans)) for spans in shown]
+        shown: list[list[Span]] = [[] if setting.mode == "none" else bodies.spans(piece.passage, 0) for piece in part]
+        # Without the blank line behind the passage: the LLM goes on reading.
+        plans = [PromptPlan(tuple(prompt.prefix([("", spans)])[:-1])) for spans in shown]
         _, prefilled = generator.run(plans, answer=False)
         totals = prefilled.log_likelihoods(compressor.llm.model, [piece.rest for piece in part])
         for piece, plan, total in zip(part, plans, totals, strict=True):

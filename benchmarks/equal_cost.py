@@ -74,7 +74,7 @@ def mean_positions(
     bodies |= {rate: Bodies(compressor, Setting("concepts", rate), segmented) for rate in rates}
 
     def length(question: Question, body: Bodies) -> int:
-        shown = [(p.title, TextSpan((0,) * body.size(p.text))) for p in question.passages]
+        shown = [(p.title, [TextSpan((0,) * body.size(p.text))]) for p in question.passages]
         return prompt.plan(question.question, shown).positions
 
     return {

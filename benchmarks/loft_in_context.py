@@ -47,7 +47,7 @@ def in_context(
     asker = Asker(compressor, Setting.of(mode, rate), segmented, generation, prompt=prompt)
     # Counted before anything is compressed: at 128k that takes long, and is in vain where the prompt is too long.
     longest = max((query.question for query in queries), key=lambda text: len(prompt.template.plain(text)))
-    shown = [(passage.title, TextSpan((0,) * bodies.size(passage.text))) for passage in everything]
+    shown = [(passage.title, [TextSpan((0,) * bodies.size(passage.text))]) for passage in everything]
     needed = prompt.plan(longest, shown).positions + max_new_tokens
     row = {"mode": mode, "rate": rate, "positions": needed, "window": asker.window}
     if needed > asker.window:

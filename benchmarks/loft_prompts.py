@@ -54,11 +54,11 @@ class CorpusPrompt(QAPrompt):
         super().__init__(tokenizer, INSTRUCTION)
         self._told = told
 
-    def plan(self, question: str, passages: Sequence[tuple[str, Span]]) -> PromptPlan:
+    def plan(self, question: str, passages: Sequence[tuple[str, Sequence[Span]]]) -> PromptPlan:
         """The prompt of one query over passages of (title, body)."""
-        before, after = self.parts(f"{self._told}== Now answer this ==\nquery: {question}")
-        spans: list[Span] = [TextSpan(before)]
+        spans: list[Span] = self.prefix([])
         for number, (title, body) in enumerate(passages, 1):
             head = self.template.plain(f"ID: {number} | TITLE: {title or 'None'} | CONTENT: ")
-            spans += [TextSpan(tuple(head)), body, TextSpan(tuple(self.template.plain(f" | END ID: {number}\n")))]
-        return PromptPlan((*spans, TextSpan(after)))
+            spans += [TextSpan(tuple(head)), *body, TextSpan(tuple(self.template.plain(f" | END ID: {number}\n")))]
+        request = f"{self._told}== Now answer this ==\nquery: {question}"
+        return PromptPlan((*spans, self.suffix(request)))

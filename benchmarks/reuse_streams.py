@@ -40,14 +40,13 @@ def sizes_of(compressor: Compressor, chunks: list[str], rate: float) -> Sizes:
     """Positions in the default prompt; concepts as many as there are, not as many as the rate promises."""
     library = ConceptLibrary(compressor, MemoryStore(compressor.hidden_size), rate=rate)
     prompt = QAPrompt(compressor.llm.tokenizer)
-    before, after = prompt.parts(f"Question: {QUESTION}")
     passages = [library.passage(text) for text in chunks]
     return Sizes(
         tuple(len(passage.ids) for passage in passages),
         tuple(sum(passage.n_concepts) for passage in passages),
-        len(before),
-        len(prompt.marker(1, "")) + len(prompt.gap),
-        len(after),
+        sum(map(len, prompt.prefix([]))),
+        sum(map(len, prompt.template.passage(1, "", []))),
+        len(prompt.suffix(f"Question: {QUESTION}")),
     )
 
 

@@ -122,7 +122,7 @@ class Case:
         if setting.mode == "bound":
             noise = torch.randn(1, setting.positions, self.llm.hidden_size, device=self.llm.device)
             return PromptInputs((noise * 0.02).to(self.llm.dtype), None, None, [[]])
-        return lay_out([self.prompt.plan(QUESTION, [("", body) for body in bodies])], self.llm)
+        return lay_out([self.prompt.plan(QUESTION, [("", [body]) for body in bodies])], self.llm)
 
     @torch.inference_mode()
     def _decode(self, token: torch.Tensor, cache: Any, steps: int) -> float:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from compllm_rag.config import GenerationConfig as GenerationConfig
     from compllm_rag.config import IngestConfig as IngestConfig
     from compllm_rag.generation.local import LocalGenerator as LocalGenerator
+    from compllm_rag.llamaindex.documents import load_documents as load_documents
     from compllm_rag.llamaindex.embedding import load_embedder as load_embedder
     from compllm_rag.llamaindex.index import ConceptIndex as ConceptIndex
     from compllm_rag.llamaindex.llm import ConceptLLM as ConceptLLM
@@ -55,6 +56,7 @@ _HOME = {
     "compact_storage": "storage.compaction",
     "delete_namespace": "storage.namespaces",
     "list_namespaces": "storage.namespaces",
+    "load_documents": "llamaindex.documents",
     "load_embedder": "llamaindex.embedding",
     "migrate_storage": "storage.migration",
     "repair_storage": "llamaindex.repair",

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-from compllm_rag.compression.compressor import Compressor, embedding_rms
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.compression.rates import FixedRate, RatePolicy
+from compllm_rag.compression.spec import DeferredCompressor
 from compllm_rag.config import MissingPolicy
 from compllm_rag.errors import (
     ConfigurationError,
@@ -84,7 +85,7 @@ class ConceptLibrary:
     """Compressor, store, rate and namespace in one hand.
 
     Args:
-        compressor: Makes concepts.
+        compressor: Makes concepts; a deferred one is loaded on the first miss.
         store: Keeps them.
         rate: Source tokens per concept, or a policy of your own.
         namespace: Tenant; part of every key.
@@ -97,28 +98,38 @@ class ConceptLibrary:
 
     def __init__(
         self,
-        compressor: Compressor,
+        compressor: Compressor | DeferredCompressor,
         store: ConceptStore,
         *,
         rate: float | RatePolicy = 2.0,
         namespace: str = "default",
         metrics: Metrics | None = None,
     ) -> None:
-        if store.hidden_size != compressor.hidden_size:
+        self.spec, self.llm = compressor.spec, compressor.llm
+        if store.hidden_size != self.spec.hidden_size:
             raise FingerprintMismatchError(
                 "store keeps concepts of another LLM",
                 got=f"width {store.hidden_size}",
-                expected=f"width {compressor.hidden_size}",
+                expected=f"width {self.spec.hidden_size}",
                 next_step="use the LLM it was made for, or another storage",
             )
-        self.compressor, self.store, self.namespace = compressor, store, namespace
+        self._compressor, self.store, self.namespace = compressor, store, namespace
         self.metrics = metrics or Metrics()
         self.metrics.traffic = store.traffic
         numeric = isinstance(rate, int | float)
-        self.policy: RatePolicy = FixedRate(rate, compressor.config.segment_length) if numeric else rate  # type: ignore[arg-type, assignment]
+        self.policy: RatePolicy = FixedRate(rate, self.spec.config.segment_length) if numeric else rate  # type: ignore[arg-type, assignment]
         self._known: OrderedDict[str, Passage] = OrderedDict()
         self._lock = threading.Lock()
-        self._most_rms = _MOST_RMS * embedding_rms(compressor.llm)
+        self._most_rms = _MOST_RMS * self.spec.scale
+
+    @property
+    def compressor(self) -> Compressor:
+        """Makes concepts; loaded now if it was not needed before.
+
+        Raises:
+            FingerprintMismatchError, UnsupportedFormatError: See `DeferredCompressor.get`.
+        """
+        return self._compressor.get() if isinstance(self._compressor, DeferredCompressor) else self._compressor
 
     def passage(self, text: str) -> Passage:
         """Cut a passage up; the last few thousand are remembered."""
@@ -126,9 +137,9 @@ class ConceptLibrary:
             if text in self._known:
                 self._known.move_to_end(text)
                 return self._known[text]
-        segments = self.compressor.segmenter.split(text)
+        segments = self.spec.segmenter.split(text)
         ks = self.policy.n_concepts(segments)
-        fingerprint = self.compressor.fingerprint
+        fingerprint = self.spec.fingerprint
         made = Passage(
             tuple(token for segment in segments for token in segment),
             tuple(map(tuple, segments)),
@@ -192,7 +203,7 @@ class ConceptLibrary:
         """
         passage = self.passage(text)
         if not passage.keys:
-            return Fetched(torch.empty(0, self.compressor.hidden_size), 0, 0, 0.0)
+            return Fetched(torch.empty(0, self.spec.hidden_size), 0, 0, 0.0)
         joined = self.store.get_joined(passage.keys)
         if joined is not None:
             self.metrics.fetched(len(passage.keys), 0)

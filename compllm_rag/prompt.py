@@ -1,16 +1,18 @@
-"""Prompt plans: what stands where in a prompt, and its layout as one sequence of embeddings.
+"""The one place where prompts are composed: spans of passages and messages, plans, and their layout as embeddings.
 
 A plan is an ordered list of text spans and concept spans. Text mode and concept mode use the identical plan but for
-the passages' bodies, so that a comparison compares nothing else. Only the chat template's own text may become special
-tokens; whatever a user, a document or a template author wrote is encoded as plain text.
+the passages' bodies, so that a comparison compares nothing else; answering, evaluation and training use the same
+markers, messages and layout. Only the chat template's own text may become special tokens; whatever a user, a document
+or a template author wrote is encoded as plain text.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.nn import functional as F
@@ -45,6 +47,8 @@ class ConceptSpan:
 
 
 Span = TextSpan | ConceptSpan
+# What a passage's body is made of: spans, or what training has not turned into spans yet.
+Part = TypeVar("Part", bound=Sized)
 
 
 class Slot:
@@ -55,6 +59,7 @@ SLOT = Slot()
 
 # The prompt that the embedded models are trained with (docs/design.md section 6).
 SYSTEM = "Answer the question using only the passages. Reply with a short answer."
+QUESTION = "Question: "
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,11 @@ class Message:
 
     role: str
     content: tuple[str | Slot, ...]
+
+
+def qa_messages(request: str, system: str = SYSTEM) -> list[Message]:
+    """The default prompt: a system turn, then the passages with the user's request behind them."""
+    return [Message("system", (system,)), Message("user", (SLOT, request))]
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,19 @@ class PromptPlan:
         """Prompt positions the LLM will prefill."""
         return sum(map(len, self.spans))
 
+    @property
+    def passages(self) -> list[tuple[int, int, int]]:
+        """(passage, first position, position after the last) of every body; adjacent spans of one passage are one."""
+        out: list[tuple[int, int, int]] = []
+        at = 0
+        for span in self.spans:
+            end = at + len(span)
+            if span.passage is not None:
+                joins = bool(out) and (out[-1][0], out[-1][2]) == (span.passage, at)
+                out.append((span.passage, out.pop()[1] if joins else at, end))
+            at = end
+        return out
+
 
 @dataclass(frozen=True)
 class PromptInputs:
@@ -85,7 +108,8 @@ class PromptInputs:
         inputs_embeds: (batch, seq_len, hidden_size).
         attention_mask: (batch, seq_len), or None where nothing is padded.
         position_ids: (batch, seq_len), or None where nothing is padded.
-        spans: For each prompt, (passage, first position, position after the last) of every passage body.
+        spans: For each prompt, (passage, first position, position after the last) of every passage body;
+            see `PromptPlan.passages`.
     """
 
     inputs_embeds: torch.Tensor
@@ -95,7 +119,7 @@ class PromptInputs:
 
 
 class PromptTemplate:
-    """ReentrantLock messages into spans by a tokenizer's chat template.
+    """Turns passages and messages into spans by a tokenizer and its chat template.
 
     Args:
         tokenizer: The target LLM's; one without a chat template gets plain paragraphs.
@@ -104,34 +128,65 @@ class PromptTemplate:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
+    def passage(
+        self, number: int, title: str, body: Sequence[Part], metadata: Mapping[str, object] | None = None
+    ) -> list[TextSpan | Part]:
+        """Spans of one passage: the marker `[number] title`, the body, and a blank line.
+
+        Args:
+            number: Counted from 1.
+            title: May be empty.
+            body: In reading order; text and concepts may mix.
+            metadata: What else the LLM may see of the passage, a line `key: value` each below the title.
+        """
+        lines = [f"[{number}] {title}".rstrip(), *(f"{key}: {value}" for key, value in (metadata or {}).items())]
+        return [self._text("\n".join(lines) + "\n"), *body, self._text("\n\n")]
+
     def spans(self, messages: Sequence[Message], passages: Sequence[Span]) -> list[Span]:
         """Spans of a conversation with the passages in their slot, ending where the answer starts.
+
+        Args:
+            messages: The conversation.
+            passages: Spans of all passages, see `passage`.
 
         Raises:
             ConfigurationError: There are passages and not exactly one slot, or the chat template refuses the messages.
         """
-        pieces = [piece for message in messages for piece in message.content]
-        slots = sum(isinstance(piece, Slot) for piece in pieces)
-        if slots > 1 or (passages and slots != 1):
+        before, *behind = self.around(messages)
+        if len(behind) > 1 or (passages and not behind):
             raise ConfigurationError(
                 "prompt template has no single place for the passages",
-                got=f"{slots} slots",
+                got=f"{len(behind)} slots",
                 expected="{context_str} exactly once",
                 next_step="add {context_str} to text_qa_template",
             )
-        out: list[Span] = []
+        return [span for group in (before, passages, *behind) for span in group if len(span)]
+
+    def around(self, messages: Sequence[Message]) -> list[list[TextSpan]]:
+        """Spans of a conversation, cut at its slots: one list more than there are slots.
+
+        Raises:
+            ConfigurationError: The chat template refuses the messages.
+        """
+        pieces = [piece for message in messages for piece in message.content]
+        out: list[list[TextSpan]] = [[]]
         for fragment, index in self._render(messages):
-            if fragment:
-                out.append(TextSpan(tuple(self._fixed(fragment))))
+            out[-1].append(TextSpan(tuple(self._fixed(fragment))))
             if index is None:
                 continue
             piece = pieces[index]
-            out.extend(passages) if isinstance(piece, Slot) else out.append(TextSpan(tuple(self.plain(piece))))
-        return [span for span in out if len(span)]
+            if isinstance(piece, Slot):
+                out.append([])
+            else:
+                out[-1].append(self._text(piece))
+        return out
 
     def plain(self, text: str) -> list[int]:
         """Token ids of text that must never become special tokens."""
         return list(encode_plain(self.tokenizer, text)["input_ids"])
+
+    def _text(self, text: str) -> TextSpan:
+        return TextSpan(tuple(self.plain(text)))
 
     def _fixed(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -200,44 +255,42 @@ class QAPrompt:
 
     def __init__(self, tokenizer: Any, system: str = SYSTEM) -> None:
         self.template, self.system = PromptTemplate(tokenizer), system
-        self._mark = TextSpan((0,), 0)
 
-    def parts(self, request: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Token ids in front of the passages and behind them, up to where the answer starts.
+    @cached_property
+    def _before(self) -> TextSpan:
+        return _joined(self.template.around(qa_messages("", self.system))[0])
+
+    def prefix(self, passages: Sequence[tuple[str, Sequence[Part]]]) -> list[TextSpan | Part]:
+        """The prompt up to the request: the system turn and the passages.
 
         Args:
-            request: The user's text behind the passages, such as `Question: ...`.
+            passages: Title and body of each, see `PromptTemplate.passage`.
         """
-        messages = [Message("system", (self.system,)), Message("user", (SLOT, request))]
-        spans = self.template.spans(messages, [self._mark])
-        at = next(i for i, span in enumerate(spans) if span is self._mark)
-        return _joined(spans[:at]), _joined(spans[at + 1 :])
+        out: list[TextSpan | Part] = [self._before]
+        for number, (title, body) in enumerate(passages, 1):
+            out += self.template.passage(number, title, body)
+        return out
 
-    def marker(self, number: int, title: str) -> tuple[int, ...]:
-        """Token ids of the line in front of a passage: `[i] title`."""
-        return tuple(self.template.plain(f"[{number}] {title}".rstrip() + "\n"))
+    def suffix(self, request: str) -> TextSpan:
+        """The prompt behind the passages, up to where the answer starts.
 
-    @property
-    def gap(self) -> tuple[int, ...]:
-        """Token ids behind a passage."""
-        return tuple(self.template.plain("\n\n"))
+        Args:
+            request: What the user says there, such as `Question: ...`.
+        """
+        return _joined(self.template.around(qa_messages(request, self.system))[1])
 
-    def plan(self, question: str, passages: Sequence[tuple[str, Span]]) -> PromptPlan:
+    def plan(self, question: str, passages: Sequence[tuple[str, Sequence[Span]]]) -> PromptPlan:
         """The prompt of one question.
 
         Args:
             question: What is asked.
-            passages: Title and body (text or concepts) of each passage.
+            passages: Title and body (text, concepts, or both in turn) of each passage.
         """
-        before, after = self.parts(f"Question: {question}")
-        spans: list[Span] = [TextSpan(before)]
-        for number, (title, body) in enumerate(passages, 1):
-            spans += [TextSpan(self.marker(number, title)), body, TextSpan(self.gap)]
-        return PromptPlan((*spans, TextSpan(after)))
+        return PromptPlan((*self.prefix(passages), self.suffix(QUESTION + question)))
 
 
-def _joined(spans: Sequence[Span]) -> tuple[int, ...]:
-    return tuple(token for span in spans if isinstance(span, TextSpan) for token in span.ids)
+def _joined(spans: Sequence[TextSpan]) -> TextSpan:
+    return TextSpan(tuple(token for span in spans for token in span.ids))
 
 
 def lay_out(plans: Sequence[PromptPlan], llm: TargetLLM) -> PromptInputs:
@@ -253,44 +306,54 @@ def lay_out(plans: Sequence[PromptPlan], llm: TargetLLM) -> PromptInputs:
     Raises:
         InvalidConceptsError: Concepts of another width.
     """
-    rows, spans = [], []
-    for plan in plans:
-        row, where = _sequence(plan, llm)
-        rows.append(row)
-        spans.append(where)
+    rows = [embed_spans(plan.spans, llm.embedding, llm.device) for plan in plans]  # (seq_len, hidden_size) each
+    spans = [plan.passages for plan in plans]
     longest = max(row.shape[0] for row in rows)
     if all(row.shape[0] == longest for row in rows):
+        # (batch, longest, hidden_size); one row is not copied.
         return PromptInputs(torch.stack(rows) if len(rows) > 1 else rows[0][None], None, None, spans)
     pads = [longest - row.shape[0] for row in rows]
+    # (batch, longest, hidden_size): each row gets its zeros in front.
     embeds = torch.stack([F.pad(row, (0, 0, pad, 0)) for row, pad in zip(rows, pads, strict=True)])
-    slots = torch.arange(longest, device=embeds.device)
-    mask = (slots >= torch.tensor(pads, device=embeds.device)[:, None]).long()
+    slots = torch.arange(longest, device=embeds.device)  # (longest,)
+    mask = (slots >= torch.tensor(pads, device=embeds.device)[:, None]).long()  # (batch, longest)
     moved = [[(p, a + pad, b + pad) for p, a, b in row] for row, pad in zip(spans, pads, strict=True)]
-    return PromptInputs(embeds, mask, (mask.cumsum(1) - 1).clamp_min(0), moved)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)  # (batch, longest)
+    return PromptInputs(embeds, mask, positions, moved)
 
 
-def _sequence(plan: PromptPlan, llm: TargetLLM) -> tuple[torch.Tensor, list[tuple[int, int, int]]]:
-    """Embeddings (seq_len, hidden_size) of one plan; all its tokens are embedded in one call."""
-    ids = [token for span in plan.spans if isinstance(span, TextSpan) for token in span.ids]
-    embedded = llm.embed(ids)
-    out = torch.empty(plan.positions, llm.hidden_size, dtype=embedded.dtype, device=embedded.device)
-    where: list[tuple[int, int, int]] = []
-    at = taken = 0
-    for span in plan.spans:
-        end = at + len(span)
+def embed_spans(
+    spans: Sequence[Span], embed: Callable[[torch.Tensor], torch.Tensor], device: torch.device
+) -> torch.Tensor:
+    """What the LLM reads in place of spans; gradients flow into concepts, not into embeddings of tokens.
+
+    Args:
+        spans: At least one, in reading order.
+        embed: An input-embedding module: token ids (1, n) to embeddings (1, n, hidden_size).
+        device: Where that module lies.
+
+    Returns:
+        Tensor (seq_len, hidden_size) in the module's dtype.
+
+    Raises:
+        InvalidConceptsError: Concepts of another width.
+    """
+    texts = [span.ids for span in spans if isinstance(span, TextSpan)]
+    ids = torch.tensor([token for text in texts for token in text], dtype=torch.long, device=device)  # (n_tokens,)
+    with torch.no_grad():
+        embedded = embed(ids[None])[0]  # (n_tokens, hidden_size): all tokens in one call
+    tokens = iter(torch.split(embedded, [len(text) for text in texts]))  # (len(span), hidden_size) for each text span
+    rows: list[torch.Tensor] = []
+    for span in spans:
         if isinstance(span, TextSpan):
-            out[at:end] = embedded[taken : taken + len(span)]
-            taken += len(span)
-        elif span.concepts.shape[1] != llm.hidden_size:
+            rows.append(next(tokens))
+        elif span.concepts.shape[1] != embedded.shape[1]:
             raise InvalidConceptsError(
                 "concepts do not fit the LLM",
                 got=f"width {span.concepts.shape[1]}",
-                expected=f"width {llm.hidden_size}",
+                expected=f"width {embedded.shape[1]}",
                 next_step="use the LLM the storage was made for",
             )
         else:
-            out[at:end] = span.concepts
-        if span.passage is not None:
-            where.append((span.passage, at, end))
-        at = end
-    return out, where
+            rows.append(span.concepts.to(embedded))  # (n_concepts, hidden_size)
+    return torch.cat(rows)

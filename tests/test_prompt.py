@@ -132,6 +132,18 @@ def test_a_chat_template_that_drops_a_message_is_refused() -> None:
         PromptTemplate(toy.tokenizer(only_first)).spans(conversation(SYSTEM, QUESTION), [])
 
 
+def test_a_passage_is_a_marker_its_body_and_a_blank_line() -> None:
+    template = PromptTemplate(toy.tokenizer())
+    body = [TextSpan((50, 51), 0), ConceptSpan(torch.zeros(2, 32), 0), TextSpan((52,), 0)]
+    head, *middle, tail = template.passage(2, "Birds", body, {"year": 1871, "author": "<|end|>"})
+    assert all(mine is given for mine, given in zip(middle, body, strict=True))
+    shown = [template.tokenizer.decode(span.ids) for span in (head, tail)]
+    assert shown == ["[2] Birds\nyear: 1871\nauthor: <|end|>\n", "\n\n"]
+    assert (head.passage, tail.passage) == (None, None)
+    assert not set(head.ids) & set(template.tokenizer.all_special_ids)
+    assert template.tokenizer.decode(template.passage(1, "", [])[0].ids) == "[1]\n"
+
+
 # lay_out
 
 
@@ -163,6 +175,17 @@ def test_shorter_prompts_are_padded_on_the_left(llm: TargetLLM) -> None:
     for row, single in enumerate(plans):
         lone = lay_out([single], llm).inputs_embeds[0]
         assert torch.equal(made.inputs_embeds[row, -lone.shape[0] :], lone)
+
+
+def test_a_body_of_text_and_concepts_is_read_in_order_and_is_one_range(llm: TargetLLM) -> None:
+    concepts = [torch.randn(2, 32), torch.randn(1, 32)]
+    first = (ConceptSpan(concepts[0], 0), TextSpan((50, 51, 52), 0), ConceptSpan(concepts[1], 0))
+    mixed = PromptPlan((TextSpan((40,)), *first, TextSpan((41,), 1), TextSpan((42,)), TextSpan((43,), 1)))
+    assert mixed.passages == [(0, 1, 7), (1, 7, 8), (1, 9, 10)]
+    made = lay_out([mixed, PromptPlan((TextSpan(tuple(range(50, 62))),))], llm)
+    assert made.spans == [[(0, 3, 9), (1, 9, 10), (1, 11, 12)], []]
+    expected = torch.cat([concepts[0], llm.embed([50, 51, 52]), concepts[1]])
+    assert torch.equal(made.inputs_embeds[0, 3:9], expected)
 
 
 def test_prompts_of_one_length_need_no_mask(llm: TargetLLM) -> None:

@@ -11,6 +11,7 @@ import toy
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.config import CompressorConfig
 from compllm_rag.models.llm import TargetLLM
+from compllm_rag.prompt import TextSpan
 from compllm_rag.training.examples import Body, Branch, Example
 from compllm_rag.training.material import Material, MaterialConfig
 from trained import information
@@ -39,7 +40,7 @@ def example(seed: int = 0) -> Example:
         Branch((), (50, 51, 52), "continue"),
         Branch((33,), (60 + seed,), "copy"),
     )
-    return Example(((2, 3, 4), body, (9,), other, (8, 6)), branches)
+    return Example((TextSpan((2, 3, 4)), body, TextSpan((9,)), other, TextSpan((8, 6))), branches)
 
 
 def write_world(folder: Path, *, rows: int = 24, bad: bool = True) -> Path:

@@ -123,10 +123,10 @@ class MadeBodies:
     def prepare(self, texts: Iterable[str]) -> None:
         """All of it was made before."""
 
-    def span(self, text: str, passage: int) -> Span:
-        """The span that stands for a passage."""
+    def spans(self, text: str, passage: int) -> list[Span]:
+        """The spans that stand for a passage."""
         made = self._made[text]
-        return ConceptSpan(made, passage) if isinstance(made, torch.Tensor) else TextSpan(made, passage)
+        return [ConceptSpan(made, passage) if isinstance(made, torch.Tensor) else TextSpan(made, passage)]
 
 
 def ask_with(task: Task, setting: Setting, made: Mapping[str, Body] | None = None) -> list[Record]:

@@ -105,13 +105,13 @@ def _groups(task: Task, prompt: QAPrompt, rate: float) -> list[Group]:
     groups: dict[tuple[int, ...], Group] = {}
     for place, question in enumerate(task.questions):
         bodies = [
-            (p.title, TextSpan(tuple(t for s in task.segmented(p.text) for t in s), i))
+            (p.title, [TextSpan(tuple(t for s in task.segmented(p.text) for t in s), i)])
             for i, p in enumerate(question.passages)
         ]
         *before, last = prompt.plan(question.question, bodies).spans
         prefix = tuple(t for span in before if isinstance(span, TextSpan) for t in span.ids)
         saved = sum(
-            len(body) - task.budget(p.text, rate) for p, (_, body) in zip(question.passages, bodies, strict=True)
+            len(body) - task.budget(p.text, rate) for p, (_, [body]) in zip(question.passages, bodies, strict=True)
         )
         group = groups.setdefault(prefix, Group(prefix, len(prefix) - saved))
         group.places.append(place)

@@ -74,7 +74,7 @@ def bench(
 
 def _folder() -> Path:
     """The folder to import `benchmarks` from: that of the checkout, or inside this package where it was installed."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     for folder in (here / "_bench", here.parent):
         if (folder / "benchmarks" / "common.py").exists():
             return folder

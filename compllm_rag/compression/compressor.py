@@ -12,6 +12,7 @@ A segment's concepts depend on nothing but the segment: that is why they can be 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import nn
 from compllm_rag.compression.information import information_for
 from compllm_rag.compression.segmentation import Segmenter
 from compllm_rag.compression.selection import AnchorChooser, fitted, word_begins
+from compllm_rag.compression.spec import ConceptSpec, embedding_rms
 from compllm_rag.config import CompressorConfig
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.fingerprint import tagged_digest, tensor_digest
@@ -127,6 +129,15 @@ class Compressor:
     def hidden_size(self) -> int:
         """Width of a concept."""
         return self.llm.hidden_size
+
+    @property
+    def spec(self) -> ConceptSpec:
+        """What is known of its concepts without its weights."""
+        return ConceptSpec(self.config, self.fingerprint, self.segmenter, self.hidden_size, self._scale)
+
+    @functools.cached_property
+    def _scale(self) -> float:
+        return embedding_rms(self.llm)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything learned, in fp16 as it is saved: LoRA, head and information table."""
@@ -294,16 +305,6 @@ def _pooled(
     member = nn.functional.one_hot(run, k + 1)[..., :k].to(tokens.dtype)
     sums = member.transpose(1, 2) @ tokens
     return sums / member.sum(1).clamp_min(1)[..., None]
-
-
-def embedding_rms(llm: TargetLLM) -> float:
-    """Root mean square of the input embeddings, post-scale: the scale a trained compressor starts with.
-
-    Taken once, by whoever creates the configuration: it is part of the identity, and must not depend on the dtype that
-    some later machine computes in.
-    """
-    rows = min(llm.embedding.weight.shape[0], 4096)
-    return float(llm.embed(range(rows)).float().pow(2).mean().sqrt())
 
 
 def batches(

@@ -13,6 +13,8 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from compllm_rag.compression.segmentation import Segmenter
+from compllm_rag.compression.spec import ConceptSpec, embedding_rms
 from compllm_rag.config import FORMAT_VERSION, CompressorConfig
 from compllm_rag.errors import (
     FingerprintMismatchError,
@@ -86,13 +88,7 @@ def load_compressor(
     record = _read_config(path / _CONFIG)
     if llm is None:
         llm = TargetLLM.from_pretrained(record["llm"]["source"], **llm_options)
-    if record["llm"]["identity"] != llm.identity:
-        raise FingerprintMismatchError(
-            "compressor was made for another LLM",
-            got=f"{llm.source} ({llm.identity[:16]})",
-            expected=f"{record['llm']['source']} ({record['llm']['identity'][:16]})",
-            next_step="load that LLM (and its reader), or train a compressor for this one",
-        )
+    _check_llm(record, llm)
     config = CompressorConfig.model_validate(record["config"])
     state = _read_weights(path / _WEIGHTS)
     _check_tensors(state, llm)
@@ -106,6 +102,41 @@ def load_compressor(
             next_step="fetch or save the compressor again",
         )
     return compressor
+
+
+def load_spec(folder: Path, llm: TargetLLM) -> ConceptSpec:
+    """What a saved compressor's concepts are; its weights are not read.
+
+    Args:
+        folder: As `save_compressor` writes it.
+        llm: Its target LLM.
+
+    Raises:
+        UnsupportedFormatError: Files are missing, or of a newer format.
+        FingerprintMismatchError: The compressor was made for another LLM, tokenizer or reader.
+    """
+    record = _read_config(folder / _CONFIG)
+    _check_llm(record, llm)
+    if not (folder / _WEIGHTS).is_file():
+        raise UnsupportedFormatError(
+            "compressor's weights cannot be read",
+            got=f"no {folder / _WEIGHTS}",
+            expected="a whole safetensors file",
+            next_step="fetch or save the compressor again",
+        )
+    config = CompressorConfig.model_validate(record["config"])
+    segmenter = Segmenter(llm.tokenizer, config.segment_length)
+    return ConceptSpec(config, str(record["fingerprint"]), segmenter, llm.hidden_size, embedding_rms(llm))
+
+
+def _check_llm(record: dict[str, Any], llm: TargetLLM) -> None:
+    if record["llm"]["identity"] != llm.identity:
+        raise FingerprintMismatchError(
+            "compressor was made for another LLM",
+            got=f"{llm.source} ({llm.identity[:16]})",
+            expected=f"{record['llm']['source']} ({record['llm']['identity'][:16]})",
+            next_step="load that LLM (and its reader), or train a compressor for this one",
+        )
 
 
 def push_compressor(compressor: Compressor, repo_id: str, *, private: bool = False) -> str:

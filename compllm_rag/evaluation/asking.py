@@ -139,7 +139,7 @@ class Asker:
 
     def _plan(self, question: Question) -> PromptPlan:
         shown = () if self._setting.mode == "none" else question.passages
-        bodies = [(passage.title, self._bodies.span(passage.text, i)) for i, passage in enumerate(shown)]
+        bodies = [(passage.title, self._bodies.spans(passage.text, i)) for i, passage in enumerate(shown)]
         return self._prompt.plan(question.question, bodies)
 
     def _length(self, question: Question) -> tuple[int, list[str], int]:

@@ -1,4 +1,4 @@
-"""Passages as the span each mode puts in their place: text, concepts, the anchors alone, or nothing."""
+"""Passages as the spans each mode puts in their place: text, concepts, the anchors alone, or nothing."""
 
 from __future__ import annotations
 
@@ -81,18 +81,18 @@ class Segmented:
 
 
 class PassageBodies(Protocol):
-    """Gives the span that stands for a passage in a prompt."""
+    """Gives the spans that stand for a passage in a prompt."""
 
     def size(self, text: str) -> int:
         """Prompt positions of a passage."""
         ...
 
     def prepare(self, texts: Iterable[str]) -> None:
-        """Make what these passages need; called before `span` of any of them."""
+        """Make what these passages need; called before `spans` of any of them."""
         ...
 
-    def span(self, text: str, passage: int) -> Span:
-        """The span of a passage that was prepared, as the passage of this number."""
+    def spans(self, text: str, passage: int) -> list[Span]:
+        """The spans of a passage that was prepared, in reading order, as those of the passage of this number."""
         ...
 
 
@@ -133,10 +133,10 @@ class Bodies:
                 self._pruned(text) if self._policy else tuple(t for s in self._segmented(text) for t in s)
             )
 
-    def span(self, text: str, passage: int) -> Span:
-        """The span of a passage that was prepared."""
+    def spans(self, text: str, passage: int) -> list[Span]:
+        """The spans of a passage that was prepared."""
         made = self._made[text]
-        return ConceptSpan(made, passage) if isinstance(made, torch.Tensor) else TextSpan(made, passage)
+        return [ConceptSpan(made, passage) if isinstance(made, torch.Tensor) else TextSpan(made, passage)]
 
     def _concepts(self, text: str) -> list[int]:
         return self._policy.n_concepts(self._segmented(text)) if self._policy else []
@@ -144,10 +144,11 @@ class Bodies:
     def _compress(self, texts: list[str]) -> None:
         segments = [self._segmented(text) for text in texts]
         counts = [self._concepts(text) for text in texts]
+        # (K, hidden_size) for each segment, those of all texts in a row
         flat = self._compressor.compress([s for group in segments for s in group], [k for ks in counts for k in ks])
         at = 0
         for text, ks in zip(texts, counts, strict=True):
-            made = torch.cat(flat[at : at + len(ks)])
+            made = torch.cat(flat[at : at + len(ks)])  # (n_concepts, hidden_size) of one text
             self._made[text] = self._encoding.rounded(made) if self._encoding else made
             at += len(ks)
 

@@ -1,5 +1,5 @@
-"""Turning laid-out prompts into answers: one protocol, and the local transformers backend."""
+"""Prompt plans become answers: one protocol, and the generator that runs the LLM in this process."""
 
-from compllm_rag.generation.base import Generation, GenerationBackend, TokenStream
+from compllm_rag.generation.base import Generation, Generator, TokenStream
 
-__all__ = ["Generation", "GenerationBackend", "TokenStream"]
+__all__ = ["Generation", "Generator", "TokenStream"]

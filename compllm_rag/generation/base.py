@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from compllm_rag.config import GenerationConfig
@@ -50,8 +50,23 @@ class TokenStream(Protocol):
         ...
 
 
-class GenerationBackend(Protocol):
-    """Runs the target LLM on prompt plans."""
+class Generator(Protocol):
+    """Runs the target LLM on prompt plans: what every answering component takes."""
+
+    @property
+    def name(self) -> str:
+        """How the LLM is named."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """The LLM's tokenizer; prompts are laid out with it."""
+        ...
+
+    @property
+    def config(self) -> GenerationConfig:
+        """Used where a call gives none."""
+        ...
 
     @property
     def window(self) -> int:

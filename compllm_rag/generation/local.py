@@ -32,7 +32,22 @@ class LocalGenerator:
     """
 
     def __init__(self, llm: TargetLLM, config: GenerationConfig | None = None) -> None:
-        self.llm, self.config = llm, config or GenerationConfig()
+        self.llm, self._config = llm, config or GenerationConfig()
+
+    @property
+    def name(self) -> str:
+        """How the LLM is named."""
+        return self.llm.source
+
+    @property
+    def tokenizer(self) -> Any:
+        """The LLM's tokenizer."""
+        return self.llm.tokenizer
+
+    @property
+    def config(self) -> GenerationConfig:
+        """Used where a call gives none."""
+        return self._config
 
     @property
     def window(self) -> int:

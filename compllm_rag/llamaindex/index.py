@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 from llama_index.core import StorageContext, VectorStoreIndex
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.data_structs.data_structs import IndexDict
+from llama_index.core.indices.vector_store.retrievers import VectorIndexRetriever
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import BaseNode, Document, MetadataMode
 
@@ -19,8 +21,10 @@ from compllm_rag.catalog.measures import storage_families
 from compllm_rag.catalog.origins import Origins
 from compllm_rag.catalog.pending import PendingChunks
 from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.spec import DeferredCompressor
 from compllm_rag.config import GenerationConfig, IngestConfig
 from compllm_rag.errors import CompLLMError, ConfigurationError
+from compllm_rag.generation.base import Generator
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.embedding import embedder_identity
@@ -28,18 +32,28 @@ from compllm_rag.llamaindex.ingest import IngestReport, Progress, ingest_documen
 from compllm_rag.llamaindex.kvstore import CatalogDocumentStore, CatalogKVStore
 from compllm_rag.llamaindex.node_parser import ConceptNodeParser
 from compllm_rag.llamaindex.observer import AccountsObserver
+from compllm_rag.llamaindex.opening import IndexParts, create_index, load_index
 from compllm_rag.llamaindex.reentrant_lock import ReentrantLock
 from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer
 from compllm_rag.llamaindex.uploads import UploadQueue, UploadReceipt
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 from compllm_rag.metrics import Metrics, Work, exposition
 from compllm_rag.storage.manifest import Manifest
+from compllm_rag.storage.namespaces import existing_namespace, namespace_folder, prepare_namespace
 from compllm_rag.storage.stats import stats_fields
 from compllm_rag.store.base import ConceptStore
 
 if TYPE_CHECKING:
     from compllm_rag.storage.compaction import StorageCompaction
     from compllm_rag.storage.verification import StorageCheck
+
+_SYNTHESIZER_OPTIONS = (
+    "mode", "streaming", "missing", "overflow", "choose", "text_qa_template", "generation", "callback_manager",
+)  # fmt: skip
+# LlamaIndex's retriever takes any name without a word.
+_RETRIEVER_OPTIONS = set(inspect.signature(VectorIndexRetriever.__init__).parameters) - {
+    "self", "index", "kwargs", "callback_manager",
+}  # fmt: skip
 
 
 class ConceptIndex(VectorStoreIndex):
@@ -48,34 +62,39 @@ class ConceptIndex(VectorStoreIndex):
     Build one with `from_documents`, `create` or `load`; the constructor joins parts that are made already.
 
     Args:
-        compressor: Makes concepts.
+        compressor: Makes concepts; a deferred one is loaded on the first miss.
         store: Keeps them.
         vector_store: Keeps vectors and text.
         embedder: LlamaIndex embedder of the vectors.
         config: Rate, chunk size and namespace.
-        generation: Limits of the answers.
+        generation: Limits of the answers; None takes the generator's.
+        generator: Runs the target LLM; None runs it in this process.
         storage_dir: Where it all lies; None when it lies in memory.
         manifest: Of the storage; None describes the parts given.
     """
 
     def __init__(
         self,
-        compressor: Compressor,
+        compressor: Compressor | DeferredCompressor,
         store: ConceptStore,
         vector_store: FaissTextVectorStore,
         embedder: BaseEmbedding,
         *,
         config: IngestConfig | None = None,
         generation: GenerationConfig | None = None,
+        generator: Generator | None = None,
         storage_dir: Path | None = None,
         manifest: Manifest | None = None,
     ) -> None:
         self.config, self.storage_dir, self.store = config or IngestConfig(), storage_dir, store
-        self.manifest = manifest or Manifest.of(compressor, *embedder_identity(embedder), vector_store.dim, self.config)
+        self.manifest = manifest or Manifest.of(
+            compressor.spec, compressor.llm, *embedder_identity(embedder), vector_store.dim, self.config
+        )
         self.library = ConceptLibrary(compressor, store, rate=self.config.rate, namespace=self.config.namespace)
-        self.generator = LocalGenerator(compressor.llm, generation)
+        self.generator: Generator = generator or LocalGenerator(compressor.llm)
+        self._generation = generation or self.generator.config
         self.faiss = vector_store
-        self.parser = ConceptNodeParser(compressor.segmenter, self.config.chunk_size)
+        self.parser = ConceptNodeParser(self.library.spec.segmenter, self.config.chunk_size)
         kvstore = CatalogKVStore(vector_store.catalog)
         values = kvstore.values
         self.accounts, self.origins, self.pending = Accounts(values), Origins(values), PendingChunks(values)
@@ -111,40 +130,79 @@ class ConceptIndex(VectorStoreIndex):
         return index
 
     @classmethod
-    def create(cls, storage_dir: str | Path | None = None, *, namespace: str | None = None, **options: Any) -> Self:
+    def create(
+        cls,
+        storage_dir: str | Path | None = None,
+        *,
+        namespace: str | None = None,
+        generator: Generator | None = None,
+        resume: bool = True,
+        **options: Any,
+    ) -> Self:
         """Make an empty storage, or open an existing one for writing.
 
         Args:
             storage_dir: A folder; None keeps everything in memory.
             namespace: Tenant; those of one folder share nothing. None takes the folder's own.
-            **options: See `storage.create_index`, and for what it raises.
+            generator: Runs the target LLM; None runs it in this process.
+            resume: Go on, in the background, with uploads that an earlier process left without concepts.
+            **options: See `opening.create_index`, and for what it raises.
         """
-        from compllm_rag.llamaindex.opening import create_index
-        from compllm_rag.storage.namespaces import namespace_folder, prepare_namespace
-
         if storage_dir is None:
-            return create_index(cls, None, namespace=namespace, **options)
+            return cls.of(create_index(None, namespace=namespace, **options), generator=generator)
         folder = namespace_folder(storage_dir, namespace)
         prepare_namespace(Path(storage_dir), folder)
-        return create_index(cls, folder, namespace=namespace, **options)
+        return cls.of(create_index(folder, namespace=namespace, **options), generator=generator, resume=resume)
 
     @classmethod
-    def load(cls, storage_dir: str | Path, *, namespace: str | None = None, **options: Any) -> Self:
+    def load(
+        cls,
+        storage_dir: str | Path,
+        *,
+        namespace: str | None = None,
+        generator: Generator | None = None,
+        resume: bool = True,
+        **options: Any,
+    ) -> Self:
         """Open a storage that exists.
 
         Args:
             storage_dir: Its folder.
             namespace: Tenant; None takes the folder's own.
-            **options: See `storage.load_index`, and for what it raises.
+            generator: Runs the target LLM; None runs it in this process.
+            resume: Go on, in the background, with uploads that an earlier process left without concepts.
+            **options: See `opening.load_index`, and for what it raises.
         """
-        from compllm_rag.llamaindex.opening import load_index
-        from compllm_rag.storage.namespaces import existing_namespace
+        parts = load_index(existing_namespace(storage_dir, namespace), **options)
+        return cls.of(parts, generator=generator, resume=resume)
 
-        return load_index(cls, existing_namespace(storage_dir, namespace), **options)
+    @classmethod
+    def of(cls, parts: IndexParts, *, generator: Generator | None = None, resume: bool = False) -> Self:
+        """Join parts that are open.
+
+        Args:
+            parts: See `opening.create_index` and `opening.load_index`.
+            generator: Runs the target LLM; None runs it in this process.
+            resume: Go on, in the background, with uploads that an earlier process left without concepts.
+        """
+        index = cls(
+            parts.compressor,
+            parts.store,
+            parts.vectors,
+            parts.embedder,
+            config=parts.manifest.ingest,
+            generation=parts.generation,
+            generator=generator,
+            storage_dir=parts.folder,
+            manifest=parts.manifest,
+        )
+        if resume and not parts.vectors.catalog.read_only and len(index.pending):
+            UploadQueue(index)
+        return index
 
     @property
     def compressor(self) -> Compressor:
-        """The compressor all concepts in the storage come from."""
+        """The compressor all concepts in the storage come from; loaded now if nothing was compressed before."""
         return self.library.compressor
 
     @property
@@ -200,24 +258,42 @@ class ConceptIndex(VectorStoreIndex):
         """Bring documents in without waiting for their concepts; see `UploadQueue.put`."""
         return self.uploads.put(documents)
 
-    def as_query_engine(self, llm: Any = None, **kwargs: Any) -> RetrieverQueryEngine:
+    def as_query_engine(self, llm: None = None, **kwargs: Any) -> RetrieverQueryEngine:  # type: ignore[override]
         """A query engine that reads concepts.
 
         Args:
-            llm: Not used: the target LLM belongs to the storage.
+            llm: Must be None: the target LLM belongs to the storage, and no other can read its concepts.
             **kwargs: Of `ConceptSynthesizer` (`mode`, `streaming`, `missing`, `overflow`, `choose`,
-                `text_qa_template`, `generation`), `response_synthesizer`, `node_postprocessors`, and of the retriever
-                (`similarity_top_k`, `filters`).
+                `text_qa_template`, `generation`, `callback_manager`), `response_synthesizer`, `node_postprocessors`,
+                and of LlamaIndex's `VectorIndexRetriever` (`similarity_top_k`, `filters`, ...).
+
+        Raises:
+            ConfigurationError: An option that nothing here would heed, such as `llm` or `response_mode`.
         """
-        own = ("mode", "streaming", "missing", "overflow", "choose", "text_qa_template", "generation")
-        options = {name: kwargs.pop(name) for name in own if name in kwargs}
-        synthesizer = kwargs.pop("response_synthesizer", None) or self.as_synthesizer(**options)
+        options = {name: kwargs.pop(name) for name in _SYNTHESIZER_OPTIONS if name in kwargs}
+        given = kwargs.pop("response_synthesizer", None)
         postprocessors = kwargs.pop("node_postprocessors", None)
+        unheeded = sorted({*kwargs} - _RETRIEVER_OPTIONS) + ["llm"] * (llm is not None)
+        if given is not None:
+            unheeded += sorted(options)  # they are for a synthesizer of ours
+        if unheeded:
+            raise ConfigurationError(
+                "a query engine of concepts has no such option",
+                got=", ".join(unheeded),
+                expected=", ".join(
+                    [*_SYNTHESIZER_OPTIONS, "response_synthesizer", "node_postprocessors", *sorted(_RETRIEVER_OPTIONS)]
+                ),
+                next_step="leave it out"
+                if given is None
+                else "leave it out, or set it on the response_synthesizer that you pass",
+            )
         kwargs.setdefault("similarity_top_k", 4)
+        synthesizer = given or self.as_synthesizer(**options)
         return RetrieverQueryEngine(self.as_retriever(**kwargs), synthesizer, postprocessors)
 
     def as_synthesizer(self, **options: Any) -> ConceptSynthesizer:
         """The synthesizer of this index; options as of `ConceptSynthesizer`."""
+        options.setdefault("generation", self._generation)
         return ConceptSynthesizer(self.library, self.generator, queued=self.pending.among, **options)
 
     def _add_nodes_to_index(
@@ -228,7 +304,7 @@ class ConceptIndex(VectorStoreIndex):
         later: bool = False,
         **insert_kwargs: Any,
     ) -> None:
-        """Concepts first, unless they are to be made `later`; then vector and text."""
+        """Concepts first, unless they are there already or to be made `later`; then vector and text."""
         nodes = list({node.node_id: node for node in nodes}.values())
         with self.bulk():
             if nodes:

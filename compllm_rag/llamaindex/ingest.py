@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from llama_index.core.schema import BaseNode, Document, MetadataMode
+from llama_index.core.storage.docstore.types import BaseDocumentStore
 
+from compllm_rag.catalog.accounts import Accounts
 from compllm_rag.catalog.kv import KeyValues
 from compllm_rag.catalog.origins import Origins
+from compllm_rag.catalog.pending import PendingChunks
 from compllm_rag.errors import ConfigurationError
+from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.documents import empty_corpus
+from compllm_rag.llamaindex.node_parser import ConceptNodeParser
+from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 from compllm_rag.models.device_memory import release_unused
-
-if TYPE_CHECKING:
-    from compllm_rag.llamaindex.index import ConceptIndex
+from compllm_rag.store.base import ConceptStore
 
 # Characters of the documents worked on together; bounds memory and fills the compressor's batches.
 _BATCH_CHARS = 400_000
@@ -73,8 +78,69 @@ class IngestReport:
 Progress = Callable[[IngestReport], None]
 
 
+class Corpus(Protocol):
+    """What documents are brought into: the parts of a `ConceptIndex` that this takes."""
+
+    origins: Origins
+
+    @property
+    def faiss(self) -> FaissTextVectorStore:
+        """Vectors and text."""
+        ...
+
+    @property
+    def docstore(self) -> BaseDocumentStore:
+        """Hashes of documents."""
+        ...
+
+    @property
+    def library(self) -> ConceptLibrary:
+        """Concepts."""
+        ...
+
+    @property
+    def parser(self) -> ConceptNodeParser:
+        """Cuts documents into chunks."""
+        ...
+
+    @property
+    def accounts(self) -> Accounts:
+        """Counts by document."""
+        ...
+
+    @property
+    def pending(self) -> PendingChunks:
+        """Chunks that lack concepts."""
+        ...
+
+    @property
+    def store(self) -> ConceptStore:
+        """Keeps concepts."""
+        ...
+
+    def bulk(self) -> AbstractContextManager[None]:
+        """One commit for a block."""
+        ...
+
+    def commit(self) -> None:
+        """Make everything durable."""
+        ...
+
+    def insert_nodes(self, nodes: Sequence[BaseNode], **insert_kwargs: Any) -> None:
+        """Add chunks."""
+        ...
+
+    def delete_nodes(self, node_ids: list[str]) -> None:
+        """Delete chunks."""
+        ...
+
+    def delete_ref_doc(self, ref_doc_id: str) -> None:
+        """Delete a document."""
+        ...
+
+
 def ingest_documents(
-    index: ConceptIndex,
+    index: Corpus,
     documents: Iterable[Document],
     *,
     progress: Progress | None = None,
@@ -116,7 +182,7 @@ def ingest_documents(
     return replace(report, seconds=time.perf_counter() - begun)
 
 
-def _ingest_batch(index: ConceptIndex, documents: list[Document], report: IngestReport) -> IngestReport:
+def _ingest_batch(index: Corpus, documents: list[Document], report: IngestReport) -> IngestReport:
     hashes = {d.id_: index.docstore.get_document_hash(d.id_) for d in documents}
     changed = [d for d in documents if hashes[d.id_] != d.hash]
     if changed:
@@ -124,11 +190,11 @@ def _ingest_batch(index: ConceptIndex, documents: list[Document], report: Ingest
         index.faiss.catalog.claim()
     nodes = index.parser.get_nodes_from_documents(changed)
     made = index.library.ensure(node.get_content(MetadataMode.NONE) for node in nodes)
-    replace_documents(index, changed, nodes)
+    replace_documents(index, changed, nodes, later=True)  # they are there by now
     for document in documents:
         index.origins.record(document.id_, str(document.metadata.get("source") or ""))
     if made.compressed >= _MANY_SEGMENTS:
-        release_unused(index.library.compressor.llm.device)
+        release_unused(index.library.llm.device)
     totals = [index.accounts.of_document(d.id_) for d in documents]
     segments = sum(t.segments for t in totals)
     return replace(
@@ -145,7 +211,7 @@ def _ingest_batch(index: ConceptIndex, documents: list[Document], report: Ingest
 
 
 def replace_documents(
-    index: ConceptIndex, changed: Sequence[Document], nodes: Sequence[BaseNode], *, later: bool = False
+    index: Corpus, changed: Sequence[Document], nodes: Sequence[BaseNode], *, later: bool = False
 ) -> None:
     """Put nodes in the place of those their documents had, and remember the documents' hashes.
 
@@ -168,7 +234,7 @@ def replace_documents(
         index.docstore.set_document_hash(document.id_, document.hash)
 
 
-def _keep_embeddings(index: ConceptIndex, going: Sequence[str], coming: Sequence[BaseNode]) -> None:
+def _keep_embeddings(index: Corpus, going: Sequence[str], coming: Sequence[BaseNode]) -> None:
     """Give nodes the embeddings of those that go and that the embedder would read alike.
 
     Metadata that it does not read, such as the path of the file, is part of a node's id: a folder that was moved brings

@@ -1,4 +1,4 @@
-"""A thin LlamaIndex LLM over a generation backend, for the stock components that insist on one."""
+"""A thin LlamaIndex LLM over a generator, for the stock components that insist on one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.llm import LLM
 
 from compllm_rag.config import GenerationConfig
-from compllm_rag.generation.local import LocalGenerator
+from compllm_rag.generation.base import Generator
 from compllm_rag.llamaindex.streams import in_thread
 from compllm_rag.prompt import Message, PromptPlan, PromptTemplate
 
@@ -31,12 +31,12 @@ class ConceptLLM(LLM):
     """The target LLM (reader merged) as a LlamaIndex LLM: text in, text out.
 
     Args:
-        generator: The local generator that also answers from concepts.
+        generator: Any that runs the target LLM; the one that also answers from concepts.
     """
 
-    _generator: LocalGenerator = PrivateAttr()
+    _generator: Generator = PrivateAttr()
 
-    def __init__(self, generator: LocalGenerator, **kwargs: Any) -> None:
+    def __init__(self, generator: Generator, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._generator = generator
 
@@ -52,12 +52,12 @@ class ConceptLLM(LLM):
             context_window=self._generator.window,
             num_output=self._generator.config.max_new_tokens,
             is_chat_model=True,
-            model_name=self._generator.llm.source,
+            model_name=self._generator.name,
         )
 
     def _plan(self, messages: Sequence[ChatMessage]) -> PromptPlan:
         turns = [Message(m.role.value, (m.content or "",)) for m in messages]
-        return PromptPlan(tuple(PromptTemplate(self._generator.llm.tokenizer).spans(turns, [])))
+        return PromptPlan(tuple(PromptTemplate(self._generator.tokenizer).spans(turns, [])))
 
     def _config(self, kwargs: dict[str, Any]) -> GenerationConfig:
         known = {k: v for k, v in kwargs.items() if k in GenerationConfig.model_fields}

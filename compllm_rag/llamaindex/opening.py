@@ -8,8 +8,9 @@ target LLM and the embedder are named, not copied.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from pydantic import ValidationError
@@ -19,32 +20,51 @@ from compllm_rag.catalog.pending import count_pending
 from compllm_rag.catalog.references import count_keys
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.compression.loading import AUTO, load_compressor_for
+from compllm_rag.compression.rates import FixedRate
+from compllm_rag.compression.spec import DeferredCompressor
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM, GenerationConfig, IngestConfig
 from compllm_rag.errors import CompLLMError, ConfigurationError
 from compllm_rag.llamaindex.storage_parts import (
+    defer_own_compressor,
     embedder_named,
-    is_made,
     keep_adapters,
     load_embedder_of,
-    load_own_compressor,
     new_vectors,
     open_vectors,
 )
-from compllm_rag.llamaindex.uploads import UploadQueue
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 from compllm_rag.storage.adapter_files import FILES_KEY, adapter_digests
-from compllm_rag.storage.manifest import CONCEPTS, META_KEY, Manifest
-from compllm_rag.store import DiskStore, MemoryStore
+from compllm_rag.storage.manifest import CONCEPTS, META_KEY, Manifest, has_manifest
+from compllm_rag.storage.stores import open_store
+from compllm_rag.store import ConceptStore, DiskStore
 
-if TYPE_CHECKING:
-    from compllm_rag.llamaindex.index import ConceptIndex
-
-Index = TypeVar("Index", bound="ConceptIndex")
 _LOOKS = 10  # a writer would have to commit, or a compaction to end, between each two of them
 
 
+@dataclass(frozen=True)
+class IndexParts:
+    """What a `ConceptIndex` is joined from.
+
+    Attributes:
+        compressor: Makes concepts; of a storage that is opened, on the first miss only.
+        store: Keeps them.
+        vectors: Vectors and text.
+        embedder: Makes vectors.
+        manifest: What the storage was made with.
+        generation: Limits of the answers.
+        folder: The storage; None in memory.
+    """
+
+    compressor: Compressor | DeferredCompressor
+    store: ConceptStore
+    vectors: FaissTextVectorStore
+    embedder: BaseEmbedding
+    manifest: Manifest
+    generation: GenerationConfig | None
+    folder: Path | None
+
+
 def create_index(
-    cls: type[Index],
     folder: Path | None,
     *,
     llm: str | None = None,
@@ -57,13 +77,11 @@ def create_index(
     encoding: str | None = None,
     generation: GenerationConfig | None = None,
     progress: Callable[[str, float | None], None] | None = None,
-    resume: bool = True,
     **model_options: Any,
-) -> Index:
+) -> IndexParts:
     """Make an empty storage, or open an existing one for writing.
 
     Args:
-        cls: `ConceptIndex`, or a class derived from it.
         folder: The storage; None keeps everything in memory.
         llm: Alias, folder or `org/name@revision` of the target LLM; None takes the default.
         embedder: The same for the embedder, or a LlamaIndex embedder.
@@ -75,7 +93,6 @@ def create_index(
         encoding: How concepts are kept: `fp16`, `int8` or `int4`; None takes fp16. No part of their identity.
         generation: Limits of the answers.
         progress: Called with messages while models are fetched.
-        resume: See `load_index`.
         **model_options: `dtype`, `device`, `cache_dir`, `offline` of `TargetLLM.from_pretrained`.
 
     Raises:
@@ -87,16 +104,14 @@ def create_index(
         raise ConfigurationError(
             "storage is not a folder", got=folder, expected="a folder, or a path where one can be made"
         )
-    if folder is not None and is_made(folder):
+    if folder is not None and has_manifest(folder):
         return load_index(
-            cls,
             folder,
             llm=llm,
             embedder=embedder,
             compressor=compressor if isinstance(compressor, Compressor) else None,
             generation=generation,
             progress=progress,
-            resume=resume,
             expect={"rate": rate, "chunk_size": chunk_size, "namespace": namespace, "encoding": encoding},
             **model_options,
         )
@@ -111,22 +126,20 @@ def create_index(
     _check_rate(config, made)
     embed, source, identity = embedder_named(embedder or DEFAULT_EMBEDDER, progress, model_options)
     dimension = len(embed.get_text_embedding("dimension"))
-    manifest = Manifest.of(made, source, identity, dimension, config)
+    manifest = Manifest.of(made.spec, made.llm, source, identity, dimension, config)
     if folder is None:
-        memory = MemoryStore(made.hidden_size, encoding=config.encoding)
         vectors = FaissTextVectorStore(dim=dimension)
-        return _join(cls, made, memory, vectors, embed, manifest, generation, None)
+        return IndexParts(made, open_store(manifest, None), vectors, embed, manifest, generation, None)
     vectors = new_vectors(folder, dimension)
     keep_adapters(folder, made, llm or DEFAULT_LLM, reader)
-    disk = DiskStore(folder / CONCEPTS, hidden_size=made.hidden_size, encoding=config.encoding)
+    store = open_store(manifest, folder / CONCEPTS)
     vectors.catalog.set_meta(FILES_KEY, adapter_digests(folder))
     vectors.catalog.set_meta(META_KEY, manifest.model_dump_json())
     vectors.commit()
-    return _join(cls, made, disk, vectors, embed, manifest, generation, folder)
+    return IndexParts(made, store, vectors, embed, manifest, generation, folder)
 
 
 def load_index(
-    cls: type[Index],
     folder: Path,
     *,
     llm: str | None = None,
@@ -137,13 +150,11 @@ def load_index(
     progress: Callable[[str, float | None], None] | None = None,
     expect: dict[str, Any] | None = None,
     complete: bool = True,
-    resume: bool = True,
     **model_options: Any,
-) -> Index:
+) -> IndexParts:
     """Open a storage that exists.
 
     Args:
-        cls: `ConceptIndex`, or a class derived from it.
         folder: The storage.
         llm: Where the target LLM lies now; None takes the name the storage keeps. It must be the same model.
         embedder: The same for the embedder, or a LlamaIndex embedder.
@@ -153,7 +164,6 @@ def load_index(
         progress: Called with messages while models are fetched.
         expect: Settings that must be the storage's own.
         complete: Refuse a concept store that holds fewer records than text refers to; repair does not.
-        resume: Go on, in the background, with uploads that an earlier process left without concepts.
         **model_options: `dtype`, `device`, `cache_dir`, `offline` of `TargetLLM.from_pretrained`.
 
     Raises:
@@ -166,24 +176,16 @@ def load_index(
     try:
         manifest = Manifest.parse(vectors.catalog.get_meta(META_KEY))
         manifest.check_ingest(**(expect or {}))
-        made = compressor or load_own_compressor(folder, manifest, llm, progress, model_options)
-        manifest.check_compressor(made.fingerprint, made.llm.source)
+        made = compressor or defer_own_compressor(folder, manifest, llm, progress, model_options)
+        manifest.check_compressor(made.spec.fingerprint, made.llm.source)
         embed = load_embedder_of(manifest, embedder, progress, model_options)
-        store = DiskStore(
-            folder / CONCEPTS,
-            hidden_size=made.hidden_size,
-            read_only=read_only,
-            encoding=manifest.ingest.encoding,
-        )
+        store = open_store(manifest, folder / CONCEPTS, read_only=read_only)
         if complete:
             _check_complete(vectors, store)
     except CompLLMError:
         vectors.close()
         raise
-    index = _join(cls, made, store, vectors, embed, manifest, generation, folder)
-    if resume and complete and not read_only and len(index.pending):
-        UploadQueue(index)
-    return index
+    return IndexParts(made, store, vectors, embed, manifest, generation, folder)
 
 
 def _check_complete(vectors: FaissTextVectorStore, store: DiskStore) -> None:
@@ -215,28 +217,4 @@ def _config(**asked: Any) -> IngestConfig:
 
 
 def _check_rate(config: IngestConfig, compressor: Compressor) -> None:
-    from compllm_rag.compression.rates import FixedRate
-
     FixedRate(config.rate, compressor.config.segment_length)
-
-
-def _join(
-    cls: type[Index],
-    compressor: Compressor,
-    store: DiskStore | MemoryStore,
-    vectors: FaissTextVectorStore,
-    embed: BaseEmbedding,
-    manifest: Manifest,
-    generation: GenerationConfig | None,
-    folder: Path | None,
-) -> Index:
-    return cls(
-        compressor,
-        store,
-        vectors,
-        embed,
-        config=manifest.ingest,
-        generation=generation,
-        storage_dir=folder,
-        manifest=manifest,
-    )

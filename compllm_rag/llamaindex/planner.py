@@ -5,23 +5,45 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from llama_index.core.llms import ChatMessage
-from llama_index.core.prompts import BasePromptTemplate
-from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
+from llama_index.core.llms import ChatMessage, MessageRole
+from llama_index.core.prompts import BasePromptTemplate, ChatPromptTemplate
+from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 
 from compllm_rag.config import MissingPolicy, Mode, OverflowPolicy
 from compllm_rag.errors import PromptTooLongError
-from compllm_rag.library import ConceptLibrary
-from compllm_rag.prompt import SLOT, ConceptSpan, Message, PromptPlan, PromptTemplate, Slot, Span, TextSpan
+from compllm_rag.library import ConceptLibrary, Fetched
+from compllm_rag.prompt import (
+    QUESTION,
+    SLOT,
+    ConceptSpan,
+    Message,
+    PromptPlan,
+    PromptTemplate,
+    Slot,
+    Span,
+    TextSpan,
+    qa_messages,
+)
 
 if TYPE_CHECKING:
     from llama_index.core.llms.llm import LLM
 
 Chooser = Callable[[NodeWithScore], Mode]
 Queued = Callable[[Sequence[str]], Collection[str]]
+
+# The very messages of `compllm_rag.prompt.QAPrompt`, as LlamaIndex writes them.
+DEFAULT_TEMPLATE = ChatPromptTemplate(
+    message_templates=[
+        ChatMessage(
+            role=MessageRole(message.role),
+            content="".join("{context_str}" if isinstance(piece, Slot) else piece for piece in message.content),
+        )
+        for message in qa_messages(QUESTION + "{query_str}")
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +71,7 @@ class PlannedPrompt:
         fetch_s: Seconds spent reading concepts from the store.
         compress_s: Seconds spent compressing what was missing.
         layout_s: Seconds spent on tokens and spans.
+        seconds: Wall time from nodes in hand to the plan.
     """
 
     plan: PromptPlan
@@ -58,6 +81,7 @@ class PlannedPrompt:
     fetch_s: float
     compress_s: float
     layout_s: float
+    seconds: float
 
     def account(self) -> dict[str, Any]:
         """The account as plain values."""
@@ -72,14 +96,23 @@ class PlannedPrompt:
         }
 
 
-@dataclass
-class _Clock:
+@dataclass(frozen=True)
+class NodeBody:
+    """What stands for one node's text, and what it took to have it.
+
+    Attributes:
+        spans: In reading order; text and concepts may mix.
+        hits: Segments found in the store.
+        misses: Segments not found.
+        fetch_s: Seconds spent reading concepts from the store.
+        compress_s: Seconds spent compressing what was missing.
+    """
+
+    spans: Sequence[Span]
+    hits: int = 0
+    misses: int = 0
     fetch_s: float = 0.0
     compress_s: float = 0.0
-    begun: float = field(default_factory=time.perf_counter)
-
-    def layout_s(self) -> float:
-        return time.perf_counter() - self.begun - self.fetch_s - self.compress_s
 
 
 class Planner:
@@ -87,6 +120,8 @@ class Planner:
 
     Args:
         library: Knows every passage's segments and concepts.
+        text_qa_template: Any LlamaIndex template with `{context_str}` and `{query_str}`; may be set anew at any time.
+        llm: For templates that differ by LLM.
         mode: How passages enter, unless `choose` says otherwise.
         missing: What to do when concepts are not stored.
         overflow: Drop the nodes of lowest rank that do not fit (and say so), or raise.
@@ -97,7 +132,9 @@ class Planner:
     def __init__(
         self,
         library: ConceptLibrary,
+        text_qa_template: BasePromptTemplate = DEFAULT_TEMPLATE,
         *,
+        llm: LLM | None = None,
         mode: Mode = "concepts",
         missing: MissingPolicy = "recompress",
         overflow: OverflowPolicy = "drop",
@@ -105,22 +142,25 @@ class Planner:
         queued: Queued | None = None,
     ) -> None:
         self.library, self.mode, self.missing, self.overflow, self.choose = library, mode, missing, overflow, choose
-        self.queued = queued
-        self.template = PromptTemplate(library.compressor.llm.tokenizer)
+        self.text_qa_template, self.llm, self.queued = text_qa_template, llm, queued
+        self.template = PromptTemplate(library.llm.tokenizer)
 
-    def plan(self, messages: Sequence[Message], nodes: Sequence[NodeWithScore], budget: int) -> PlannedPrompt:
+    def plan(self, query: str | QueryBundle, nodes: Sequence[NodeWithScore], budget: int) -> PlannedPrompt:
         """Plan one prompt.
 
         Args:
-            messages: The conversation around the passages.
+            query: What is asked.
             nodes: Best first.
             budget: Positions the prompt may take.
 
         Raises:
             PromptTooLongError: The question alone does not fit, or the passages do not and `overflow` is "error".
             MissingConceptsError: See `ConceptLibrary.fetch`.
+            ConfigurationError: See `PromptTemplate.spans`.
         """
-        clock = _Clock()
+        begun = time.perf_counter()
+        bundle = QueryBundle(query) if isinstance(query, str) else query
+        messages = messages_of(self.text_qa_template, self.llm, bundle.query_str)
         left = budget - sum(map(len, self.template.spans(messages, [])))
         if left < 0:
             raise PromptTooLongError(
@@ -131,10 +171,15 @@ class Planner:
             )
         spans: list[Span] = []
         facts: list[NodeFacts] = []
+        fetch_s = compress_s = 0.0
         queued = self.queued([node.node.node_id for node in nodes]) if self.queued else ()
         for i, node in enumerate(nodes):
             missing: MissingPolicy = "text" if node.node.node_id in queued else self.missing
-            passage, fact = self._passage(node, i, clock, missing)
+            body = self.body(bundle, node, i, missing)
+            fetch_s, compress_s = fetch_s + body.fetch_s, compress_s + body.compress_s
+            title, metadata = shown_metadata(node.node)
+            passage = self.template.passage(i + 1, title, body.spans, metadata)
+            fact = self._facts(node, body, sum(map(len, passage)))
             if fact.positions > left:
                 break
             left -= fact.positions
@@ -149,44 +194,61 @@ class Planner:
                 next_step='lower similarity_top_k, raise the compression rate, or set overflow="drop"',
             )
         plan = PromptPlan(tuple(self.template.spans(messages, spans)))
-        used = list(nodes[: len(facts)])
-        return PlannedPrompt(plan, used, facts, dropped, clock.fetch_s, clock.compress_s, clock.layout_s())
+        seconds = time.perf_counter() - begun
+        layout_s = seconds - fetch_s - compress_s
+        return PlannedPrompt(plan, list(nodes[: len(facts)]), facts, dropped, fetch_s, compress_s, layout_s, seconds)
 
-    def _passage(
-        self, node: NodeWithScore, i: int, clock: _Clock, missing: MissingPolicy
-    ) -> tuple[list[Span], NodeFacts]:
-        text = node.node.get_content(metadata_mode=MetadataMode.NONE)
-        mode = self.choose(node) if self.choose else self.mode
-        hits = misses = 0
-        body: Span | None = None
-        if mode == "concepts":
+    def mode_of(self, query: QueryBundle, node: NodeWithScore) -> Mode:
+        """How a node enters; a planner of your own may decide by the query."""
+        return self.choose(node) if self.choose else self.mode
+
+    def body(self, query: QueryBundle, node: NodeWithScore, passage: int, missing: MissingPolicy) -> NodeBody:
+        """What stands for a node's text; a planner of your own may mix text and concepts within one node.
+
+        Args:
+            query: What is asked.
+            node: Whose text.
+            passage: Number of the passage, from 0.
+            missing: What to do when concepts are not stored.
+        """
+        text = _text(node)
+        fetched, fetch_s = Fetched(None, 0, 0, 0.0), 0.0
+        if self.mode_of(query, node) == "concepts":
             begun = time.perf_counter()
             fetched = self.library.fetch(text, missing=missing)
-            clock.fetch_s += time.perf_counter() - begun - fetched.compress_s
-            clock.compress_s += fetched.compress_s
-            hits, misses = fetched.hits, fetched.misses
-            body = None if fetched.concepts is None else ConceptSpan(fetched.concepts, i)
-        ids = self.library.passage(text).ids
-        n_concepts = len(body) if body is not None else 0
-        used: Mode = "text" if body is None else "concepts"
-        body = TextSpan(ids, i) if body is None else body
-        spans: list[Span] = [self._text(marker(node.node, i + 1)), body, self._text("\n\n")]
-        facts = NodeFacts(node.node.node_id, used, len(ids), n_concepts, sum(map(len, spans)), hits, misses)
-        return spans, facts
+            fetch_s = time.perf_counter() - begun - fetched.compress_s
+        span: Span = (
+            TextSpan(self.library.passage(text).ids, passage)
+            if fetched.concepts is None
+            else ConceptSpan(fetched.concepts, passage)
+        )
+        return NodeBody([span], fetched.hits, fetched.misses, fetch_s, fetched.compress_s)
 
-    def _text(self, text: str) -> TextSpan:
-        return TextSpan(tuple(self.template.plain(text)))
+    def _facts(self, node: NodeWithScore, body: NodeBody, positions: int) -> NodeFacts:
+        concepts = [span for span in body.spans if isinstance(span, ConceptSpan)]
+        return NodeFacts(
+            node.node.node_id,
+            "concepts" if concepts else "text",
+            len(self.library.passage(_text(node)).ids),
+            sum(map(len, concepts)),
+            positions,
+            body.hits,
+            body.misses,
+        )
 
 
-def marker(node: BaseNode, number: int) -> str:
-    """The line in front of a passage: `[i] title`, then whatever other metadata the LLM may see."""
+def _text(node: NodeWithScore) -> str:
+    return node.node.get_content(metadata_mode=MetadataMode.NONE)
+
+
+def shown_metadata(node: BaseNode) -> tuple[str, dict[str, Any]]:
+    """Title of a node, and whatever other metadata the LLM may see."""
     shown = {k: v for k, v in node.metadata.items() if k not in node.excluded_llm_metadata_keys}
     title = shown.pop("title", None) or shown.pop("file_name", "")
-    lines = [f"[{number}] {title}".rstrip(), *(f"{key}: {value}" for key, value in shown.items())]
-    return "\n".join(lines) + "\n"
+    return str(title), shown
 
 
-def messages_of(template: BasePromptTemplate, llm: LLM, query: str) -> list[Message]:
+def messages_of(template: BasePromptTemplate, llm: LLM | None, query: str) -> list[Message]:
     """The turns of a LlamaIndex prompt template, with `{context_str}` as the slot for the passages."""
     mark = f"\ue010{secrets.token_hex(8)}\ue011"
     turns: list[ChatMessage] = template.format_messages(llm=llm, context_str=mark, query_str=query)

@@ -35,8 +35,8 @@ from compllm_rag.llamaindex.observer import passages_of
 from compllm_rag.llamaindex.opening import load_index
 from compllm_rag.llamaindex.storage_parts import load_embedder_of, load_own_compressor
 from compllm_rag.storage.manifest import CATALOG, CONCEPTS, Manifest, read_manifest
+from compllm_rag.storage.stores import open_store
 from compllm_rag.storage.verification import StorageCheck, verify_storage
-from compllm_rag.store.disk import DiskStore
 
 Progress = Callable[[str, float | None], None]
 _ASIDE = "concepts.damaged"
@@ -110,9 +110,8 @@ def repair_storage(
         chunks_lost, reembedded = _repair_rows(path, manifest, connection, embed, progress)
     known = {name: value for name, value in model_options.items() if name in ("device", "cache_dir", "offline")}
     dropped = _repair_store(path, manifest)
-    with load_index(
-        ConceptIndex, path, compressor=own, embedder=embedder, progress=progress, complete=False, **known
-    ) as index:
+    parts = load_index(path, compressor=own, embedder=embedder, progress=progress, complete=False, **known)
+    with ConceptIndex.of(parts) as index:
         lost, compressed = _complete(index, progress)
     for aside in path.glob(f"{_ASIDE}*"):
         shutil.rmtree(aside)
@@ -223,9 +222,9 @@ def _embed(vectors: FlatVectors, page: list[StoredNode], embed: BaseEmbedding, d
 
 def _repair_store(folder: Path, manifest: Manifest) -> int:
     """Drop damaged concept records; a store that cannot be opened is put aside for a new one."""
-    concepts, encoding = folder / CONCEPTS, manifest.ingest.encoding
+    concepts = folder / CONCEPTS
     try:
-        with DiskStore(concepts, hidden_size=manifest.hidden_size, encoding=encoding, counted=False) as store:
+        with open_store(manifest, concepts, counted=False) as store:
             check = store.verify(deep=True)
             if check.index_damaged:
                 raise CorruptRecordError("the index of the concept store is damaged")
@@ -237,7 +236,7 @@ def _repair_store(folder: Path, manifest: Manifest) -> int:
         number = len(list(folder.glob(f"{_ASIDE}*")))
         if concepts.exists():
             concepts.rename(folder / f"{_ASIDE}{number}")
-        DiskStore(concepts, hidden_size=manifest.hidden_size, encoding=encoding).close()
+        open_store(manifest, concepts).close()
         return 0
 
 

@@ -11,11 +11,14 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.compression.loading import AUTO, load_compressor_for, shipped_adapter
+from compllm_rag.compression.pretrained import load_spec
+from compllm_rag.compression.spec import DeferredCompressor
 from compllm_rag.errors import StorageMismatchError, StorageNotFoundError
 from compllm_rag.llamaindex.embedding import embedder_identity, load_embedder
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
+from compllm_rag.models.llm import TargetLLM
 from compllm_rag.storage.adapter_files import COMPRESSOR, READER
-from compllm_rag.storage.manifest import META_KEY, Manifest, require_storage
+from compllm_rag.storage.manifest import Manifest, require_storage
 
 
 def open_vectors(folder: Path, *, read_only: bool) -> FaissTextVectorStore:
@@ -26,15 +29,6 @@ def open_vectors(folder: Path, *, read_only: bool) -> FaissTextVectorStore:
     """
     require_storage(folder)
     return FaissTextVectorStore.open(folder, read_only=read_only)
-
-
-def is_made(folder: Path) -> bool:
-    """Whether a storage lies here whose making came to its end; the manifest is the last thing written."""
-    try:
-        with FaissTextVectorStore.open(folder, read_only=True) as vectors:
-            return vectors.catalog.get_meta(META_KEY) is not None
-    except StorageNotFoundError:
-        return False
 
 
 def new_vectors(folder: Path, dimension: int) -> FaissTextVectorStore:
@@ -71,6 +65,22 @@ def load_own_compressor(
         progress=progress,
         **model_options,
     )
+
+
+def defer_own_compressor(
+    folder: Path,
+    manifest: Manifest,
+    llm: str | None,
+    progress: Callable[[str, float | None], None] | None,
+    model_options: dict[str, Any],
+) -> DeferredCompressor:
+    """Load the LLM of a storage with its reader; the compressor that lies there is loaded on the first miss."""
+    kept = folder / READER
+    target = TargetLLM.from_pretrained(
+        llm or manifest.llm, reader=kept if kept.is_dir() else None, progress=progress, **model_options
+    )
+    spec = load_spec(folder / COMPRESSOR, target)
+    return DeferredCompressor(spec, target, lambda: Compressor.from_pretrained(folder / COMPRESSOR, target))
 
 
 def load_embedder_of(

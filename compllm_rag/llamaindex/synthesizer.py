@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import Generator as TextStream
 from typing import Any
 
 from llama_index.core.base.llms.types import CompletionResponse
@@ -21,31 +23,23 @@ from llama_index.core.instrumentation.events.synthesis import (
     SynthesizeEndEvent,
     SynthesizeStartEvent,
 )
-from llama_index.core.llms import ChatMessage, MessageRole
-from llama_index.core.prompts import BasePromptTemplate, ChatPromptTemplate
+from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.response_synthesizers.base import BaseSynthesizer, QueryTextType
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index_instrumentation import get_dispatcher
+from llama_index_instrumentation.dispatcher import Dispatcher
+from llama_index_instrumentation.event_handlers.null import NullEventHandler
 
 from compllm_rag.config import GenerationConfig, MissingPolicy, Mode, OverflowPolicy
-from compllm_rag.generation.base import Generation, TokenStream
+from compllm_rag.generation.base import Generation, Generator, TokenStream
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.llm import ConceptLLM
-from compllm_rag.llamaindex.planner import Chooser, PlannedPrompt, Planner, Queued, messages_of
+from compllm_rag.llamaindex.planner import DEFAULT_TEMPLATE, Chooser, PlannedPrompt, Planner, Queued
 from compllm_rag.llamaindex.streams import in_thread
-from compllm_rag.prompt import SYSTEM
 
 dispatcher = get_dispatcher(__name__)
-
-# The same prompt as `compllm_rag.prompt.QAPrompt` lays out.
-DEFAULT_TEMPLATE = ChatPromptTemplate(
-    message_templates=[
-        ChatMessage(role=MessageRole.SYSTEM, content=SYSTEM),
-        ChatMessage(role=MessageRole.USER, content="{context_str}Question: {query_str}"),
-    ]
-)
 
 
 class ConceptSynthesizer(BaseSynthesizer):
@@ -56,7 +50,7 @@ class ConceptSynthesizer(BaseSynthesizer):
 
     Args:
         library: Compressor and store.
-        generator: Runs the target LLM.
+        generator: Runs the target LLM; None runs it in this process.
         text_qa_template: Any LlamaIndex template with `{context_str}` and `{query_str}`.
         mode: `concepts`, or `text` to read the passages as tokens in the identical layout.
         missing: What to do when concepts are not stored: `recompress`, `text` or `error`.
@@ -71,7 +65,7 @@ class ConceptSynthesizer(BaseSynthesizer):
     def __init__(
         self,
         library: ConceptLibrary,
-        generator: LocalGenerator | None = None,
+        generator: Generator | None = None,
         *,
         text_qa_template: BasePromptTemplate | None = None,
         mode: Mode = "concepts",
@@ -83,17 +77,25 @@ class ConceptSynthesizer(BaseSynthesizer):
         generation: GenerationConfig | None = None,
         callback_manager: CallbackManager | None = None,
     ) -> None:
-        self._generator = generator or LocalGenerator(library.compressor.llm)
+        self._generator = generator or LocalGenerator(library.llm)
         super().__init__(llm=ConceptLLM(self._generator), callback_manager=callback_manager, streaming=streaming)
-        self._planner = Planner(library, mode=mode, missing=missing, overflow=overflow, choose=choose, queued=queued)
-        self._template = text_qa_template or DEFAULT_TEMPLATE
+        self._planner = Planner(
+            library,
+            text_qa_template or DEFAULT_TEMPLATE,
+            llm=self._llm,
+            mode=mode,
+            missing=missing,
+            overflow=overflow,
+            choose=choose,
+            queued=queued,
+        )
         self._generation = generation or self._generator.config
 
     def _get_prompts(self) -> dict[str, BasePromptTemplate]:
-        return {"text_qa_template": self._template}
+        return {"text_qa_template": self._planner.text_qa_template}
 
     def _update_prompts(self, prompts: dict[str, BasePromptTemplate]) -> None:
-        self._template = prompts.get("text_qa_template", self._template)
+        self._planner.text_qa_template = prompts.get("text_qa_template", self._planner.text_qa_template)
 
     def synthesize(
         self,
@@ -120,7 +122,7 @@ class ConceptSynthesizer(BaseSynthesizer):
         with self._callback_manager.event(
             CBEventType.SYNTHESIZE, payload={EventPayload.QUERY_STR: bundle.query_str}
         ) as event:
-            planned = self._plan(bundle.query_str, nodes)
+            planned = self._plan(bundle, nodes)
             response = self._respond(planned, additional_source_nodes or [])
             event.on_end(payload={EventPayload.RESPONSE: response})
         dispatcher.event(SynthesizeEndEvent(query=bundle, response=response))
@@ -145,7 +147,7 @@ class ConceptSynthesizer(BaseSynthesizer):
         with self._callback_manager.event(
             CBEventType.SYNTHESIZE, payload={EventPayload.QUERY_STR: bundle.query_str}
         ) as event:
-            planned = await asyncio.to_thread(self._plan, bundle.query_str, nodes)
+            planned = await asyncio.to_thread(self._plan, bundle, nodes)
             account = planned.account()
             response = self._output(self._astream(planned, account), planned, account, additional_source_nodes or [])
             event.on_end(payload={EventPayload.RESPONSE: response})
@@ -154,7 +156,7 @@ class ConceptSynthesizer(BaseSynthesizer):
 
     def get_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> RESPONSE_TEXT_TYPE:
         """Answer from bare texts, for callers that have no nodes."""
-        planned = self._plan(query_str, [NodeWithScore(node=TextNode(text=text)) for text in text_chunks])
+        planned = self._plan(QueryBundle(query_str), [NodeWithScore(node=TextNode(text=text)) for text in text_chunks])
         account = planned.account()
         return self._stream(planned, account) if self._streaming else self._generate(planned, account)
 
@@ -163,19 +165,16 @@ class ConceptSynthesizer(BaseSynthesizer):
     ) -> RESPONSE_TEXT_TYPE:
         """`get_response` with the work in threads."""
         nodes = [NodeWithScore(node=TextNode(text=text)) for text in text_chunks]
-        planned = await asyncio.to_thread(self._plan, query_str, nodes)
+        planned = await asyncio.to_thread(self._plan, QueryBundle(query_str), nodes)
         account = planned.account()
         if self._streaming:
             return self._astream(planned, account)
         return await asyncio.to_thread(self._generate, planned, account)
 
-    def _plan(self, query: str, nodes: Sequence[NodeWithScore]) -> PlannedPrompt:
-        messages = messages_of(self._template, self._llm, query)
-        budget = self._generator.window - self._generation.max_new_tokens
-        planned = self._planner.plan(messages, nodes, budget)
-        dispatcher.event(
-            GetResponseStartEvent(query_str=query, text_chunks=[node.node.get_content() for node in planned.nodes])
-        )
+    def _plan(self, query: QueryBundle, nodes: Sequence[NodeWithScore]) -> PlannedPrompt:
+        planned = self._planner.plan(query, nodes, self._generator.window - self._generation.max_new_tokens)
+        texts = [node.node.get_content() for node in planned.nodes]
+        dispatcher.event(GetResponseStartEvent(query_str=query.query_str, text_chunks=texts))
         return planned
 
     def _respond(self, planned: PlannedPrompt, additional: Sequence[NodeWithScore]) -> RESPONSE_TYPE:
@@ -203,7 +202,7 @@ class ConceptSynthesizer(BaseSynthesizer):
         stream.close()
         return str(account["answer"])
 
-    def _stream(self, planned: PlannedPrompt, account: dict[str, Any]) -> Generator[str, None, None]:
+    def _stream(self, planned: PlannedPrompt, account: dict[str, Any]) -> TextStream[str, None, None]:
         yield from self._pieces(planned, account)
 
     async def _astream(self, planned: PlannedPrompt, account: dict[str, Any]) -> AsyncGenerator[str, None]:
@@ -214,21 +213,24 @@ class ConceptSynthesizer(BaseSynthesizer):
         finally:
             await pieces.aclose()
 
-    def _pieces(self, planned: PlannedPrompt, account: dict[str, Any]) -> Generator[str, None, None]:
+    def _pieces(self, planned: PlannedPrompt, account: dict[str, Any]) -> TextStream[str, None, None]:
         """Generate, telling LlamaIndex's instrumentation, and complete the account however it ends."""
-        prompt = self._readable(planned)
+        begun = time.perf_counter()
+        # To spell a prompt out takes as long as to lay it out: only for those who listen.
+        prompt = self._readable(planned) if self._callback_manager.handlers or _is_heard(dispatcher) else ""
         cancel = threading.Event()
         stream = self._generator.stream(planned.plan, self._generation, cancel)
         with self._callback_manager.event(CBEventType.LLM, payload={EventPayload.PROMPT: prompt}) as event:
             dispatcher.event(
                 LLMCompletionStartEvent(prompt=prompt, additional_kwargs={}, model_dict=self._llm.to_dict())
             )
+            waited_s = time.perf_counter() - begun
             try:
                 yield from self._announced(prompt, iter(stream))
             finally:
                 cancel.set()
                 made = CompletionResponse(text=stream.result.text)
-                _complete(account, planned, stream)
+                _complete(account, planned, stream, waited_s)
                 dispatcher.event(LLMCompletionEndEvent(prompt=prompt, response=made))
                 event.on_end(payload={EventPayload.PROMPT: prompt, EventPayload.COMPLETION: made})
 
@@ -250,7 +252,25 @@ class ConceptSynthesizer(BaseSynthesizer):
         )
 
 
-def _complete(account: dict[str, Any], planned: PlannedPrompt, stream: TokenStream) -> None:
+def _is_heard(dispatcher: Dispatcher) -> bool:
+    """Whether an event of a dispatcher reaches anybody."""
+    at = dispatcher
+    while all(isinstance(handler, NullEventHandler) for handler in at.event_handlers):
+        if not at.propagate:
+            return False
+        at = at.parent
+    return True
+
+
+def _complete(account: dict[str, Any], planned: PlannedPrompt, stream: TokenStream, waited_s: float) -> None:
+    """Fill in what is known when the answer has ended.
+
+    Args:
+        account: Of the response.
+        planned: The prompt.
+        stream: The answer.
+        waited_s: Seconds from the first wish for a token to the start of generation.
+    """
     made: Generation = stream.result
     account["answer"] = made.text
     account["finish_reason"] = made.finish_reason
@@ -258,4 +278,5 @@ def _complete(account: dict[str, Any], planned: PlannedPrompt, stream: TokenStre
     account["layout_s"] = planned.layout_s + made.layout_s
     account["prefill_s"] = made.prefill_s
     account["decode_s"] = made.decode_s
-    account["ttft_s"] = planned.fetch_s + planned.compress_s + account["layout_s"] + made.prefill_s
+    # Wall time of planning and of generating up to the first token; not what whoever reads a stream takes in between.
+    account["ttft_s"] = planned.seconds + waited_s + made.layout_s + made.prefill_s

@@ -32,7 +32,7 @@ class ConceptTransform(TransformComponent):
     def __init__(self, library: ConceptLibrary) -> None:
         policy = library.policy
         fields: dict[str, Any] = {
-            "fingerprint": library.compressor.fingerprint,
+            "fingerprint": library.spec.fingerprint,
             "rate": f"{type(policy).__name__}({getattr(policy, 'rate', '')})",
             "namespace": library.namespace,
         }

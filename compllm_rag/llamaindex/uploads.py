@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from llama_index.core.schema import Document, MetadataMode
 
@@ -25,10 +25,7 @@ from compllm_rag.errors import (
     StoreReadOnlyError,
     UploadQueueFullError,
 )
-from compllm_rag.llamaindex.ingest import replace_documents
-
-if TYPE_CHECKING:
-    from compllm_rag.llamaindex.index import ConceptIndex
+from compllm_rag.llamaindex.ingest import Corpus, replace_documents
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +68,14 @@ class UploadStatus:
     failed: dict[str, Exception]
 
 
+class UploadTarget(Corpus, Protocol):
+    """What a queue works on: a `ConceptIndex`."""
+
+    def attach(self, queue: UploadQueue) -> None:
+        """Take the queue for the one of this index."""
+        ...
+
+
 class UploadQueue:
     """A bounded queue of documents with threads that compress. An index has one at most: `ConceptIndex.uploads`.
 
@@ -86,7 +91,7 @@ class UploadQueue:
         StoreReadOnlyError: The storage was opened for reading.
     """
 
-    def __init__(self, index: ConceptIndex, *, workers: int = 1, max_documents: int = 1000) -> None:
+    def __init__(self, index: UploadTarget, *, workers: int = 1, max_documents: int = 1000) -> None:
         for name, value in (("workers", workers), ("max_documents", max_documents)):
             if value < 1:
                 raise ConfigurationError(f"{name} makes no sense", got=value, expected="at least 1")

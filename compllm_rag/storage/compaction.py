@@ -15,8 +15,8 @@ from compllm_rag.errors import StorageMismatchError
 from compllm_rag.storage.manifest import CONCEPTS, META_KEY, Manifest, require_storage
 from compllm_rag.storage.migration import BACKUP
 from compllm_rag.storage.namespaces import FOLDER
+from compllm_rag.storage.stores import open_store
 from compllm_rag.store.compaction import CompactReport
-from compllm_rag.store.disk import DiskStore
 
 Progress = Callable[[str, float | None], None]
 
@@ -75,7 +75,7 @@ def compact_storage(folder: str | Path, *, progress: Progress | None = None) -> 
         catalog.claim()  # who ingests is kept out: what is compressed but not yet referred to would look dead
         accounts = Accounts(KeyValues(catalog))
         _require_counts(catalog, accounts)
-        with DiskStore(path / CONCEPTS, hidden_size=manifest.hidden_size) as store:
+        with open_store(manifest, path / CONCEPTS) as store:
             report = store.compact(accounts.references.live, progress=progress)
         catalog.reclaim()
     finally:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import ValidationError
 
-from compllm_rag.catalog.database import connected
+from compllm_rag.catalog.database import connected, has_tables
 from compllm_rag.config import FORMAT_VERSION, Frozen, IngestConfig
 from compllm_rag.errors import (
     EmbedderMismatchError,
@@ -19,7 +19,8 @@ from compllm_rag.errors import (
 )
 
 if TYPE_CHECKING:
-    from compllm_rag.compression.compressor import Compressor
+    from compllm_rag.compression.spec import ConceptSpec
+    from compllm_rag.models.llm import TargetLLM
 
 META_KEY = "compllm/manifest"
 CATALOG, CONCEPTS = "catalog.db", "concepts"
@@ -40,17 +41,23 @@ class Manifest(Frozen):
 
     @classmethod
     def of(
-        cls, compressor: Compressor, embedder: str, embedder_identity: str, dimension: int, ingest: IngestConfig
+        cls,
+        spec: ConceptSpec,
+        llm: TargetLLM,
+        embedder: str,
+        embedder_identity: str,
+        dimension: int,
+        ingest: IngestConfig,
     ) -> Manifest:
         """The manifest of a storage made from these parts."""
         return cls(
-            fingerprint=compressor.fingerprint,
-            llm=compressor.llm.source,
-            llm_identity=compressor.llm.identity,
+            fingerprint=spec.fingerprint,
+            llm=llm.source,
+            llm_identity=llm.identity,
             embedder=embedder,
             embedder_identity=embedder_identity,
             dimension=dimension,
-            hidden_size=compressor.hidden_size,
+            hidden_size=spec.hidden_size,
             ingest=ingest,
         )
 
@@ -122,6 +129,15 @@ class Manifest(Frozen):
                 )
 
 
+def has_manifest(folder: Path) -> bool:
+    """Whether a storage lies here whose making came to its end; the manifest is the last thing written.
+
+    Raises:
+        CorruptRecordError, UnreadableFileError: The catalog is damaged, or may not be read.
+    """
+    return (folder / CATALOG).is_file() and _manifest_text(folder) is not None
+
+
 def read_manifest(folder: Path) -> Manifest:
     """What a storage was made with.
 
@@ -130,12 +146,18 @@ def read_manifest(folder: Path) -> Manifest:
         UnsupportedFormatError, CorruptRecordError: The storage is damaged or too new.
     """
     require_storage(folder)
+    return Manifest.parse(_manifest_text(folder))
+
+
+def _manifest_text(folder: Path) -> str | None:
     with connected(folder / CATALOG, writing=False) as connection:
         try:
+            if not has_tables(connection):
+                return None
             row = connection.execute("SELECT value FROM meta WHERE key = ?", (META_KEY,)).fetchone()
         finally:
             connection.close()
-    return Manifest.parse(row[0] if row else None)
+    return str(row[0]) if row else None
 
 
 def require_storage(folder: Path) -> None:

@@ -24,7 +24,7 @@ from compllm_rag.catalog.generations import sync_folder
 from compllm_rag.config import FORMAT_VERSION
 from compllm_rag.errors import UnsupportedFormatError
 from compllm_rag.storage.manifest import CATALOG, CONCEPTS, META_KEY, Manifest, refuse_newer, require_storage
-from compllm_rag.store.disk import DiskStore
+from compllm_rag.storage.stores import open_store
 from compllm_rag.store.index_database import make_private
 from compllm_rag.store.lock import WriterLock
 
@@ -84,7 +84,7 @@ def migrate_storage(folder: str | Path) -> Migration:
     if version == FORMAT_VERSION:
         with Catalog.open(path, read_only=True) as catalog:
             manifest = Manifest.parse(catalog.get_meta(META_KEY))
-        DiskStore(path / CONCEPTS, hidden_size=manifest.hidden_size, read_only=True).close()
+        open_store(manifest, path / CONCEPTS, read_only=True).close()
         return Migration(version, version)
     for number in range(version, FORMAT_VERSION):
         if number not in STEPS:

@@ -10,7 +10,7 @@ from compllm_rag.catalog.catalog import Catalog
 from compllm_rag.catalog.kv import KeyValues
 from compllm_rag.catalog.pending import PendingChunks
 from compllm_rag.storage.manifest import CONCEPTS, META_KEY, Manifest, require_storage
-from compllm_rag.store import DiskStore
+from compllm_rag.storage.stores import open_store
 from compllm_rag.store.base import StoreStats
 
 
@@ -24,7 +24,7 @@ def storage_stats(folder: Path) -> dict[str, Any]:
     require_storage(folder)
     with Catalog.open(folder, read_only=True) as catalog:
         manifest, values = Manifest.parse(catalog.get_meta(META_KEY)), KeyValues(catalog)
-        with DiskStore(folder / CONCEPTS, hidden_size=manifest.hidden_size, read_only=True) as store:
+        with open_store(manifest, folder / CONCEPTS, read_only=True) as store:
             return stats_fields(Accounts(values), len(PendingChunks(values)), store.stats(), manifest)
 
 

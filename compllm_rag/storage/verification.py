@@ -23,8 +23,8 @@ from compllm_rag.catalog.references import count_keys, is_counted, referred_keys
 from compllm_rag.errors import CompLLMError, CorruptRecordError, UnsupportedFormatError
 from compllm_rag.storage.adapter_files import FILES_KEY, damaged_adapters
 from compllm_rag.storage.manifest import CATALOG, CONCEPTS, META_KEY, Manifest, refuse_newer, require_storage
+from compllm_rag.storage.stores import open_store
 from compllm_rag.store.base import ConceptStore
-from compllm_rag.store.disk import DiskStore
 from compllm_rag.store.verification import StoreCheck
 
 _SHOWN = 100  # a lost pack damages a million records in one way
@@ -237,13 +237,7 @@ def _check_concepts(
 ) -> None:
     made.segments = count_keys(connection)
     try:
-        with DiskStore(
-            folder / CONCEPTS,
-            hidden_size=manifest.hidden_size,
-            read_only=True,
-            encoding=manifest.ingest.encoding,
-            counted=False,
-        ) as store:
+        with open_store(manifest, folder / CONCEPTS, read_only=True, counted=False) as store:
             check: StoreCheck = store.verify(deep=made.deep, progress=progress)
             made.records, made.pack_bytes, made.dead_bytes = check.sound.records, check.pack_bytes, check.dead_bytes
             for damage in check.damage:

@@ -14,13 +14,14 @@ from typing import Any, Literal
 import torch
 
 from compllm_rag.models.llm import TargetLLM
+from compllm_rag.prompt import ConceptSpan, Span, TextSpan, embed_spans
 
 BranchKind = Literal["qa", "copy", "continue", "keep"]
 
 
 @dataclass(frozen=True)
 class Body:
-    """A passage's token ids, cut into segments."""
+    """A passage's token ids, cut into segments; a batch reads it as text or as the concepts made of them."""
 
     segments: tuple[tuple[int, ...], ...]
 
@@ -52,7 +53,7 @@ class Branch:
 class Example:
     """A prefix of text and passages, and the branches behind it; the prefix is never empty."""
 
-    prefix: tuple[tuple[int, ...] | Body, ...]
+    prefix: tuple[TextSpan | Body, ...]
     branches: tuple[Branch, ...]
 
     @property
@@ -64,6 +65,22 @@ class Example:
     def source_tokens(self) -> int:
         """Tokens of the passages."""
         return sum(map(len, self.bodies))
+
+    def spans(self, concepts: Sequence[torch.Tensor] | None = None) -> list[Span]:
+        """Spans of the prefix.
+
+        Args:
+            concepts: (n_concepts, hidden_size) of each passage; None reads them as text.
+        """
+        out: list[Span] = []
+        passage = 0
+        for part in self.prefix:
+            if isinstance(part, TextSpan):
+                out.append(part)
+                continue
+            out.append(TextSpan(part.ids, passage) if concepts is None else ConceptSpan(concepts[passage], passage))
+            passage += 1
+        return out
 
 
 @dataclass(frozen=True)
@@ -154,78 +171,63 @@ def pack(
     embed = embed or llm.embedding
     sequences, positions, groups, rows, columns = [], [], [], [], []
     for row, example in enumerate(examples):
-        pieces = _prefix(example, None if concepts is None else concepts[row])
-        length = sum(len(piece) for piece in pieces)
+        spans = example.spans(None if concepts is None else concepts[row])
+        length = sum(map(len, spans))
         places, owner = list(range(length)), [0] * length
         for number, branch in enumerate(example.branches, 1):
-            tokens = [*branch.prompt, *branch.target]
+            tokens = (*branch.prompt, *branch.target)
             # The first prediction is made by the prefix if the branch has no prompt, else by its own first token.
             begin = len(places)
             made_by = [*([length - 1] if not branch.prompt else []), *range(begin, begin + len(tokens) - 1)]
             rows += [row] * len(made_by)
             columns += made_by
-            pieces.append(tokens)
+            spans.append(TextSpan(tokens))
             places += range(length, length + len(tokens))
             owner += [number] * len(tokens)
-        sequences.append(_embedded(pieces, embed, llm))
+        sequences.append(embed_spans(spans, embed, llm.device))  # (seq_len, hidden_size)
         positions.append(places)
         groups.append(owner)
     longest = max(map(len, positions))
     device = llm.device
+    # Both (batch, longest): whose each position is (0: the prefix, -1: padding), and where it stands in its prompt.
     group = torch.tensor([g + [-1] * (longest - len(g)) for g in groups], device=device)
     place = torch.tensor([p + [0] * (longest - len(p)) for p in positions], device=device)
-    embeds = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    embeds = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)  # (batch, longest, hidden_size)
     return Packed(
         embeds,
         _masks(llm, group, place),
         place,
-        torch.tensor(rows, device=device),
-        torch.tensor(columns, device=device),
+        torch.tensor(rows, device=device),  # (n,)
+        torch.tensor(columns, device=device),  # (n,)
     )
 
 
-def _prefix(example: Example, concepts: Sequence[torch.Tensor] | None) -> list[Any]:
-    """Lists of token ids and tensors of concepts, in order."""
-    pieces: list[Any] = []
-    made = iter(concepts or ())
-    for part in example.prefix:
-        if not isinstance(part, Body):
-            pieces.append(list(part))
-        else:
-            pieces.append(list(part.ids) if concepts is None else next(made))
-    return pieces
-
-
-def _embedded(pieces: Sequence[Any], embed: Callable[[torch.Tensor], torch.Tensor], llm: TargetLLM) -> torch.Tensor:
-    ids = [token for piece in pieces if not isinstance(piece, torch.Tensor) for token in piece]
-    with torch.no_grad():
-        tokens = embed(torch.tensor(ids, dtype=torch.long, device=llm.device)[None])[0]
-    out, taken = [], 0
-    for piece in pieces:
-        if isinstance(piece, torch.Tensor):
-            out.append(piece.to(tokens.dtype))
-        else:
-            out.append(tokens[taken : taken + len(piece)])
-            taken += len(piece)
-    return torch.cat(out)
-
-
 def _masks(llm: TargetLLM, group: torch.Tensor, place: torch.Tensor) -> Any:
-    """Who sees whom: the prefix, and what is earlier in its branch; padding sees itself, so that nothing is NaN."""
+    """Who sees whom: the prefix, and what is earlier in its branch; padding sees itself, so that nothing is NaN.
+
+    Args:
+        llm: Says which kinds of layer there are.
+        group: (batch, seq_len), whose each position is.
+        place: (batch, seq_len), where it stands in its prompt.
+
+    Returns:
+        Boolean (batch, 1, seq_len, seq_len), or by layer type.
+    """
     n = group.shape[1]
-    slots = torch.arange(n, device=group.device)
-    mine, theirs = group[:, :, None], group[:, None, :]
+    slots = torch.arange(n, device=group.device)  # (n,)
+    mine, theirs = group[:, :, None], group[:, None, :]  # (batch, n, 1) and (batch, 1, n)
+    # (batch, n, n): row sees column
     full = (slots[None, :, None] >= slots[None, None, :]) & ((theirs == 0) | (theirs == mine)) & (theirs >= 0)
-    itself = torch.eye(n, dtype=torch.bool, device=group.device)
-    full = (full | itself)[:, None]
+    itself = torch.eye(n, dtype=torch.bool, device=group.device)  # (n, n)
+    full = (full | itself)[:, None]  # (batch, 1, n, n)
     config = llm.model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ())
     if not window or (kinds and kinds == {"full_attention"}) or getattr(config, "use_sliding_window", True) is False:
         # Qwen3 asks for masks by layer type even where no layer slides.
         return {"full_attention": full} if kinds else full
-    near = (place[:, :, None] - place[:, None, :] < window)[:, None]
-    sliding = full & (near | itself)
+    near = (place[:, :, None] - place[:, None, :] < window)[:, None]  # (batch, 1, n, n)
+    sliding = full & (near | itself)  # (batch, 1, n, n)
     return {"full_attention": full, "sliding_attention": sliding} if kinds else sliding
 
 

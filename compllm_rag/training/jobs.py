@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from compllm_rag.compression.compressor import Compressor, embedding_rms
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.compression.information import information_for
 from compllm_rag.compression.loading import AUTO, shipped_adapter
 from compllm_rag.compression.segmentation import Segmenter
+from compllm_rag.compression.spec import embedding_rms
 from compllm_rag.config import CompressorConfig
 from compllm_rag.errors import ConfigurationError, FingerprintMismatchError
 from compllm_rag.models.adapters import read_adapter

@@ -50,7 +50,7 @@ def own_answers(
         shown = [p for p in group.passages if p.supporting] or list(group.passages[:1])
         for question in group.questions:
             if question.id not in known:
-                bodies = [(p.title, TextSpan(material.body(p.text).ids, i)) for i, p in enumerate(shown)]
+                bodies = [(p.title, [TextSpan(material.body(p.text).ids, i)]) for i, p in enumerate(shown)]
                 todo.append((question.id, material.prompt.plan(question.question, bodies)))
     return known | _answer(llm, todo, path, 24, progress)
 

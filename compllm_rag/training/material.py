@@ -17,7 +17,7 @@ from pathlib import Path
 from compllm_rag.compression.segmentation import Segmenter
 from compllm_rag.errors import DataFileError
 from compllm_rag.evaluation.questions import Question, SourcePassage, read_questions, read_rows
-from compllm_rag.prompt import QAPrompt
+from compllm_rag.prompt import QUESTION, QAPrompt, TextSpan
 from compllm_rag.training.evaluation_guard import refuse_evaluation, without_evaluation
 from compllm_rag.training.examples import Body, Branch, Example
 from compllm_rag.training.job_options import MaterialConfig
@@ -158,11 +158,11 @@ class Material:
 
     def _ask(self, question: Question) -> Branch:
         answer = self.answers.get(question.id, question.answers[0])
-        prompt = self.prompt.parts(f"Question: {question.question}")[1]
+        prompt = self.prompt.suffix(QUESTION + question.question).ids
         return Branch(prompt, (*self.prompt.template.plain(answer), *self.eos), "qa")
 
     def _copy(self, body: Body) -> Branch:
-        prompt, ids = self.prompt.parts(COPY)[1], body.ids
+        prompt, ids = self.prompt.suffix(COPY).ids, body.ids
         whole = len(ids) <= self.config.copy_length
         return Branch(prompt, (*ids[: self.config.copy_length], *(self.eos if whole else ())), "copy")
 
@@ -186,16 +186,14 @@ class Material:
         branches = [self._copy(body)]
         if len(rest) >= 8:
             # Nothing between the passage and what follows it: the LLM goes on reading.
-            head = self.prompt.parts(COPY)[0]
-            going_on = Example((head, self.prompt.marker(1, ""), body), (Branch((), rest, "continue"),))
+            *prefix, _ = self.prompt.prefix([("", [body])])
+            going_on = Example(tuple(prefix), (Branch((), rest, "continue"),))
             if rng.random() < 0.5:
                 return going_on
         return self._example([("", body)], branches)
 
     def _example(self, passages: Sequence[tuple[str, Body]], branches: Sequence[Branch]) -> Example:
-        prefix: list[tuple[int, ...] | Body] = [self.prompt.parts(COPY)[0]]
-        for number, (title, body) in enumerate(passages, 1):
-            prefix += [self.prompt.marker(number, title), body, self.prompt.gap]
+        prefix: list[TextSpan | Body] = self.prompt.prefix([(title, [body]) for title, body in passages])
         return Example(tuple(prefix), tuple(branches))
 
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from compllm_rag.models.adapters import inject_lora, load_lora_state, lora_state
 from compllm_rag.models.llm import TargetLLM, decoder_of
+from compllm_rag.prompt import TextSpan
 from compllm_rag.training.examples import Branch, Example, pack, positions_of, targets_of, weight_of
 from compllm_rag.training.job_options import LINEARS, ReaderOptions
 from compllm_rag.training.material import Material
@@ -95,7 +96,7 @@ class ReaderTask:
         """Questions over passages, or another prompt."""
         if self.keep and rng.random() < self.keep_share:
             prompt, answer = rng.choice(self.keep)
-            return Example((prompt,), (Branch((), answer, "keep"),))
+            return Example((TextSpan(prompt),), (Branch((), answer, "keep"),))
         return self.material.draw(rng)
 
     def size(self, item: Example) -> int:

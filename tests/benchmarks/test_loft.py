@@ -105,7 +105,7 @@ def test_the_prompt_of_a_corpus_in_context(llm: TargetLLM) -> None:
     documents = {"a": SourcePassage("Italy", "Rome."), "b": SourcePassage("", "Ada.")}
     shot = Query("s", "Which?", ("Rome", "Roma"), ("b", "gone"))
     prompt = CorpusPrompt(llm.tokenizer, examples(LoftSet("nq", documents), [shot]))
-    bodies = [(p.title, TextSpan(tuple(prompt.template.plain(p.text)))) for p in documents.values()]
+    bodies = [(p.title, [TextSpan(tuple(prompt.template.plain(p.text)))]) for p in documents.values()]
     plan = prompt.plan("Who?", bodies)
     shown = llm.tokenizer.decode([token for span in plan.spans for token in span.ids])
     at = [

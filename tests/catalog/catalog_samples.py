@@ -21,7 +21,7 @@ from compllm_rag.errors import *
 from compllm_rag.catalog.catalog import Catalog
 from compllm_rag.catalog.generations import GenerationFiles
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
-from tests.llamaindex.catalog_samples import *
+from tests.catalog.catalog_samples import *
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 """
 

@@ -18,7 +18,6 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-from tests.llamaindex.catalog_samples import DIM, axis, filled, find, node, python
 
 from compllm_rag.catalog.catalog import Catalog
 from compllm_rag.errors import (
@@ -32,6 +31,7 @@ from compllm_rag.errors import (
 )
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 from tests import processes
+from tests.catalog.catalog_samples import DIM, axis, filled, find, node, python
 from tests.processes import said, tell
 
 

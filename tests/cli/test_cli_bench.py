@@ -15,7 +15,7 @@ from benchmarks.summary import summary
 from compllm_rag.cli.bench import BENCHMARKS
 from compllm_rag.cli.main import app
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def bench(*words: object, cwd: Path = ROOT, before: str = "") -> subprocess.CompletedProcess[str]:

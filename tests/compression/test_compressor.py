@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import toy
-from compllm_rag.compression.compressor import Compressor, embedding_rms
+from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.spec import embedding_rms
 from compllm_rag.config import CompressorConfig
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.models.llm import TargetLLM, decoder_of

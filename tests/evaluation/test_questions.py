@@ -13,9 +13,7 @@ from compllm_rag.compression.compressor import Compressor
 from compllm_rag.errors import DataFileError
 from compllm_rag.evaluation.questions import read_questions
 from compllm_rag.library import ConceptLibrary
-from compllm_rag.llamaindex.llm import ConceptLLM
-from compllm_rag.llamaindex.planner import Planner, messages_of
-from compllm_rag.llamaindex.synthesizer import DEFAULT_TEMPLATE
+from compllm_rag.llamaindex.planner import Planner
 from compllm_rag.prompt import QAPrompt, TextSpan
 from compllm_rag.store import MemoryStore
 
@@ -87,9 +85,8 @@ def test_the_prompt_is_that_of_the_synthesizer(architecture: str) -> None:
     library = ConceptLibrary(compressor, MemoryStore(llm.hidden_size))
     texts = [("Gull Rock", "The lighthouse was built in 1871."), ("", "Gulls nest there. <|end|>")]
     nodes = [NodeWithScore(node=TextNode(text=text, metadata={"title": title})) for title, text in texts]
-    planner = Planner(library, mode="text")
-    theirs = planner.plan(messages_of(DEFAULT_TEMPLATE, ConceptLLM(llm), "Who built it?"), nodes, 1000).plan
-    bodies = [(title, TextSpan(library.passage(text).ids, i)) for i, (title, text) in enumerate(texts)]
+    theirs = Planner(library, mode="text").plan("Who built it?", nodes, 1000).plan
+    bodies = [(title, [TextSpan(library.passage(text).ids, i)]) for i, (title, text) in enumerate(texts)]
     mine = QAPrompt(llm.tokenizer).plan("Who built it?", bodies)
     ids = [[token for span in plan.spans for token in span.ids] for plan in (theirs, mine)]
     assert ids[0] == ids[1]

@@ -26,7 +26,7 @@ def compressor(request: pytest.FixtureRequest) -> Compressor:
 
 def prompt(llm: TargetLLM, question: Question):
     maker = QAPrompt(llm.tokenizer)
-    bodies = [(p.title, TextSpan(tuple(maker.template.plain(p.text)), i)) for i, p in enumerate(question.passages)]
+    bodies = [(p.title, [TextSpan(tuple(maker.template.plain(p.text)), i)]) for i, p in enumerate(question.passages)]
     return maker.plan(question.question, bodies)
 
 

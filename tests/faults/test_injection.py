@@ -14,9 +14,7 @@ from llama_index.core.schema import NodeWithScore, TextNode
 import toy
 from compllm_rag import Compressor, ConceptIndex
 from compllm_rag.library import ConceptLibrary
-from compllm_rag.llamaindex.llm import ConceptLLM
 from compllm_rag.llamaindex.planner import PlannedPrompt, Planner
-from compllm_rag.llamaindex.synthesizer import DEFAULT_TEMPLATE, messages_of
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import TextSpan
 from compllm_rag.store import MemoryStore
@@ -56,8 +54,7 @@ def library(request: pytest.FixtureRequest) -> ConceptLibrary:
 
 def plan(library: ConceptLibrary, mode: str, text: str, question: str = QUESTION, **metadata: str) -> PlannedPrompt:
     node = TextNode(text=text, metadata={"title": "Birds", **metadata}, id_="n")
-    messages = messages_of(DEFAULT_TEMPLATE, ConceptLLM(library.compressor.llm), question)
-    return Planner(library, mode=mode).plan(messages, [NodeWithScore(node=node)], 1500)
+    return Planner(library, mode=mode).plan(question, [NodeWithScore(node=node)], 1500)
 
 
 def special(library: ConceptLibrary, planned: PlannedPrompt) -> list[int]:

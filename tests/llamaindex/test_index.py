@@ -11,9 +11,12 @@ import pytest
 from llama_index.core import Document
 from llama_index.core.schema import TextNode
 from llama_index.core.vector_stores import MetadataFilter, MetadataFilters
+from typer.testing import CliRunner
 
 import toy
-from compllm_rag import Compressor, CompressorConfig, ConceptIndex
+from compllm_rag import Compressor, CompressorConfig, ConceptIndex, load_documents
+from compllm_rag.catalog.generations import GenerationFiles
+from compllm_rag.cli.main import app
 from compllm_rag.errors import (
     ConfigurationError,
     EmbedderMismatchError,
@@ -26,7 +29,7 @@ from compllm_rag.errors import (
     StoreReadOnlyError,
 )
 from tests.processes import said, started, tell
-from toy_embedder import HashEmbedder
+from toy_embedder import HashEmbedder, save_sentence_transformer
 
 PARAGRAPHS = toy.TEXT.split("\n\n")
 
@@ -89,6 +92,96 @@ def test_only_what_changed_is_done_again(tmp_path: Path, compressor: Compressor)
             assert index.faiss.node_ids(key) == ids[key]
         assert len(set(index.faiss.node_ids("d4")) - set(ids["d4"])) == 1
         check_counts(index)
+
+
+def test_an_ingest_counts_every_segment_once(tmp_path: Path, compressor: Compressor) -> None:
+    docs = documents(4)
+    with open_index(tmp_path / "s", compressor) as index:
+        first = index.ingest(docs)
+        assert index.metrics.work.segments == first.segments_compressed
+        assert index.metrics.snapshot()["segments_reused"] == first.segments_reused
+        docs[2] = Document(id_="d2", text=docs[2].text + " It was painted white in 1902.", metadata=docs[2].metadata)
+        again = index.ingest(docs)
+        passages = [index.library.passage(node.text) for node in index.faiss.get_nodes(index.faiss.node_ids("d2"))]
+        reused = sum(len(passage.keys) for passage in passages) - again.segments_compressed
+        assert index.metrics.snapshot()["segments_reused"] == first.segments_reused + reused
+
+
+def test_a_storage_that_is_opened_again_reads_its_vectors_once(
+    tmp_path: Path, compressor: Compressor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_index(tmp_path / "s", compressor) as index:
+        index.ingest(documents())
+    loads = []
+    load = GenerationFiles.load
+    monkeypatch.setattr(GenerationFiles, "load", lambda self, state: loads.append(state) or load(self, state))
+    with open_index(tmp_path / "s", compressor) as index:
+        index.as_retriever().retrieve("Who built the lighthouse?")
+    assert len(loads) == 1
+
+
+@pytest.mark.parametrize(
+    "option", [{"llm": "another"}, {"response_mode": "refine"}, {"similarty_top_k": 2}, {"output_cls": Document}]
+)
+def test_an_option_of_a_query_engine_that_nothing_heeds_is_refused(
+    compressor: Compressor, option: dict[str, object]
+) -> None:
+    index = open_index(None, compressor)
+    with pytest.raises(ConfigurationError, match=f"got {next(iter(option))}"):
+        index.as_query_engine(**option)
+    made = index.as_synthesizer(mode="text")
+    with pytest.raises(ConfigurationError, match="response_synthesizer"):
+        index.as_query_engine(response_synthesizer=made, mode="concepts")
+
+
+def test_a_compressor_is_loaded_on_the_first_miss(
+    tmp_path: Path, toy_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"llm": str(toy_folder), "embedder": HashEmbedder(), "reader": None, "compressor": None}
+    with ConceptIndex.create(tmp_path / "s", chunk_size=60, **options) as index:
+        index.ingest(documents())
+    loaded = []
+    load = Compressor.from_pretrained.__func__
+    monkeypatch.setattr(
+        Compressor, "from_pretrained", classmethod(lambda cls, *args: loaded.append(args) or load(cls, *args))
+    )
+    with ConceptIndex.load(tmp_path / "s", embedder=HashEmbedder()) as index:
+        answer = index.as_query_engine().query("Who built the lighthouse?")
+        assert answer.metadata["compllm"]["store"]["misses"] == 0
+        assert index.ingest(documents()).documents_changed == 0
+        assert not loaded
+        index.insert(Document(id_="new", text="A tower of brick stands in the marsh.", metadata={"title": "N"}))
+        assert len(loaded) == 1
+        assert index.compressor.fingerprint == index.library.spec.fingerprint
+    assert len(loaded) == 1
+
+
+def test_a_compressor_that_was_changed_after_the_opening_makes_nothing(tmp_path: Path, toy_folder: Path) -> None:
+    options = {"llm": str(toy_folder), "embedder": HashEmbedder(), "reader": None, "compressor": None}
+    with ConceptIndex.create(tmp_path / "s", chunk_size=60, **options) as index:
+        index.ingest(documents())
+    with ConceptIndex.load(tmp_path / "s", embedder=HashEmbedder()) as index:
+        other = Compressor(index.library.llm, CompressorConfig(segment_length=12))
+        other.save_pretrained(tmp_path / "s" / "compressor")
+        with pytest.raises(FingerprintMismatchError, match="changed since"):
+            index.insert(Document(id_="new", text="A tower of brick stands in the marsh."))
+        assert index.faiss.node_ids("new") == []
+
+
+def test_documents_of_the_cli_and_of_the_library_are_the_same(
+    tmp_path: Path, toy_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "rock.md").write_text(f"# Rock\n\n{PARAGRAPHS[0]}", encoding="utf-8")
+    (corpus / "row.jsonl").write_text('{"id": "r", "title": "Row", "text": "They rowed out."}\n', encoding="utf-8")
+    embedder = save_sentence_transformer(tmp_path / "embedder", toy.TEXT)
+    words = ["ingest", str(corpus), "--storage", str(tmp_path / "s"), "--llm", str(toy_folder)]
+    made = CliRunner().invoke(app, [*words, "--embedder", str(embedder), "--json"])
+    assert made.exit_code == 0, made.output
+    with ConceptIndex.create(tmp_path / "s") as index:
+        report = index.ingest(load_documents([corpus]))
+        assert (report.documents, report.documents_changed, index.stats()["documents"]) == (2, 0, 2)
 
 
 def test_insert_delete_refresh(tmp_path: Path, compressor: Compressor) -> None:
@@ -225,7 +318,7 @@ import sys
 sys.path[:0] = [{tests!r}, {root!r}]
 import toy
 from compllm_rag import Compressor, ConceptIndex
-from toy_embedder import HashEmbedder
+from toy_embedder import HashEmbedder, save_sentence_transformer
 index = ConceptIndex.load(sys.argv[1], compressor=Compressor(toy.llm()), embedder=HashEmbedder(), read_only=True)
 for line in sys.stdin:
     found = index.as_query_engine(similarity_top_k=1).query(line.strip())

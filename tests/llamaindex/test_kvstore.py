@@ -11,12 +11,12 @@ from llama_index.core.ingestion import DocstoreStrategy, IngestionPipeline
 from llama_index.core.schema import Document
 from llama_index.core.storage.docstore.keyval_docstore import KVDocumentStore
 from llama_index.core.storage.index_store.keyval_index_store import KVIndexStore
-from tests.llamaindex.catalog_samples import DIM, axis, node
 
 from compllm_rag.catalog.catalog import Catalog
 from compllm_rag.errors import ConfigurationError, StoreReadOnlyError
 from compllm_rag.llamaindex.kvstore import CatalogKVStore
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
+from tests.catalog.catalog_samples import DIM, axis, node
 
 
 @pytest.fixture

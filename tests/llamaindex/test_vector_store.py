@@ -24,10 +24,10 @@ from llama_index.core.vector_stores.types import (
     VectorStoreQuery,
     VectorStoreQueryMode,
 )
-from tests.llamaindex.catalog_samples import DIM, axis, filled, find, node
 
 from compllm_rag.errors import ConfigurationError, EmbedderMismatchError
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
+from tests.catalog.catalog_samples import DIM, axis, filled, find, node
 from tests.processes import join
 
 

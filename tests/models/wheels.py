@@ -68,7 +68,7 @@ class Shelf:
 
 def register(monkeypatch: pytest.MonkeyPatch, **models: PinnedModel) -> None:
     """Make these the only aliases."""
-    monkeypatch.setattr("compllm_rag.models.load_registry", lambda: models)
+    monkeypatch.setattr("compllm_rag.models.sources.load_registry", lambda: models)
 
 
 def fake_pip(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str) -> Path:
@@ -84,11 +84,11 @@ def fake_pip(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str) -> Path:
 _CHILD = """
 import sys, time
 from pathlib import Path
-import compllm_rag.models, compllm_rag.models.pinned as pinned
+import compllm_rag.models.sources, compllm_rag.models.pinned as pinned
 from compllm_rag.models.registry import _Registry
 
 registry = _Registry.model_validate_json(Path(sys.argv[1]).read_text()).models
-compllm_rag.models.load_registry = lambda: registry
+compllm_rag.models.sources.load_registry = lambda: registry
 stop_at = sys.argv[2]
 
 def halt():

@@ -129,9 +129,8 @@ def test_compaction_of_the_folder_leaves_the_others(tmp_path: Path, compressor: 
 
 def test_a_storage_of_before_keeps_its_name(tmp_path: Path, compressor: Compressor) -> None:
     path = tmp_path / "s"
-    with create_index(
-        ConceptIndex, path, compressor=compressor, embedder=HashEmbedder(), chunk_size=60, namespace="old"
-    ) as index:
+    parts = create_index(path, compressor=compressor, embedder=HashEmbedder(), chunk_size=60, namespace="old")
+    with ConceptIndex.of(parts) as index:
         index.ingest(documents())
     for name in (None, "old"):
         with load(path, compressor, namespace=name) as index:

@@ -7,6 +7,7 @@ import torch
 
 import toy
 from compllm_rag.models.llm import decoder_of
+from compllm_rag.prompt import TextSpan
 from compllm_rag.training.examples import Body, Example, pack, targets_of
 from compllm_rag.training.objective import hidden_states
 from training_samples import example
@@ -20,7 +21,7 @@ def alone(llm, ex: Example, number: int, concepts=None) -> torch.Tensor:
         if isinstance(part, Body):
             rows.append(next(given) if concepts else llm.embed(part.ids))
         else:
-            rows.append(llm.embed(part))
+            rows.append(llm.embed(part.ids))
     length = sum(map(len, rows))
     rows.append(llm.embed((*branch.prompt, *branch.target)))
     states = decoder_of(llm.model)(inputs_embeds=torch.cat(rows)[None], use_cache=False).last_hidden_state[0]
@@ -33,7 +34,7 @@ def alone(llm, ex: Example, number: int, concepts=None) -> torch.Tensor:
 def test_branches_are_what_separate_prompts_would_be(architecture: str, as_concepts: bool) -> None:
     # A window of 16 is shorter than the examples: what slides must slide by position, not by place in the row.
     llm = toy.llm(architecture)
-    examples = [example(0), Example(((1, 2), Body(((5, 6, 7),))), example(3).branches[:1])]
+    examples = [example(0), Example((TextSpan((1, 2)), Body(((5, 6, 7),))), example(3).branches[:1])]
     concepts = None
     if as_concepts:
         generator = torch.Generator().manual_seed(0)

@@ -17,7 +17,7 @@ import processes
 import toy
 from toy_embedder import save_sentence_transformer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

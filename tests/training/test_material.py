@@ -8,8 +8,16 @@ import random
 from pathlib import Path
 
 import pytest
+from llama_index.core.schema import NodeWithScore, TextNode
 
+import toy
+from compllm_rag.compression.compressor import Compressor
 from compllm_rag.errors import DataFileError, EvaluationDataError
+from compllm_rag.library import ConceptLibrary
+from compllm_rag.llamaindex.planner import Planner
+from compllm_rag.models.llm import TargetLLM
+from compllm_rag.prompt import PromptPlan, QAPrompt, TextSpan
+from compllm_rag.store import MemoryStore
 from compllm_rag.training.evaluation_guard import refuse_evaluation
 from compllm_rag.training.examples import Body
 from compllm_rag.training.material import Material
@@ -65,6 +73,32 @@ def test_a_window_is_followed_by_its_own_continuation(llm, world: Path) -> None:
         assert isinstance(e.prefix[-1], Body) and e.branches[0].prompt == ()
         text = mine.segmenter.tokenizer.decode([*e.prefix[-1].ids, *e.branches[0].target])
         assert " ".join(text.split())[5:-5] in " ".join((Path(__file__).parents[1] / "toy.py").read_text().split()) * 3
+
+
+def test_training_reads_the_prompt_that_is_answered_from_and_evaluated(tmp_path: Path) -> None:
+    documents = [
+        {"title": "Gull Rock", "text": "The lighthouse was built in 1871.", "is_supporting": True},
+        {"title": "", "text": "Gulls nest there. <|end|>", "is_supporting": True},
+    ]
+    row = {"id": "m", "question": "Who built it?", "answers": ["Ada"], "documents": documents}
+    path = tmp_path / "several.jsonl"
+    path.write_text(json.dumps(row))
+    for template in (toy.CHATML, toy.NO_SYSTEM, None):
+        compressor = Compressor(TargetLLM(toy.model(), toy.tokenizer(template)))
+        library = ConceptLibrary(compressor, MemoryStore(compressor.hidden_size))
+        mine = Material([path], [], compressor.segmenter)
+        [group] = [*mine.groups, *mine.held_out]
+        made = mine.questions(group, random.Random(0), 0, extras=False)
+        shown = sorted(group.passages, key=lambda passage: made.bodies.index(mine.body(passage.text)))
+        trained = [*made.spans(), TextSpan(made.branches[0].prompt)]
+        nodes = [NodeWithScore(node=TextNode(text=p.text, metadata={"title": p.title})) for p in shown]
+        answered = Planner(library, mode="text").plan("Who built it?", nodes, 1000).plan.spans
+        bodies = [(p.title, [TextSpan(library.passage(p.text).ids, i)]) for i, p in enumerate(shown)]
+        evaluated = QAPrompt(compressor.llm.tokenizer).plan("Who built it?", bodies).spans
+        ids = [[token for span in spans for token in span.ids] for spans in (trained, answered, evaluated)]
+        assert ids[0] == ids[1] == ids[2]
+        places = [PromptPlan(tuple(spans)).passages for spans in (trained, answered, evaluated)]
+        assert places[0] == places[1] == places[2] and len(places[0]) == 2
 
 
 def test_own_answers_take_the_place_of_gold_ones(llm, world: Path) -> None:

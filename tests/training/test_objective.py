@@ -76,7 +76,7 @@ def test_answer_loss_and_nll_agree_with_the_models_own(llm) -> None:
     targets = targets_of([one], prompt_weight=0.2, kind_weights={}, device=llm.device)
     with torch.no_grad():
         hidden = last_hidden_state(llm, pack([one], llm))
-        ids = [t for part in one.prefix for t in (part if isinstance(part, tuple) else part.ids)]
+        ids = [t for part in one.prefix for t in part.ids]
         ids += [*one.branches[0].prompt, *one.branches[0].target]
         labels = [-100] * (len(ids) - 2) + ids[-2:]
         expected = llm.model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss

@@ -12,6 +12,7 @@ import toy
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.errors import ConfigurationError, DataFileError
 from compllm_rag.models.llm import TargetLLM
+from compllm_rag.prompt import TextSpan
 from compllm_rag.training.compressor_task import CompressorTask, Drawn, RatesConfig, concepts_of, pruned_of
 from compllm_rag.training.examples import Body, Example
 from compllm_rag.training.hub_data import as_row, fetch_dataset
@@ -36,7 +37,8 @@ def test_concepts_in_training_are_those_of_ingestion(architecture: str) -> None:
     segments = [tuple(range(5, 5 + n)) for n in (3, 20, 7, 1, 20)]
     ks = [2, 10, 7, 1, 4]
     item = Drawn(
-        Example(((1,), Body(tuple(segments[:2])), Body(tuple(segments[2:]))), example().branches), [ks[:2], ks[2:]]
+        Example((TextSpan((1,)), Body(tuple(segments[:2])), Body(tuple(segments[2:]))), example().branches),
+        [ks[:2], ks[2:]],
     )
     [[one, two]] = concepts_of(made, [item])
     expected = made.compress(segments, ks)
@@ -66,7 +68,7 @@ def test_every_kind_of_compressor_trains_and_loads_again(world: Path, tmp_path: 
 def test_rates_are_drawn_per_passage_and_sometimes_per_segment() -> None:
     import random
 
-    ex = Example(((1,), Body(tuple((7,) * 20 for _ in range(30)))), example().branches)
+    ex = Example((TextSpan((1,)), Body(tuple((7,) * 20 for _ in range(30)))), example().branches)
     [same] = RatesConfig(rates=(2.0, 4.0), mixed=0.0).draw(ex, random.Random(1), 20)
     assert set(same) in ({10}, {5})
     [mixed] = RatesConfig(rates=(1.5, 2.0, 4.0, 8.0), mixed=1.0).draw(ex, random.Random(1), 20)
