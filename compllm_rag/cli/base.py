@@ -18,6 +18,15 @@ if TYPE_CHECKING:
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.")]
+CodecName = Annotated[
+    str | None,
+    typer.Option(
+        help="deep: concepts enter the LLM at a middle layer; input: at its input embeddings, as CompLLM has it [deep]."
+    ),
+]
+EntryLayer = Annotated[
+    int | None, typer.Option(min=1, help="Layer at which untrained deep concepts enter. Default: half of them.")
+]
 
 
 KEPT = "interrupted; what was finished is kept, run the same command again to go on"

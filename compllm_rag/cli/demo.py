@@ -37,7 +37,8 @@ def sample_questions() -> list[dict[str, Any]]:
 def run_demo(
     *,
     json_file: Path | None,
-    rate: float,
+    rate: float | None,
+    codec: str | None,
     top_k: int,
     limit: int | None,
     llm: str,
@@ -50,7 +51,8 @@ def run_demo(
 
     Args:
         json_file: Also write everything there.
-        rate: Source tokens per concept.
+        rate: Source tokens per concept; None takes the codec's own.
+        codec: `deep` or `input`; None takes deep.
         top_k: Chunks retrieved per question.
         limit: Ask only the first so many questions.
         llm: Target LLM.
@@ -72,15 +74,16 @@ def run_demo(
             "results cannot be written", got=json_file, expected="a file in a folder that exists", next_step="make it"
         )
     if storage is not None:
-        return _run(console, json_file, rate, top_k, limit, llm, embedder, storage, offline)
+        return _run(console, json_file, rate, codec, top_k, limit, llm, embedder, storage, offline)
     with tempfile.TemporaryDirectory(prefix="compllm-demo-") as folder:
-        return _run(console, json_file, rate, top_k, limit, llm, embedder, Path(folder) / "storage", offline)
+        return _run(console, json_file, rate, codec, top_k, limit, llm, embedder, Path(folder) / "storage", offline)
 
 
 def _run(
     console: Console,
     json_file: Path | None,
-    rate: float,
+    rate: float | None,
+    codec: str | None,
     top_k: int,
     limit: int | None,
     llm: str,
@@ -102,6 +105,7 @@ def _run(
             llm=llm,
             embedder=embedder,
             rate=rate,
+            codec=codec,
             offline=offline,
             progress=show.fetching,
             generation=GenerationConfig(max_new_tokens=_NEW_TOKENS),
@@ -152,7 +156,17 @@ def _ask(console: Console, index: Any, questions: Sequence[dict[str, Any]], top_
 
 def _summary(asked: Sequence[dict[str, Any]]) -> dict[str, Any]:
     rows = {mode: [row["answers_by_mode"][mode] for row in asked] for mode in _MODES}
-    fields = ("prompt_positions", "ttft_s", "prefill_s", "fetch_s", "layout_s", "total_s", "f1")
+    fields = (
+        "prompt_positions",
+        "prefill_cost",
+        "kv_bytes",
+        "ttft_s",
+        "prefill_s",
+        "fetch_s",
+        "layout_s",
+        "total_s",
+        "f1",
+    )
     means = {mode: {name: fmean(r[name] for r in rows[mode]) for name in fields} for mode in _MODES}
     shares = [r["ttft_s"] / t["ttft_s"] for t, r in zip(rows["text"], rows["concepts"], strict=True) if t["ttft_s"] > 0]
     return {
@@ -177,6 +191,7 @@ def _show_ingest(console: Console, report: Any, stats: dict[str, Any]) -> None:
         "source tokens": f"{stats['source_tokens']}",
         "concepts": f"{stats['concepts']}",
         "achieved rate": f"{stats['achieved_rate']:.2f} tokens per concept (asked for {stats['rate']:g})",
+        "entry layer": f"{stats['entry_layer']}, prefill cost of a passage {stats['prefill_cost']:.2f} (text = 1)",
         "concept bytes": f"{stats['concept_bytes']} ({stats['bytes_per_source_token']:.0f} per source token)",
         "time": f"{report.seconds:.1f} s, {report.tokens_per_s:.0f} tokens/s",
     }
@@ -212,6 +227,13 @@ def _show_summary(console: Console, summary: dict[str, Any], n: int, again: Any)
         f"{text['prompt_positions']:.0f}",
         f"{concepts['prompt_positions']:.0f}",
         f"{summary['concepts_over_text']['prompt_positions']:.2f}",
+    )
+    table.add_row("prefill cost", *(f"{mode['prefill_cost']:.2f}" for mode in (text, concepts)), "")
+    table.add_row(
+        "KV cache",
+        f"{text['kv_bytes'] / 2**20:.1f} MiB",
+        f"{concepts['kv_bytes'] / 2**20:.1f} MiB",
+        f"{concepts['kv_bytes'] / text['kv_bytes']:.2f}",
     )
     table.add_row(
         "TTFT",

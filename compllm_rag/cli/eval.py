@@ -9,8 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from compllm_rag.cli.base import LOST, LOST_WITHOUT_JOURNAL, AsJson, Offline, print_json, progress_show, reported
-from compllm_rag.config import DEFAULT_LLM
+from compllm_rag.cli.base import (
+    LOST,
+    LOST_WITHOUT_JOURNAL,
+    AsJson,
+    CodecName,
+    EntryLayer,
+    Offline,
+    print_json,
+    progress_show,
+    reported,
+)
+from compllm_rag.config import DEFAULT_LLM, DEFAULT_RATES
 from compllm_rag.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -21,7 +31,10 @@ if TYPE_CHECKING:
 ModeOption = Annotated[
     str, typer.Option(help="How passages are read: `concepts`, `text`, `pruned` (the anchors alone) or `none`.")
 ]
-Rate = Annotated[float, typer.Option(help="Source tokens per concept; text and none have none.")]
+Rate = Annotated[
+    float | None,
+    typer.Option(help="Source tokens per concept; text and none have none. Default: 1 for deep concepts, 2 for input."),
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Ask only N, the first in the order of the seed.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the order and of the intervals.")]
 Llm = Annotated[str, typer.Option(help="Target LLM: alias, folder or org/name@revision.")]
@@ -49,13 +62,15 @@ def register(app: typer.Typer) -> None:
 def eval_command(
     data: Annotated[Path, typer.Option(help="Questions over passages, as JSON lines (.jsonl or .jsonl.gz).")],
     mode: ModeOption = "concepts",
-    rate: Rate = 2.0,
+    rate: Rate = None,
     limit: Limit = None,
     seed: Seed = 0,
     passages: Annotated[str, typer.Option(help="`all` passages of a row, or only the `gold` ones.")] = "all",
     llm: Llm = DEFAULT_LLM,
     reader: Reader = "auto",
     compressor: Adapter = "auto",
+    codec: CodecName = None,
+    entry_layer: EntryLayer = None,
     batch_size: BatchSize = 16,
     max_new_tokens: MaxNewTokens = 24,
     no_generate: Annotated[bool, typer.Option("--no-generate", help="Likelihoods only: no answers, no F1.")] = False,
@@ -79,7 +94,7 @@ def eval_command(
     from compllm_rag.evaluation.results import EvalConfig, record_lines
     from compllm_rag.evaluation.runner import evaluate
 
-    Setting.of(mode, rate)
+    Setting.of(mode, 1.0 if rate is None else rate)  # whatever is wrong is said before anything is loaded
     config = EvalConfig(
         limit=limit,
         seed=seed,
@@ -92,7 +107,8 @@ def eval_command(
     _check_target(records)
     kept = Journal(journal)
     with progress_show(as_json) as show:
-        made = _load(llm, reader, compressor, dtype, offline, show)
+        made = _load(llm, reader, compressor, codec, entry_layer, dtype, offline, show)
+        rate = own_rate(made) if rate is None else rate
         result = evaluate(
             made,
             questions,
@@ -112,12 +128,14 @@ def eval_command(
 
 def probe_command(
     mode: ModeOption = "concepts",
-    rate: Rate = 2.0,
+    rate: Rate = None,
     limit: Limit = None,
     seed: Seed = 0,
     llm: Llm = DEFAULT_LLM,
     reader: Reader = "auto",
     compressor: Adapter = "auto",
+    codec: CodecName = None,
+    entry_layer: EntryLayer = None,
     batch_size: BatchSize = 16,
     max_new_tokens: MaxNewTokens = 24,
     records: Records = None,
@@ -133,11 +151,12 @@ def probe_command(
     from compllm_rag.evaluation.probes import run_probes
     from compllm_rag.evaluation.results import EvalConfig, record_lines
 
-    Setting.of(mode, rate)
+    Setting.of(mode, 1.0 if rate is None else rate)  # whatever is wrong is said before anything is loaded
     _check_target(records)
     config = EvalConfig(limit=limit, seed=seed, batch_size=batch_size, max_new_tokens=max_new_tokens)
     with progress_show(as_json) as show:
-        made = _load(llm, reader, compressor, dtype, offline, show)
+        made = _load(llm, reader, compressor, codec, entry_layer, dtype, offline, show)
+        rate = own_rate(made) if rate is None else rate
         found = run_probes(made, mode=mode, rate=rate, config=config, progress=show.fetching)
     _write(records, ({"kind": found.kinds[line["id"]], **line} for line in record_lines([found.result])))
     shown = found.to_dict()
@@ -166,8 +185,20 @@ def _passages(name: str) -> Literal["all", "gold"]:
     )
 
 
+def own_rate(compressor: ConceptCompressor) -> float:
+    """The rate of a compressor where nobody asks for another."""
+    return DEFAULT_RATES["deep" if compressor.config.deep else "input"]
+
+
 def _load(
-    llm: str, reader: str, compressor: str, dtype: str | None, offline: bool, show: ProgressShow
+    llm: str,
+    reader: str,
+    compressor: str,
+    codec: str | None,
+    entry_layer: int | None,
+    dtype: str | None,
+    offline: bool,
+    show: ProgressShow,
 ) -> ConceptCompressor:
     from compllm_rag.compression.loading import load_compressor_for
 
@@ -175,6 +206,8 @@ def _load(
         llm,
         reader=None if reader == "none" else reader,
         compressor=None if compressor == "none" else compressor,
+        codec=codec or "deep",
+        entry_layer=entry_layer,
         dtype=dtype,
         offline=offline,
         progress=show.fetching,

@@ -17,7 +17,7 @@ from compllm_rag.cli import models as models_commands
 from compllm_rag.cli import namespace as namespace_commands
 from compllm_rag.cli import storage as storage_commands
 from compllm_rag.cli import train as train_commands
-from compllm_rag.cli.base import AsJson, Offline, print_json, progress_show, reported
+from compllm_rag.cli.base import AsJson, CodecName, EntryLayer, Offline, print_json, progress_show, reported
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
 from compllm_rag.errors import ConfigurationError
 
@@ -49,7 +49,12 @@ def ingest(
         str | None, typer.Option(help=f"Target LLM: alias, folder or org/name@revision [{DEFAULT_LLM}].")
     ] = None,
     embedder: Annotated[str | None, typer.Option(help=f"Retrieval embedder. Default: {DEFAULT_EMBEDDER}.")] = None,
-    rate: Annotated[float | None, typer.Option(help="Compression rate: source tokens per concept. Default: 2.")] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Compression rate: source tokens per concept. Default: 1 for deep concepts, 2 for input."),
+    ] = None,
+    codec: CodecName = None,
+    entry_layer: EntryLayer = None,
     chunk_size: Annotated[int | None, typer.Option(help="Tokens per chunk, about. Default: 200.")] = None,
     encoding: Annotated[
         str | None, typer.Option(help="How concepts are kept: fp16, int8 (half the bytes) or int4 (a quarter) [fp16].")
@@ -82,6 +87,8 @@ def ingest(
             llm=llm,
             embedder=embedder,
             rate=rate,
+            codec=codec,
+            entry_layer=entry_layer,
             chunk_size=chunk_size,
             encoding=encoding,
             dtype=dtype,
@@ -201,7 +208,11 @@ def stats(
 @reported
 def demo(
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all results there.")] = None,
-    rate: Annotated[float, typer.Option(help="Compression rate: source tokens per concept.")] = 2.0,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Compression rate: source tokens per concept. Default: 1 for deep concepts, 2 for input."),
+    ] = None,
+    codec: CodecName = None,
     top_k: Annotated[int, typer.Option(min=1, help="Chunks to retrieve.")] = 4,
     questions: Annotated[int | None, typer.Option(min=1, help="Ask only the first N questions.")] = None,
     llm: Annotated[str, typer.Option(help="Target LLM: alias, folder or org/name@revision.")] = DEFAULT_LLM,
@@ -215,6 +226,7 @@ def demo(
     run_demo(
         json_file=json_file,
         rate=rate,
+        codec=codec,
         top_k=top_k,
         limit=questions,
         llm=llm,

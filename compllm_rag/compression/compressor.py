@@ -30,7 +30,7 @@ from compllm_rag.fingerprint import tagged_digest, tensor_digest
 from compllm_rag.models.adapters import inject_lora, load_lora_state, lora_state
 from compllm_rag.models.device_memory import memory_trouble, out_of_memory, release_unused
 from compllm_rag.models.halves import Halves, lower_half
-from compllm_rag.models.llm import TargetLLM, decoder_of
+from compllm_rag.models.llm import TargetLLM
 
 # Settings of deep concepts, which these are not.
 _DEEP_FIELDS = ("entry_layer", "unit_length", "opening", "selector", "read_rank", "read_alpha", "read_modules")
@@ -62,7 +62,7 @@ class Compressor:
         self.llm, self.config = llm, config or CompressorConfig()
         self.halves: Halves | None = None  # its concepts are read by the LLM as it is
         _refuse_deep(self.config)
-        depth = len(decoder_of(llm.model).layers)
+        depth = llm.depth
         if self.config.layers is not None and self.config.layers > depth:
             raise ConfigurationError(
                 "compressor has more layers than the LLM",
@@ -152,7 +152,7 @@ class Compressor:
     @property
     def spec(self) -> ConceptSpec:
         """What is known of its concepts without its weights."""
-        return ConceptSpec(self.config, self.fingerprint, self.segmenter, self.hidden_size, self._scale)
+        return ConceptSpec(self.config, self.fingerprint, self.segmenter, self.hidden_size, self._scale, self.llm.depth)
 
     @functools.cached_property
     def _scale(self) -> float:

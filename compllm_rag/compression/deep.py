@@ -119,7 +119,7 @@ class DeepCompressor:
     @property
     def spec(self) -> ConceptSpec:
         """What is known of its concepts without its weights."""
-        return ConceptSpec(self.config, self.fingerprint, self.segmenter, self.hidden_size, self._scale)
+        return ConceptSpec(self.config, self.fingerprint, self.segmenter, self.hidden_size, self._scale, self.llm.depth)
 
     @functools.cached_property
     def _scale(self) -> float:

@@ -15,7 +15,7 @@ from compllm_rag.compression.pretrained import read_compressor
 from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.config import DEFAULT_LLM, Codec, CompressorConfig, checked
 from compllm_rag.errors import ConfigurationError
-from compllm_rag.models.llm import TargetLLM, decoder_of
+from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import QAPrompt
 
 AUTO = "auto"
@@ -39,7 +39,7 @@ def load_compressor_for(
     *,
     reader: str | Path | None = AUTO,
     compressor: str | Path | None = AUTO,
-    codec: Codec = "deep",
+    codec: Codec | str = "deep",
     entry_layer: int | None = None,
     dtype: str | None = None,
     device: str | None = None,
@@ -103,7 +103,6 @@ def untrained_deep(
     Raises:
         ConfigurationError, UnsupportedModelError: See `DeepCompressor`.
     """
-    depth = len(decoder_of(llm.model).layers)
     settings.setdefault("opening", QAPrompt(llm.tokenizer).opening.ids)
-    layer = default_entry_layer(depth) if entry_layer is None else entry_layer
+    layer = default_entry_layer(llm.depth) if entry_layer is None else entry_layer
     return DeepCompressor(llm, checked(CompressorConfig, entry_layer=layer, **settings), information=information)

@@ -163,7 +163,7 @@ def load_spec(folder: Path, llm: TargetLLM) -> ConceptSpec:
     config = CompressorConfig.model_validate(record["config"])
     segmenter = Segmenter(llm.tokenizer, config.segment_length)
     scale = state_rms(llm, config) if config.deep else embedding_rms(llm)
-    return ConceptSpec(config, str(record["fingerprint"]), segmenter, llm.hidden_size, scale)
+    return ConceptSpec(config, str(record["fingerprint"]), segmenter, llm.hidden_size, scale, llm.depth)
 
 
 def load_reading(folder: Path, llm: TargetLLM, config: CompressorConfig) -> Halves:

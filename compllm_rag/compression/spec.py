@@ -35,6 +35,7 @@ class ConceptSpec:
         hidden_size: Width of a concept.
         scale: RMS of the LLM's input embeddings, or of its states in front of the entry layer; concepts are measured
             against it.
+        depth: D, how many layers the LLM has.
     """
 
     config: CompressorConfig
@@ -42,6 +43,17 @@ class ConceptSpec:
     segmenter: Segmenter
     hidden_size: int
     scale: float
+    depth: int
+
+    def prefill_cost(self, rate: float) -> float:
+        """What one token of a passage costs at prefill, and in the KV cache, as a share of a token of text.
+
+        A concept passes the layers from the entry layer L on: (D - L) / (D C).
+
+        Args:
+            rate: C, achieved source tokens per concept.
+        """
+        return (self.depth - self.config.entry_layer) / (self.depth * rate)
 
     @property
     def width(self) -> int:

@@ -46,6 +46,7 @@ class EvalResult:
         agreement: Percent of answers that are those of text.
         positions: Prompt positions, mean.
         achieved_rate: Source tokens per concept; None for text and none.
+        prefill_cost: Of a token of a passage, text = 1; None without passages.
         intervals: Bootstrap 95 % intervals of the values above, over questions.
         paired: Differences to text on the same questions, each with its interval.
         skipped: (id, reason) of every question that was left out.
@@ -68,6 +69,7 @@ class EvalResult:
     agreement: float | None
     positions: float
     achieved_rate: float | None
+    prefill_cost: float | None
     intervals: dict[str, list[float] | None]
     paired: dict[str, dict[str, Any] | None]
     skipped: tuple[tuple[str, str], ...]

@@ -136,6 +136,7 @@ def evaluate_many(
                 **{name: values[name] for name in METRICS},
                 positions=values["positions"] or 0.0,
                 achieved_rate=values["achieved_rate"],
+                prefill_cost=_prefill_cost(compressor, setting, values["achieved_rate"]),
                 intervals={name: found.intervals[name] for name in METRICS},
                 paired=found.paired,
                 skipped=tuple(skipped),
@@ -144,6 +145,15 @@ def evaluate_many(
             )
         )
     return made
+
+
+def _prefill_cost(compressor: ConceptCompressor, setting: Setting, achieved_rate: float | None) -> float | None:
+    """What a token of a passage costs at prefill, text = 1; pruned tokens pass all layers."""
+    if setting.mode == "none":
+        return None
+    if achieved_rate is None:
+        return 1.0
+    return compressor.spec.prefill_cost(achieved_rate) if setting.mode == "concepts" else 1 / achieved_rate
 
 
 def in_seeded_order(questions: Sequence[T], *, seed: int = 0, limit: int | None = None) -> list[T]:

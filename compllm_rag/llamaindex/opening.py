@@ -84,7 +84,7 @@ def create_index(
     chunk_size: int | None = None,
     namespace: str | None = None,
     encoding: str | None = None,
-    codec: Codec | None = None,
+    codec: Codec | str | None = None,
     entry_layer: int | None = None,
     generation: GenerationConfig | None = None,
     progress: Callable[[str, float | None], None] | None = None,
@@ -174,7 +174,7 @@ def load_index(
     progress: Callable[[str, float | None], None] | None = None,
     expect: dict[str, Any] | None = None,
     complete: bool = True,
-    codec: Codec | None = None,
+    codec: Codec | str | None = None,
     entry_layer: int | None = None,
     **model_options: Any,
 ) -> IndexParts:
@@ -249,7 +249,7 @@ def _check_rate(config: IngestConfig, compressor: ConceptCompressor) -> None:
     FixedRate(config.rate, compressor.config.longest_unit)
 
 
-def _check_codec(codec: Codec | None, entry_layer: int | None, own: CompressorConfig) -> None:
+def _check_codec(codec: Codec | str | None, entry_layer: int | None, own: CompressorConfig) -> None:
     """Refuse another codec or entry layer than the compressor's."""
     for name, asked, has in (
         ("codec", codec, "deep" if own.deep else "input"),

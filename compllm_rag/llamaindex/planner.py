@@ -60,6 +60,28 @@ class NodeFacts:
 
 
 @dataclass(frozen=True)
+class PromptCost:
+    """What a prompt takes of the LLM.
+
+    Attributes:
+        prefill: Positions times the layers they pass, as a share of what the same prompt as text would take.
+        kv_bytes: Bytes of its KV cache.
+    """
+
+    prefill: float
+    kv_bytes: int
+
+    @classmethod
+    def of(cls, plan: PromptPlan, facts: Sequence[NodeFacts], library: ConceptLibrary) -> PromptCost:
+        """The cost of a plan; concepts pass the layers from the entry layer on, text all of them."""
+        concepts = sum(fact.n_concepts for fact in facts)
+        replaced = sum(fact.n_tokens for fact in facts if fact.used == "concepts")
+        depth, upper = library.spec.depth, library.spec.depth - library.spec.config.entry_layer
+        passed = (plan.positions - concepts) * depth + concepts * upper  # positions times layers
+        return cls(passed / ((plan.positions - concepts + replaced) * depth), passed * library.llm.kv_bytes)
+
+
+@dataclass(frozen=True)
 class PlannedPrompt:
     """A plan, the nodes in it, and the account of both.
 
@@ -72,6 +94,7 @@ class PlannedPrompt:
         compress_s: Seconds spent compressing what was missing.
         layout_s: Seconds spent on tokens and spans.
         seconds: Wall time from nodes in hand to the plan.
+        cost: What reading it takes, beside the same prompt as text.
     """
 
     plan: PromptPlan
@@ -82,11 +105,14 @@ class PlannedPrompt:
     compress_s: float
     layout_s: float
     seconds: float
+    cost: PromptCost
 
     def account(self) -> dict[str, Any]:
         """The account as plain values."""
         return {
             "prompt_positions": self.plan.positions,
+            "prefill_cost": self.cost.prefill,
+            "kv_bytes": self.cost.kv_bytes,
             "fetch_s": self.fetch_s,
             "compress_s": self.compress_s,
             "layout_s": self.layout_s,
@@ -197,7 +223,9 @@ class Planner:
         plan = PromptPlan(tuple(self.template.spans(messages, spans)))
         seconds = time.perf_counter() - begun
         layout_s = seconds - fetch_s - compress_s
-        return PlannedPrompt(plan, list(nodes[: len(facts)]), facts, dropped, fetch_s, compress_s, layout_s, seconds)
+        cost = PromptCost.of(plan, facts, self.library)
+        used = list(nodes[: len(facts)])
+        return PlannedPrompt(plan, used, facts, dropped, fetch_s, compress_s, layout_s, seconds, cost)
 
     def mode_of(self, query: QueryBundle, node: NodeWithScore) -> Mode:
         """How a node enters; a planner of your own may decide by the query."""

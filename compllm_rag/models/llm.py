@@ -116,6 +116,19 @@ class TargetLLM:
         return int(self.model.config.get_text_config().max_position_embeddings)
 
     @property
+    def depth(self) -> int:
+        """How many layers it has."""
+        return len(decoder_of(self.model).layers)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes that one position takes in the KV cache of one layer, in the compute dtype."""
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(2 * heads * width * self.dtype.itemsize)
+
+    @property
     def embedding(self) -> Any:
         """The input-embedding module; called, never indexed, since some scale their rows (Gemma)."""
         return self.model.get_input_embeddings()

@@ -38,6 +38,7 @@ class Manifest(Frozen):
     dimension: int
     hidden_size: int
     entry_layer: int = 0
+    depth: int | None = None
     ingest: IngestConfig
 
     @classmethod
@@ -60,6 +61,7 @@ class Manifest(Frozen):
             dimension=dimension,
             hidden_size=spec.hidden_size,
             entry_layer=spec.config.entry_layer,
+            depth=spec.depth,
             ingest=ingest,
         )
 
@@ -90,6 +92,15 @@ class Manifest(Frozen):
     def width(self) -> int:
         """Columns of a record in the concept store; a deep concept has one more, its place in the text."""
         return self.hidden_size + (self.entry_layer > 0)
+
+    def prefill_cost(self, rate: float) -> float | None:
+        """What one token of a passage costs at prefill, text = 1; see `ConceptSpec.prefill_cost`.
+
+        None for a storage of before, which does not say how many layers its LLM has, unless its concepts pass them all.
+        """
+        if not self.entry_layer:
+            return 1 / rate
+        return None if self.depth is None else (self.depth - self.entry_layer) / (self.depth * rate)
 
     def check_compressor(self, fingerprint: str, llm: str) -> None:
         """Refuse a compressor (or its LLM, reader, tokenizer) other than the storage's.

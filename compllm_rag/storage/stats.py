@@ -31,6 +31,7 @@ def storage_stats(folder: Path) -> dict[str, Any]:
 def stats_fields(accounts: Accounts, pending: int, stored: StoreStats, manifest: Manifest) -> dict[str, Any]:
     """Counts, rates and identities as plain values."""
     documents, total = accounts.total()
+    rate = total.source_tokens / total.concepts if total.concepts else None
     return {
         "documents": documents,
         "chunks": total.chunks,
@@ -38,9 +39,11 @@ def stats_fields(accounts: Accounts, pending: int, stored: StoreStats, manifest:
         "unique_segments": stored.records,
         "source_tokens": total.source_tokens,
         "concepts": total.concepts,
-        "achieved_rate": total.source_tokens / total.concepts if total.concepts else None,
+        "achieved_rate": rate,
+        "entry_layer": manifest.entry_layer,
+        "prefill_cost": None if rate is None else manifest.prefill_cost(rate),
         "concept_bytes": stored.payload_bytes,
-        "encoding": stored.encoding,
+        "encoding": manifest.ingest.encoding,
         "bytes_per_source_token": stored.payload_bytes / total.source_tokens if total.source_tokens else None,
         "fingerprint": manifest.fingerprint,
         "llm": manifest.llm,
