@@ -70,9 +70,11 @@ class CompressorConfig(Frozen):
     scale: float = Field(
         default=1.0, gt=0.0, description="factor of the head's output, the RMS of embeddings if trained"
     )
-    lora_rank: int = Field(default=0, ge=0, description="0: no LoRA")
+    lora_rank: int = Field(default=0, ge=0, description="of LoRA; 0: no LoRA")
     lora_alpha: int = Field(default=0, ge=0)
-    lora_modules: tuple[str, ...] = ()
+    lora_modules: tuple[str, ...] = Field(
+        default=(), description="linear layers that LoRA changes, by the end of their names"
+    )
 
 
 class IngestConfig(Frozen):

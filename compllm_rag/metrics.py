@@ -6,17 +6,21 @@ A few additions under one lock per batch or passage; nothing is kept per event.
 from __future__ import annotations
 
 import bisect
+import copy
+import itertools
 import logging
 import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from compllm_rag.prometheus import Family, Sample, exposition
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
 
 logger = logging.getLogger(__name__)
 
+PREFIX = "compllm_"
 # Upper bounds of the histogram of compress times, in seconds per segment.
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 QUANTILES = (0.1, 0.5, 0.9)
@@ -202,54 +206,92 @@ class Metrics:
                 **rates.fields(),
             }
 
-    def families(self) -> list[Family]:
+    def families(self) -> list[Metric]:
         """All of it for Prometheus."""
+        from prometheus_client.core import HistogramMetricFamily
+
         found = self.snapshot()
         with self._guard:
-            buckets, work = list(self._counts.buckets), self._work
-        counters = [
-            ("fetch_hits_total", "Segments that queries found in the store.", found["hits"]),
-            ("fetch_misses_total", "Segments that queries did not find in the store.", found["misses"]),
-            ("ingest_segments_reused_total", "Segments that needed no compression.", found["segments_reused"]),
-            ("store_read_bytes_total", "Bytes of concepts read.", found["bytes_read"]),
-            ("store_written_bytes_total", "Bytes of concepts written.", found["bytes_written"]),
-            (
+            buckets, seconds = list(self._counts.buckets), self._work.seconds
+        seen = zip([*map(str, BUCKETS_S), "+Inf"], itertools.accumulate(buckets), strict=True)
+        text = "Seconds to compress a segment, mean of its batch."
+        return [
+            counter("fetch_hits_total", "Segments that queries found in the store.", found["hits"]),
+            counter("fetch_misses_total", "Segments that queries did not find in the store.", found["misses"]),
+            counter("ingest_segments_reused_total", "Segments that needed no compression.", found["segments_reused"]),
+            counter("store_read_bytes_total", "Bytes of concepts read.", found["bytes_read"]),
+            counter("store_written_bytes_total", "Bytes of concepts written.", found["bytes_written"]),
+            counter(
                 "compress_slow_segments_total",
                 "Segments that took longer than the limit.",
                 found["segments_beyond_limit"],
             ),
-            ("reconstruction_samples_total", "Segments read back and compared.", found["reconstruction_samples"]),
+            counter(
+                "reconstruction_samples_total", "Segments read back and compared.", found["reconstruction_samples"]
+            ),
+            HistogramMetricFamily(f"{PREFIX}compress_segment_seconds", text, buckets=list(seen), sum_value=seconds),
+            *spread_families(found),
+            *quality_families(found),
         ]
-        made = [Family(name, "counter", text, [Sample(value)]) for name, text, value in counters]
-        seen, rows = 0, []
-        for bound, n in zip([*map(str, BUCKETS_S), "+Inf"], buckets, strict=True):
-            seen += n
-            rows.append(Sample(seen, {"le": bound}, "_bucket"))
-        rows += [Sample(work.seconds, suffix="_sum"), Sample(seen, suffix="_count")]
-        name = "compress_segment_seconds"
-        made.append(Family(name, "histogram", "Seconds to compress a segment, mean of its batch.", rows))
-        return made + spread_families(found) + quality_families(found)
 
     def to_prometheus(self, labels: Mapping[str, str] | None = None) -> str:
         """Prometheus text format 0.0.4; `labels` go to every sample."""
         return exposition(self.families(), labels)
 
 
-def spread_families(found: Mapping[str, Any], prefix: str = "") -> list[Family]:
+def counter(name: str, text: str, value: float) -> Metric:
+    """A family of one counter; its name, without `PREFIX`, ends in `_total`."""
+    from prometheus_client.core import CounterMetricFamily
+
+    return CounterMetricFamily(PREFIX + name, text, value)
+
+
+def gauge(name: str, text: str, value: float | None) -> Metric:
+    """A family of one gauge; None: there is nothing to tell yet."""
+    from prometheus_client.core import GaugeMetricFamily
+
+    return GaugeMetricFamily(PREFIX + name, text, value)
+
+
+def exposition(families: Iterable[Metric], labels: Mapping[str, str] | None = None) -> str:
+    """Write families out in Prometheus' text format 0.0.4; those without a sample are left out.
+
+    No registry is shared: each call collects from its own families, so several indexes of a process never clash.
+
+    Args:
+        families: Each name once.
+        labels: Added to every sample.
+    """
+    from prometheus_client import generate_latest
+    from prometheus_client.registry import Collector
+
+    class Labelled(Collector):
+        def collect(self) -> Iterable[Metric]:
+            for family in families:
+                labelled = copy.copy(family)
+                labelled.samples = [s._replace(labels={**(labels or {}), **s.labels}) for s in family.samples]
+                if labelled.samples:
+                    yield labelled
+
+    return generate_latest(Labelled()).decode()
+
+
+def spread_families(found: Mapping[str, Any], prefix: str = "") -> list[Metric]:
     """Achieved rates of chunks, of a snapshot or a storage."""
-    mean = [Sample(found["achieved_rate_mean"])]
-    spread = [Sample(found[f"achieved_rate_p{round(q * 100)}"], {"quantile": str(q)}) for q in QUANTILES]
+    from prometheus_client.core import GaugeMetricFamily
+
     text = "Source tokens per concept, over chunks"
-    return [
-        Family(f"{prefix}achieved_rate_mean", "gauge", f"{text}: mean.", mean),
-        Family(f"{prefix}achieved_rate", "gauge", f"{text}: quantiles.", spread),
-    ]
+    spread = GaugeMetricFamily(f"{PREFIX}{prefix}achieved_rate", f"{text}: quantiles.", labels=["quantile"])
+    for q in QUANTILES:
+        if (value := found[f"achieved_rate_p{round(q * 100)}"]) is not None:
+            spread.add_metric([str(q)], value)
+    return [gauge(f"{prefix}achieved_rate_mean", f"{text}: mean.", found["achieved_rate_mean"]), spread]
 
 
-def quality_families(found: Mapping[str, Any], prefix: str = "") -> list[Family]:
+def quality_families(found: Mapping[str, Any], prefix: str = "") -> list[Metric]:
     """Sampled reconstruction, of a snapshot or a storage."""
-    loss, cosine = [Sample(found["reconstruction_loss"])], [Sample(found["anchor_cosine"])]
+    loss, cosine = found["reconstruction_loss"], found["anchor_cosine"]
     return [
-        Family(f"{prefix}reconstruction_loss", "gauge", "What storing loses of concepts, relative to their RMS.", loss),
-        Family(f"{prefix}anchor_cosine", "gauge", "Mean cosine between concepts and their anchors.", cosine),
+        gauge(f"{prefix}reconstruction_loss", "What storing loses of concepts, relative to their RMS.", loss),
+        gauge(f"{prefix}anchor_cosine", "Mean cosine between concepts and their anchors.", cosine),
     ]

@@ -93,9 +93,10 @@ class PromptPlan:
         at = 0
         for span in self.spans:
             end = at + len(span)
-            if span.passage is not None:
-                joins = bool(out) and (out[-1][0], out[-1][2]) == (span.passage, at)
-                out.append((span.passage, out.pop()[1] if joins else at, end))
+            if out and (out[-1][0], out[-1][2]) == (span.passage, at):
+                out[-1] = (out[-1][0], out[-1][1], end)
+            elif span.passage is not None:
+                out.append((span.passage, at, end))
             at = end
         return out
 
@@ -143,11 +144,7 @@ class PromptTemplate:
         return [self._text("\n".join(lines) + "\n"), *body, self._text("\n\n")]
 
     def spans(self, messages: Sequence[Message], passages: Sequence[Span]) -> list[Span]:
-        """Spans of a conversation with the passages in their slot, ending where the answer starts.
-
-        Args:
-            messages: The conversation.
-            passages: Spans of all passages, see `passage`.
+        """Spans of a conversation with those of all passages in its slot, ending where the answer starts.
 
         Raises:
             ConfigurationError: There are passages and not exactly one slot, or the chat template refuses the messages.
@@ -261,22 +258,14 @@ class QAPrompt:
         return _joined(self.template.around(qa_messages("", self.system))[0])
 
     def prefix(self, passages: Sequence[tuple[str, Sequence[Part]]]) -> list[TextSpan | Part]:
-        """The prompt up to the request: the system turn and the passages.
-
-        Args:
-            passages: Title and body of each, see `PromptTemplate.passage`.
-        """
+        """The prompt up to the request: the system turn, and every passage by its title and body."""
         out: list[TextSpan | Part] = [self._before]
         for number, (title, body) in enumerate(passages, 1):
             out += self.template.passage(number, title, body)
         return out
 
     def suffix(self, request: str) -> TextSpan:
-        """The prompt behind the passages, up to where the answer starts.
-
-        Args:
-            request: What the user says there, such as `Question: ...`.
-        """
+        """The prompt behind the passages: the request, such as `Question: ...`, up to where the answer starts."""
         return _joined(self.template.around(qa_messages(request, self.system))[1])
 
     def plan(self, question: str, passages: Sequence[tuple[str, Sequence[Span]]]) -> PromptPlan:

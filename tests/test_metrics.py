@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import math
 import re
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
+from prometheus_client.core import GaugeMetricFamily
 
 import toy
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.config import CompressorConfig
 from compllm_rag.library import ConceptLibrary
-from compllm_rag.metrics import Metrics, RateSpread, Work
-from compllm_rag.prometheus import Family, Sample, exposition
+from compllm_rag.metrics import PREFIX, Metrics, RateSpread, Work, exposition, gauge
 from compllm_rag.store import DiskStore, MemoryStore
 from tests.processes import join
 from trained import trained
@@ -154,24 +156,41 @@ def test_prometheus_text(library: ConceptLibrary) -> None:
     buckets = list(found["compllm_compress_segment_seconds_bucket"].values())
     assert buckets == sorted(buckets)
     assert buckets[-1] == found["compllm_compress_segment_seconds_count"][labels] == snapshot["segments_compressed"]
-    assert f'{labels},le="+Inf"' in found["compllm_compress_segment_seconds_bucket"]
+    assert f'le="+Inf",{labels}' in found["compllm_compress_segment_seconds_bucket"]
     assert found["compllm_compress_segment_seconds_sum"][labels] == pytest.approx(snapshot["compress_seconds"])
     assert found["compllm_achieved_rate"][f'{labels},quantile="0.5"'] == snapshot["achieved_rate_p50"]
     library.store.close()
 
 
 def test_prometheus_numbers() -> None:
-    values = [1, 0.5, math.nan, math.inf, -math.inf, None]
-    text = exposition([Family("x", "gauge", "A\nb\\c.", [Sample(v, {"i": str(i)}) for i, v in enumerate(values)])])
-    assert text.splitlines() == [
+    values = [1, 0.5, math.nan, math.inf, -math.inf]
+    family = GaugeMetricFamily(f"{PREFIX}x", "A\nb\\c.", labels=["i"])
+    for i, value in enumerate(values):
+        family.add_metric([str(i)], value)
+    assert exposition([family, gauge("y", "Nothing to tell.", None)], {"a": "b"}).splitlines() == [
         "# HELP compllm_x A\\nb\\\\c.",
         "# TYPE compllm_x gauge",
-        'compllm_x{i="0"} 1',
-        'compllm_x{i="1"} 0.5',
-        'compllm_x{i="2"} NaN',
-        'compllm_x{i="3"} +Inf',
-        'compllm_x{i="4"} -Inf',
+        'compllm_x{a="b",i="0"} 1.0',
+        'compllm_x{a="b",i="1"} 0.5',
+        'compllm_x{a="b",i="2"} NaN',
+        'compllm_x{a="b",i="3"} +Inf',
+        'compllm_x{a="b",i="4"} -Inf',
     ]
+    assert family.samples[0].labels == {"i": "0"}
+
+
+def test_libraries_of_one_process_tell_their_own_numbers(llm) -> None:
+    one, two = (ConceptLibrary(Compressor(llm), MemoryStore(32)) for _ in range(2))
+    one.ensure(PARAGRAPHS)
+    name = "compllm_compress_segment_seconds_count"
+    first, second = (parsed(x.metrics.to_prometheus({"namespace": n}))[name] for x, n in ((one, "a"), (two, "b")))
+    assert first['namespace="a"'] > 0
+    assert second == {'namespace="b"': 0}
+
+
+def test_importing_the_metrics_loads_no_client() -> None:
+    code = "import sys, compllm_rag.metrics; sys.exit('prometheus_client' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_work_adds_up() -> None:

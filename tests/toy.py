@@ -1,4 +1,4 @@
-"""Tiny random LLMs of four architectures with a byte-level tokenizer and hand-written chat templates."""
+"""Tiny random LLMs of a few architectures with a byte-level tokenizer and hand-written chat templates."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -15,6 +17,8 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -90,10 +94,19 @@ def model(architecture: str = "llama", *, seed: int = 0, layers: int = 2, window
         return LlamaForCausalLM(LlamaConfig(**common)).eval()
     if architecture == "qwen3":
         return Qwen3ForCausalLM(Qwen3Config(**common)).eval()
+    if architecture == "qwen2":
+        del common["head_dim"]
+        return Qwen2ForCausalLM(
+            Qwen2Config(**common, use_sliding_window=True, sliding_window=16, max_window_layers=layers // 2)
+        ).eval()
     if architecture == "mistral":
         return MistralForCausalLM(MistralConfig(**common, sliding_window=16)).eval()
+    kinds = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(layers)]
+    if architecture == "gemma2":
+        return Gemma2ForCausalLM(
+            Gemma2Config(**common, sliding_window=16, layer_types=kinds, query_pre_attn_scalar=8)
+        ).eval()
     if architecture == "gemma3":
-        kinds = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(layers)]
         return Gemma3ForCausalLM(
             Gemma3TextConfig(**common, sliding_window=16, layer_types=kinds, query_pre_attn_scalar=8)
         ).eval()
@@ -102,7 +115,7 @@ def model(architecture: str = "llama", *, seed: int = 0, layers: int = 2, window
 
 def llm(architecture: str = "llama", *, seed: int = 0, layers: int = 2, window: int = 2048) -> TargetLLM:
     """A random target LLM with its tokenizer."""
-    template = NO_SYSTEM if architecture == "gemma3" else CHATML
+    template = NO_SYSTEM if architecture.startswith("gemma") else CHATML
     return TargetLLM(model(architecture, seed=seed, layers=layers, window=window), tokenizer(template))
 
 

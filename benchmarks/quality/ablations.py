@@ -19,13 +19,12 @@ from compllm_rag.config import CompressorConfig
 from compllm_rag.evaluation.journal import Journal
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.training.cards import read_log
-from compllm_rag.training.compressor_task import CompressorTask, RatesConfig
+from compllm_rag.training.compressor_task import CompressorTask
+from compllm_rag.training.job_options import LINEARS, MaterialConfig, ObjectiveConfig, RatesConfig
 from compllm_rag.training.jobs import new_compressor
 from compllm_rag.training.live_reader import LiveReader
 from compllm_rag.training.loop import train
-from compllm_rag.training.material import Material, MaterialConfig
-from compllm_rag.training.objective import ObjectiveConfig
-from compllm_rag.training.reader_task import LINEARS
+from compllm_rag.training.material import Material
 from compllm_rag.training.run_config import RunConfig
 
 EQUAL = {

@@ -22,8 +22,8 @@ from compllm_rag.config import CompressorConfig
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.training.compressor_task import CompressorTask
 from compllm_rag.training.importance import answer_odds
-from compllm_rag.training.material import Material, MaterialConfig
-from compllm_rag.training.reader_task import LINEARS
+from compllm_rag.training.job_options import LINEARS, MaterialConfig
+from compllm_rag.training.material import Material
 
 # Weight of the answer odds, and whether words stay together.
 CHOICES = [(0.0, False), (0.0, True), (1.0, False), (1.0, True), (2.0, False), (2.0, True), (3.0, True)]

@@ -10,11 +10,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 from compllm_rag.catalog.faults import damaged, translated_errors
-from compllm_rag.catalog.generations import Generation
+from compllm_rag.catalog.generations import VectorGeneration
 from compllm_rag.errors import ConfigurationError, StoreLockedError, StoreReadOnlyError, UnsupportedFormatError
 from compllm_rag.store.lock import WriterLock
 
-FORMAT_VERSION = 1
+CATALOG_VERSION = 1
 _BUSY_S = 5.0  # only a checkpoint or a foreign program makes us wait
 _SCHEMA = """
 CREATE TABLE state (
@@ -87,10 +87,10 @@ def make_tables(connection: sqlite3.Connection, dim: int) -> None:
     """Create all tables, for an empty catalog of `dim` dimensions."""
     for statement in [*_SCHEMA.split(";"), REFERENCES]:
         connection.execute(statement)
-    connection.execute("INSERT INTO state VALUES (1, ?, 0, ?, 0, '', '')", (FORMAT_VERSION, dim))
+    connection.execute("INSERT INTO state VALUES (1, ?, 0, ?, 0, '', '')", (CATALOG_VERSION, dim))
 
 
-def read_state(connection: sqlite3.Connection) -> Generation:
+def read_state(connection: sqlite3.Connection) -> VectorGeneration:
     """Which vectors the catalog names.
 
     Raises:
@@ -98,16 +98,16 @@ def read_state(connection: sqlite3.Connection) -> Generation:
         CorruptRecordError: The row is missing or damaged.
     """
     row = connection.execute("SELECT * FROM state").fetchone()
-    if row is not None and row[1] != FORMAT_VERSION:
+    if row is not None and row[1] != CATALOG_VERSION:
         raise UnsupportedFormatError(
             "the catalog was written in another format version",
             got=row[1],
-            expected=FORMAT_VERSION,
+            expected=CATALOG_VERSION,
             next_step="use a release that reads it, or ingest again into a new folder",
         )
     if row is None or [type(value) for value in row[2:]] != [int, int, int, str, str]:
         raise damaged("the catalog does not say which vectors it has", got=row)
-    return Generation(*row[2:])
+    return VectorGeneration(*row[2:])
 
 
 def storable(text: str) -> str:

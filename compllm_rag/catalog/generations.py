@@ -20,7 +20,7 @@ _OURS = re.compile(r"vectors-[0-9]+\.faiss(\.tmp)?")
 
 
 @dataclass(frozen=True, slots=True)
-class Generation:
+class VectorGeneration:
     """What the catalog keeps of its vectors.
 
     Args:
@@ -49,14 +49,14 @@ class GenerationFiles:
         self._folder = folder
         self._memory: dict[str, bytes] = {}
 
-    def save(self, number: int, vectors: FlatVectors) -> Generation:
+    def save(self, number: int, vectors: FlatVectors) -> VectorGeneration:
         """Write one generation; on return it is durable, and nothing refers to it yet.
 
         Raises:
             StoreFullError: No space; nothing else was touched.
         """
         name, data = f"vectors-{number}.faiss", vectors.to_bytes()
-        made = Generation(number, vectors.dim, len(vectors), name, hashlib.sha256(data).hexdigest())
+        made = VectorGeneration(number, vectors.dim, len(vectors), name, hashlib.sha256(data).hexdigest())
         if self._folder is None:
             self._memory[name] = data.tobytes()
             return made
@@ -77,7 +77,7 @@ class GenerationFiles:
             sync_folder(self._folder)
         return made
 
-    def load(self, generation: Generation) -> FlatVectors:
+    def load(self, generation: VectorGeneration) -> FlatVectors:
         """Read one generation.
 
         Raises:
@@ -115,7 +115,7 @@ class GenerationFiles:
         names = os.listdir(self._folder) if self._folder else list(self._memory)
         return max((int(re.sub(r"\D", "", name)) for name in names if _OURS.fullmatch(name)), default=0)
 
-    def _read(self, generation: Generation, source: str) -> bytes:
+    def _read(self, generation: VectorGeneration, source: str) -> bytes:
         if self._folder is None:
             return self._memory[generation.file]
         limit = FlatVectors.most_bytes(generation.dim, generation.ntotal)

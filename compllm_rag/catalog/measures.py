@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compllm_rag.catalog.kv import KeyValues
-from compllm_rag.metrics import RateSpread, Work, quality_families, spread_families
-from compllm_rag.prometheus import Family, Sample
+from compllm_rag.metrics import RateSpread, Work, counter, gauge, quality_families, spread_families
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
 
 _COLLECTION = "compllm/metrics"
 _RATES, _WORK = "rates", "work"
@@ -74,15 +76,15 @@ class Measures:
         return {**spread.fields(), **self.work().fields(), "chunks_awaiting": awaiting}
 
 
-def storage_families(stats: Mapping[str, Any]) -> list[Family]:
+def storage_families(stats: Mapping[str, Any]) -> list[Metric]:
     """The statistics of a storage for Prometheus."""
     kept = stats["metrics"]
-    made = [Family(f"storage_{name}", "gauge", text, [Sample(stats[name])]) for name, text in _GAUGES.items()]
-    counters = [
-        ("segments_compressed_total", "Segments ever compressed for this storage.", kept["segments_compressed"]),
-        ("compress_seconds_total", "Seconds that took.", kept["compress_seconds"]),
+    compressed, seconds = kept["segments_compressed"], kept["compress_seconds"]
+    return [
+        *(gauge(f"storage_{name}", text, stats[name]) for name, text in _GAUGES.items()),
+        gauge("storage_chunks_awaiting", "Chunks that still await their concepts.", kept["chunks_awaiting"]),
+        counter("storage_segments_compressed_total", "Segments ever compressed for this storage.", compressed),
+        counter("storage_compress_seconds_total", "Seconds that took.", seconds),
+        *spread_families(kept, "storage_"),
+        *quality_families(kept, "storage_"),
     ]
-    waiting = [Sample(kept["chunks_awaiting"])]
-    made.append(Family("storage_chunks_awaiting", "gauge", "Chunks that still await their concepts.", waiting))
-    made += [Family(f"storage_{name}", "counter", text, [Sample(value)]) for name, text, value in counters]
-    return made + spread_families(kept, "storage_") + quality_families(kept, "storage_")

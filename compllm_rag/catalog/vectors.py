@@ -12,7 +12,7 @@ import numpy as np
 from compllm_rag.catalog.database import read_state
 from compllm_rag.catalog.faults import damaged
 from compllm_rag.catalog.flat_vectors import FlatVectors
-from compllm_rag.catalog.generations import Generation, GenerationFiles
+from compllm_rag.catalog.generations import GenerationFiles, VectorGeneration
 
 
 class CatalogVectors:
@@ -48,7 +48,7 @@ class CatalogVectors:
         self.changed = self.changed or changing
         return self._vectors
 
-    def _load(self, connection: sqlite3.Connection, state: Generation, uncommitted: bool) -> FlatVectors:
+    def _load(self, connection: sqlite3.Connection, state: VectorGeneration, uncommitted: bool) -> FlatVectors:
         try:
             vectors = self._files.load(state)
         except FileNotFoundError as error:

@@ -176,7 +176,7 @@ def stats(
     Example: compllm-rag stats --storage storage
     """
     from compllm_rag.catalog.measures import storage_families
-    from compllm_rag.prometheus import exposition
+    from compllm_rag.metrics import exposition
     from compllm_rag.storage.namespaces import existing_namespace
     from compllm_rag.storage.stats import storage_stats
 

@@ -11,7 +11,6 @@ A segment's concepts depend on nothing but the segment: that is why they can be 
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from compllm_rag.errors import ConfigurationError
 from compllm_rag.fingerprint import tagged_digest, tensor_digest
 from compllm_rag.models.adapters import inject_lora, lora_state
 from compllm_rag.models.device_memory import memory_trouble, out_of_memory, release_unused
+from compllm_rag.models.halves import lower_half
 from compllm_rag.models.llm import TargetLLM, decoder_of
 
 # Tokens and anchors of one forward; enough to keep two cores or one GPU busy, small enough for 24 GiB.
@@ -72,7 +72,7 @@ class Compressor:
         # Where a word begins; without words every token is one.
         begins = word_begins(llm.tokenizer, rows).to(llm.device) if self.config.anchor_words else None
         self._chooser = AnchorChooser(self.information, begins)
-        self.decoder = _own_tree(llm.model, self.config.layers)
+        self.decoder = lower_half(llm.model, self.config.layers)
         if self.config.lora_rank:
             inject_lora(
                 self.decoder,
@@ -277,16 +277,6 @@ class Compressor:
     def _sink_id(self) -> int:
         token = self.llm.tokenizer.bos_token_id
         return int(token if token is not None else self.llm.tokenizer.eos_token_id)
-
-
-def _own_tree(model: Any, layers: int | None) -> Any:
-    """A second module tree over the same tensors: first L layers, no final norm."""
-    decoder = decoder_of(model)
-    shared = {id(t): t for t in (*decoder.parameters(), *decoder.buffers())}
-    tree = copy.deepcopy(decoder, shared)
-    tree.layers = tree.layers[: layers or len(tree.layers)]
-    tree.norm = nn.Identity()
-    return tree.requires_grad_(False).eval()
 
 
 def _pooled(

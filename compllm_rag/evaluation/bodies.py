@@ -14,8 +14,8 @@ from compllm_rag.errors import ConfigurationError
 from compllm_rag.prompt import ConceptSpan, Span, TextSpan
 from compllm_rag.store.encodings import encoding_named
 
-Mode = Literal["text", "concepts", "pruned", "none"]
-MODES: tuple[Mode, ...] = get_args(Mode)
+EvalMode = Literal["text", "concepts", "pruned", "none"]
+MODES: tuple[EvalMode, ...] = get_args(EvalMode)
 COMPRESSED = ("concepts", "pruned")
 
 # Passages whose concepts are kept for the questions that follow; the runner asks those of one passage in a row.
@@ -33,7 +33,7 @@ class Setting:
         encoding: Give concepts the precision of a storage with this encoding; None reads them as they are made.
     """
 
-    mode: Mode
+    mode: EvalMode
     rate: float | None = None
     encoding: str | None = None
 

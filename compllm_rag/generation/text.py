@@ -5,46 +5,45 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tokenizers.decoders import DecodeStream
+
 
 class Detokenizer:
-    """ReentrantLock a growing list of token ids into pieces of text.
+    """Turns a growing list of token ids into pieces of text.
 
     A piece is held back while it ends within a character of several bytes, or with what may become a stop text.
 
     Args:
-        tokenizer: The target LLM's.
+        tokenizer: The target LLM's, a fast one.
         stop: Texts that end the answer; they and what follows are never given out.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        self.tokenizer, self.stop = tokenizer, [text for text in stop if text]
+        self.stop = [text for text in stop if text]
         self.text, self.stopped = "", False
+        self._tokenizer = tokenizer.backend_tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
-        # Decoding restarts a little before the new tokens: how a token reads can depend on the one in front of it.
-        self._from = self._read = 0
         self._given = 0
 
     def push(self, token: int) -> str:
         """Add a token; returns the text that is now certain, often empty."""
         self._ids.append(token)
-        before = self._decode(self._from, self._read)
-        now = self._decode(self._from, len(self._ids))
-        if now.endswith("�"):
-            return ""
-        self._from, self._read = self._read, len(self._ids)
-        return self._extend(now[len(before) :], last=False)
+        try:
+            piece = self._stream.step(self._tokenizer, token) or ""
+        except Exception:  # noqa: BLE001 - tokenizers raises no other
+            # A run of byte tokens (`<0x61>`) that turns out to be no UTF-8 reads otherwise than the part of it that was
+            # given out. That stays; the stream, which would fail for ever, starts anew at this token.
+            piece, self._stream = self._rest(), DecodeStream(skip_special_tokens=True)
+            self._stream.step(self._tokenizer, token)
+        return self._extend(piece, last=False)
 
     def finish(self) -> str:
         """The text still held back."""
-        before = self._decode(self._from, self._read)
-        tail = self._decode(self._from, len(self._ids))[len(before) :]
-        self._from = self._read = len(self._ids)
-        return self._extend(tail, last=True)
+        return self._extend(self._rest(), last=True)
 
-    def _decode(self, start: int, end: int) -> str:
-        return str(
-            self.tokenizer.decode(self._ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )
+    def _rest(self) -> str:
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True)[len(self.text) :])
 
     def _extend(self, piece: str, *, last: bool) -> str:
         if self.stopped:

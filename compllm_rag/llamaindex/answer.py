@@ -40,7 +40,7 @@ def answer(
         on_piece: Called with each piece of the answer as it is made.
 
     Returns:
-        The fields of `query --json` (README); times in seconds, `used` per source.
+        The fields of `query --json` (docs/results.md); times in seconds, `used` per source.
     """
     begun = time.perf_counter()
     found = list(nodes) if nodes is not None else retrieve(index, question, top_k)

@@ -37,8 +37,7 @@ from compllm_rag.llamaindex.reentrant_lock import ReentrantLock
 from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer
 from compllm_rag.llamaindex.uploads import UploadQueue, UploadReceipt
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
-from compllm_rag.metrics import Metrics, Work
-from compllm_rag.prometheus import exposition
+from compllm_rag.metrics import Metrics, Work, exposition
 from compllm_rag.storage.manifest import Manifest
 from compllm_rag.storage.namespaces import existing_namespace, namespace_folder, prepare_namespace
 from compllm_rag.storage.stats import stats_fields
@@ -147,7 +146,7 @@ class ConceptIndex(VectorStoreIndex):
             namespace: Tenant; those of one folder share nothing. None takes the folder's own.
             generator: Runs the target LLM; None runs it in this process.
             resume: Go on, in the background, with uploads that an earlier process left without concepts.
-            **options: See `opening.create_index`, and for what it raises.
+            **options: See `llamaindex.opening.create_index`, and for what it raises.
         """
         if storage_dir is None:
             return cls.of(create_index(None, namespace=namespace, **options), generator=generator)
@@ -172,7 +171,7 @@ class ConceptIndex(VectorStoreIndex):
             namespace: Tenant; None takes the folder's own.
             generator: Runs the target LLM; None runs it in this process.
             resume: Go on, in the background, with uploads that an earlier process left without concepts.
-            **options: See `opening.load_index`, and for what it raises.
+            **options: See `llamaindex.opening.load_index`, and for what it raises.
         """
         parts = load_index(existing_namespace(storage_dir, namespace), **options)
         return cls.of(parts, generator=generator, resume=resume)

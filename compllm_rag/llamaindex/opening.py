@@ -33,7 +33,7 @@ from compllm_rag.llamaindex.storage_parts import (
     open_vectors,
 )
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
-from compllm_rag.storage.adapter_files import FILES_KEY, adapter_digests
+from compllm_rag.storage.adapter_files import FILES_KEY, kept_digests
 from compllm_rag.storage.manifest import CONCEPTS, META_KEY, Manifest, has_manifest
 from compllm_rag.storage.stores import open_store
 from compllm_rag.store import ConceptStore, DiskStore
@@ -133,7 +133,7 @@ def create_index(
     vectors = new_vectors(folder, dimension)
     keep_adapters(folder, made, llm or DEFAULT_LLM, reader)
     store = open_store(manifest, folder / CONCEPTS)
-    vectors.catalog.set_meta(FILES_KEY, adapter_digests(folder))
+    vectors.catalog.set_meta(FILES_KEY, kept_digests(folder))
     vectors.catalog.set_meta(META_KEY, manifest.model_dump_json())
     vectors.commit()
     return IndexParts(made, store, vectors, embed, manifest, generation, folder)

@@ -23,9 +23,9 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.schema import MetadataMode
 
 from compllm_rag.catalog import rows as node_rows
-from compllm_rag.catalog.database import FORMAT_VERSION, claimed, connected, read_state
+from compllm_rag.catalog.database import CATALOG_VERSION, claimed, connected, read_state
 from compllm_rag.catalog.flat_vectors import FlatVectors, unit_vector
-from compllm_rag.catalog.generations import Generation, GenerationFiles
+from compllm_rag.catalog.generations import GenerationFiles, VectorGeneration
 from compllm_rag.catalog.rows import StoredNode
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.errors import CorruptRecordError, StorageMismatchError, StorageNotFoundError
@@ -180,7 +180,7 @@ def _repair_rows(
     vectors.remove(bad)
     state = files.save(number + 1, vectors)
     connection.execute("DELETE FROM state")
-    connection.execute("INSERT INTO state VALUES (1, ?, ?, ?, ?, ?, ?)", (FORMAT_VERSION, *astuple(state)))
+    connection.execute("INSERT INTO state VALUES (1, ?, ?, ?, ?, ?, ?)", (CATALOG_VERSION, *astuple(state)))
     connection.execute("COMMIT")
     files.keep_only(number + 1)
     return len(bad), made
@@ -192,7 +192,7 @@ def _sound_vectors(
     """The vectors if they belong to these rows, else None; and the highest number a generation had."""
     number = files.highest()
     try:
-        state: Generation = read_state(connection)
+        state: VectorGeneration = read_state(connection)
         number = max(number, state.number)
         vectors = files.load(state)
     except (CorruptRecordError, FileNotFoundError):

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from compllm_rag.errors import ConfigurationError, UnsupportedFormatError
 from compllm_rag.fingerprint import file_digest
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_A, _B = ".lora_A.weight", ".lora_B.weight"  # (rank, in_features) and (out_features, rank)
 _NOT_PLAIN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_qalora", "lora_bias")
 
 
@@ -32,29 +34,34 @@ def merge_adapter(model: Any, folder: Path) -> dict[str, str]:
         UnsupportedFormatError: Files are missing or damaged, or the adapter is not plain LoRA.
         ConfigurationError: The adapter fits another model.
     """
+    from peft import LoraConfig, LoraModel, set_peft_model_state_dict
+
     config, state = read_adapter(folder)
-    factor = float(config["lora_alpha"]) / int(config["r"])
-    names = {key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")}
+    state = {key.removeprefix("base_model.model."): tensor.float() for key, tensor in state.items()}
+    names = sorted(key.removesuffix(_A) for key in state if key.endswith(_A))
     modules, tied = dict(model.named_modules()), model.get_input_embeddings().weight
-    with torch.no_grad():
-        for name in sorted(names):
-            module = modules.get(name.removeprefix("base_model.model."))
-            delta = state[f"{name}.lora_B.weight"].float() @ state[f"{name}.lora_A.weight"].float()
-            if module is None or module.weight.shape != delta.shape:
-                raise ConfigurationError(
-                    "reader adapter fits another model",
-                    got=f"{name} of shape {list(delta.shape)}",
-                    expected="a linear layer of the target with this name and shape",
-                    next_step="use the reader made for this LLM, or reader=None",
-                )
-            if module.weight is tied:
-                raise UnsupportedFormatError(
-                    "adapter changes the input embeddings, which concepts are made of",
-                    got=f"{name}, tied to them",
-                    expected="an adapter that leaves them as they are",
-                    next_step="train the reader without this module",
-                )
-            module.weight += (delta * factor).to(module.weight)
+    for name in names:
+        module = modules.get(name)
+        shape = (state[name + _B].shape[0], state[name + _A].shape[1])
+        if not isinstance(module, nn.Linear) or module.weight.shape != shape:
+            raise ConfigurationError(
+                "reader adapter fits another model",
+                got=f"{name} of shape {list(shape)}",
+                expected="a linear layer of the target with this name and shape",
+                next_step="use the reader made for this LLM, or reader=None",
+            )
+        if module.weight is tied:
+            raise UnsupportedFormatError(
+                "adapter changes the input embeddings, which concepts are made of",
+                got=f"{name}, tied to them",
+                expected="an adapter that leaves them as they are",
+                next_step="train the reader without this module",
+            )
+    plain = LoraConfig(r=config["r"], lora_alpha=config["lora_alpha"], target_modules=names)
+    # Nothing is drawn for tensors that are replaced at once: the chance of a training run stays what it is.
+    tuner = LoraModel(model, plain, "default", low_cpu_mem_usage=True)
+    set_peft_model_state_dict(model, state, low_cpu_mem_usage=True)
+    tuner.merge_and_unload()
     return {name: file_digest(folder / name) for name in (_CONFIG, _WEIGHTS)}
 
 
@@ -79,7 +86,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
             expected=f"{_CONFIG} and {_WEIGHTS}",
             next_step="check the path, or save the adapter again",
         ) from error
-    trouble = _not_plain(config, set(state))
+    trouble = _not_plain(config, state)
     if trouble:
         raise UnsupportedFormatError(
             "adapter is not plain LoRA",
@@ -90,7 +97,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
     return config, state
 
 
-def _not_plain(config: dict[str, Any], names: set[str]) -> str:
+def _not_plain(config: dict[str, Any], state: dict[str, torch.Tensor]) -> str:
     """What an adapter has that a sum of weights would silently leave out or scale wrongly."""
     if config.get("peft_type") != "LORA":
         return f"peft_type {config.get('peft_type')}"
@@ -99,9 +106,11 @@ def _not_plain(config: dict[str, Any], names: set[str]) -> str:
             return field
     if not isinstance(config.get("r"), int) or config["r"] < 1 or not isinstance(config.get("lora_alpha"), int | float):
         return f"r {config.get('r')}, lora_alpha {config.get('lora_alpha')}"
-    pairs = {name.removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight")}
-    wanted = {f"{name}.lora_{side}.weight" for name in pairs for side in "AB"}
-    return "" if pairs and wanted == names else f"weights {', '.join(sorted(wanted ^ names)[:2]) or 'missing'}"
+    pairs = {name.removesuffix(_A) for name in state if name.endswith(_A)}
+    odd = sorted({pair + side for pair in pairs for side in (_A, _B)} ^ set(state)) or [
+        name for name, tensor in state.items() if tensor.ndim != 2 or tensor.shape[name.endswith(_B)] != config["r"]
+    ]
+    return "" if pairs and not odd else f"weights {', '.join(odd[:2]) or 'missing'}"
 
 
 def inject_lora(decoder: Any, *, rank: int, alpha: int, modules: tuple[str, ...], name: str = "default") -> None:
@@ -133,13 +142,13 @@ def inject_lora(decoder: Any, *, rank: int, alpha: int, modules: tuple[str, ...]
 
 
 def lora_state(decoder: Any, name: str = "default") -> dict[str, torch.Tensor]:
-    """The LoRA tensors of a module tree, under names that do not depend on the adapter's name."""
-    marker = f".{name}.weight"
-    return {
-        key.replace(marker, ".weight"): tensor.detach()
-        for key, tensor in decoder.state_dict().items()
-        if key.endswith((f".lora_A{marker}", f".lora_B{marker}"))
-    }
+    """The LoRA tensors of a module tree, under names that do not depend on the adapter's name; none without LoRA."""
+    if name not in getattr(decoder, "peft_config", ()):
+        return {}
+    from peft import get_peft_model_state_dict
+
+    state: dict[str, torch.Tensor] = get_peft_model_state_dict(decoder, adapter_name=name, save_embedding_layers=False)
+    return state
 
 
 def load_lora_state(decoder: Any, state: dict[str, torch.Tensor], name: str = "default") -> None:
@@ -148,12 +157,7 @@ def load_lora_state(decoder: Any, state: dict[str, torch.Tensor], name: str = "d
     Raises:
         UnsupportedFormatError: Tensors are missing, superfluous or of another shape.
     """
-    marker = f".{name}.weight"
-    own = {
-        key.replace(marker, ".weight"): parameter
-        for key, parameter in decoder.named_parameters()
-        if key.endswith((f".lora_A{marker}", f".lora_B{marker}"))
-    }
+    own = lora_state(decoder, name)
     wrong = sorted(set(own) ^ set(state)) or sorted(k for k in own if own[k].shape != state[k].shape)
     if wrong:
         raise UnsupportedFormatError(
@@ -162,6 +166,7 @@ def load_lora_state(decoder: Any, state: dict[str, torch.Tensor], name: str = "d
             expected=f"{len(own)} tensors",
             next_step="use a compressor made for this LLM",
         )
-    with torch.no_grad():
-        for key, parameter in own.items():
-            parameter.copy_(state[key])
+    if own:
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(decoder, state, name)

@@ -11,7 +11,7 @@ FILES_KEY = "compllm/files"
 COMPRESSOR, READER = "compressor", "reader"
 
 
-def adapter_digests(folder: Path) -> str:
+def kept_digests(folder: Path) -> str:
     """SHA-256 of every adapter file of a storage, by its path in it, as JSON."""
     files = sorted(path for part in (COMPRESSOR, READER) for path in (folder / part).glob("*") if path.is_file())
     return json.dumps({path.relative_to(folder).as_posix(): file_digest(path) for path in files})
@@ -22,7 +22,7 @@ def damaged_adapters(folder: Path, kept: str | None) -> list[str]:
 
     Args:
         folder: The storage.
-        kept: What `adapter_digests` gave when it was made; None for a storage that kept nothing.
+        kept: What `kept_digests` gave when it was made; None for a storage that kept nothing.
     """
     wrong = []
     for name, digest in dict(json.loads(kept or "{}")).items():

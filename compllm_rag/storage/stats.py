@@ -15,7 +15,7 @@ from compllm_rag.store.base import StoreStats
 
 
 def storage_stats(folder: Path) -> dict[str, Any]:
-    """What a storage holds, told without loading any model; the fields of `stats --json` (README).
+    """What a storage holds, told without loading any model; the fields of `stats --json` (docs/results.md).
 
     Raises:
         StorageNotFoundError: There is no storage here.

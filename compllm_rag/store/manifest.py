@@ -19,7 +19,7 @@ from compllm_rag.errors import (
 from compllm_rag.store.codec import Encoding
 from compllm_rag.store.encodings import FP16, encoding_named, encoding_tagged
 from compllm_rag.store.faults import translated_errors
-from compllm_rag.store.packs import FORMAT_VERSION, sync_folder
+from compllm_rag.store.packs import STORE_VERSION, sync_folder
 
 MANIFEST_NAME = "store.json"
 _MOST_BYTES = 2**16
@@ -39,7 +39,7 @@ class StoreManifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     kind: Literal["compllm-rag concept store"] = "compllm-rag concept store"
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = STORE_VERSION
     hidden_size: int
     encoding: str = FP16.tag
 
@@ -94,11 +94,11 @@ class StoreManifest(BaseModel):
         try:
             fields = json.loads(text)
             version = fields.get("format_version") if isinstance(fields, dict) else None
-            if isinstance(version, int) and version != FORMAT_VERSION:
+            if isinstance(version, int) and version != STORE_VERSION:
                 raise UnsupportedFormatError(
                     "the concept store has a format this release does not read",
                     got=f"version {version} in {path}",
-                    expected=f"version {FORMAT_VERSION}",
+                    expected=f"version {STORE_VERSION}",
                     next_step="upgrade compllm-rag",
                 )
             return cls.model_validate(fields)

@@ -20,7 +20,7 @@ import xxhash
 from compllm_rag.errors import CompLLMError, CorruptRecordError, StorageMismatchError, UnsupportedFormatError
 from compllm_rag.store.faults import translated_errors
 
-FORMAT_VERSION: Final = 1
+STORE_VERSION: Final = 1
 HEADER_BYTES = 64
 _HEADER = struct.Struct("<8sHHI16s")  # magic, format version, reserved, hidden_size, encoding
 _CHECKSUM = struct.Struct("<Q")
@@ -72,7 +72,7 @@ def checksum_seed(key: str) -> int:
 
 def pack_header(hidden_size: int, encoding: str) -> bytes:
     """The 64 bytes every pack of a store begins with."""
-    fields = _HEADER.pack(_MAGIC, FORMAT_VERSION, 0, hidden_size, encoding.encode("ascii"))
+    fields = _HEADER.pack(_MAGIC, STORE_VERSION, 0, hidden_size, encoding.encode("ascii"))
     return (fields + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(fields))).ljust(HEADER_BYTES, b"\0")
 
 
@@ -208,11 +208,11 @@ def wrong_header(found: bytes, path: Path, key: str) -> CompLLMError:
     if len(found) < HEADER_BYTES or found[_HEADER.size :][:8] != _CHECKSUM.pack(xxhash.xxh3_64_intdigest(fields)):
         return corrupt_record(key, f"a damaged header in {path}")
     magic, version, _, hidden_size, encoding = _HEADER.unpack(fields)
-    if magic != _MAGIC or version != FORMAT_VERSION:
+    if magic != _MAGIC or version != STORE_VERSION:
         return UnsupportedFormatError(
             "a pack has a format this release does not read",
             got=f"version {version} in {path}",
-            expected=f"version {FORMAT_VERSION}",
+            expected=f"version {STORE_VERSION}",
             next_step="upgrade compllm-rag",
         )
     return StorageMismatchError(

@@ -15,13 +15,12 @@ from torch import nn
 from compllm_rag.compression.compressor import Compressor, batches
 from compllm_rag.compression.pretrained import save_compressor
 from compllm_rag.compression.rates import concepts_at, max_rate
-from compllm_rag.config import Frozen
 from compllm_rag.training.examples import Example, pack, positions_of, targets_of, weight_of
+from compllm_rag.training.job_options import CompressorOptions, ObjectiveConfig, RatesConfig
 from compllm_rag.training.live_reader import LiveReader
 from compllm_rag.training.material import Material
 from compllm_rag.training.objective import (
     Loss,
-    ObjectiveConfig,
     distillation_loss,
     hidden_states,
     last_hidden_state,
@@ -34,27 +33,7 @@ from compllm_rag.training.standardised import plain_head, standardise
 _SEGMENT_POSITIONS = 4096
 # Below this many nats between no passages and text there is nothing to recover (docs/design.md section 7).
 _LEAST_GAIN = 0.3
-
-
-class RatesConfig(Frozen):
-    """Which compression rates a passage is compressed at while training.
-
-    Attributes:
-        rates: Drawn from these for each passage, so that one compressor serves them all.
-        mixed: Share of passages in which every segment draws its own.
-    """
-
-    rates: tuple[float, ...] = (1.5, 2.0, 2.0, 2.0, 2.0, 3.0, 4.0, 4.0, 6.0)
-    mixed: float = 0.2
-
-    def draw(self, example: Example, rng: random.Random, segment_length: int) -> list[list[int]]:
-        """K of every segment of every passage."""
-        rates = [rate for rate in self.rates if rate <= max_rate(segment_length)] or [1.5]
-        out = []
-        for body in example.bodies:
-            one, each = rng.choice(rates), rng.random() < self.mixed
-            out.append([concepts_at(rng.choice(rates) if each else one, len(s)) for s in body.segments])
-        return out
+_DEFAULT = CompressorOptions()
 
 
 @dataclass(frozen=True)
@@ -111,10 +90,10 @@ class CompressorTask:
         objective: ObjectiveConfig | None = None,
         rates: RatesConfig | None = None,
         *,
-        validation: int = 24,
+        validation: int = _DEFAULT.validation,
         validation_rates: Sequence[float] = (2.0, 4.0),
         live: LiveReader | None = None,
-        text_share: float = 0.2,
+        text_share: float = _DEFAULT.text_share,
     ) -> None:
         self.compressor, self.material = compressor, material
         self.live, self.text_share = live, text_share if live else 0.0

@@ -1,104 +1,138 @@
-"""What a training run starts from: models, data, and what of them is trained."""
+"""What a training run starts from: models, data, and what of them is trained.
+
+The flags of `compllm-rag train` are made from these models; no torch is loaded, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from compllm_rag.compression.loading import AUTO
-from compllm_rag.compression.segmentation import Segmenter
-from compllm_rag.config import DEFAULT_LLM, CompressorConfig
-from compllm_rag.training.compressor_task import RatesConfig
-from compllm_rag.training.evaluation_guard import refuse_evaluation
-from compllm_rag.training.hub_data import fetch_dataset
-from compllm_rag.training.material import Material, MaterialConfig
-from compllm_rag.training.objective import ObjectiveConfig
-from compllm_rag.training.reader_task import LINEARS
-from compllm_rag.training.run_config import Progress
+from pydantic import Field
 
+from compllm_rag.compression.rates import concepts_at, max_rate
+from compllm_rag.config import DEFAULT_LLM, CompressorConfig, Frozen
 
-@dataclass(frozen=True)
-class DataOptions:
-    """Where training data comes from; at least one must be given.
+if TYPE_CHECKING:
+    from compllm_rag.training.examples import Example
 
-    Attributes:
-        data_dir: Holds `train/*.jsonl(.gz)` with questions and `text/*.jsonl(.gz)` with texts.
-        questions: Further files of questions.
-        texts: Further files of texts.
-        hub: Hub datasets by id, see `fetch_dataset`.
-        material: How examples are mixed.
-    """
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-    data_dir: Path | None = None
-    questions: tuple[Path, ...] = ()
-    texts: tuple[Path, ...] = ()
-    hub: tuple[str, ...] = ()
-    material: MaterialConfig = field(default_factory=MaterialConfig)
-
-    def check(self) -> None:
-        """Refuse what can be refused before a large model is loaded.
-
-        Raises:
-            DataFileError, EvaluationDataError: See `Material`.
-        """
-        for path in (*self.questions, *self.texts):
-            refuse_evaluation(path)
-        if self.data_dir is not None:
-            Material.files_of(self.data_dir)
-
-    def load(self, segmenter: Segmenter, cache: Path, progress: Progress, **more: Any) -> Material:
-        """The material.
-
-        Raises:
-            DataFileError, EvaluationDataError, ConfigurationError: See `Material` and `fetch_dataset`.
-        """
-        questions, texts = list(self.questions), list(self.texts)
-        for spec in self.hub:
-            path, kind = fetch_dataset(spec, cache, progress=progress)
-            (questions if kind == "questions" else texts).append(path)
-        if self.data_dir is not None:
-            folder = Material.files_of(self.data_dir)
-            questions, texts = questions + folder[0], texts + folder[1]
-        return Material(questions, texts, segmenter, self.material, **more)
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-@dataclass(frozen=True)
-class CompressorOptions:
+class MaterialConfig(Frozen):
+    """How examples are mixed; their lengths are drawn evenly on a logarithmic scale from 20 tokens."""
+
+    max_context: int = Field(default=320, ge=20, le=8000, description="most source tokens of one example")
+    qa: Share = Field(default=0.6, description="share of examples with questions; the others are windows of plain text")
+    distractors: Share = Field(default=0.35, description="share of single-passage questions that get further passages")
+    max_branches: int = Field(default=6, ge=1, description="most questions of one example")
+    copy_share: Share = Field(
+        default=0.3, description="share of single passages that are to be copied besides their questions"
+    )
+    copy_length: int = Field(default=64, ge=1, description="most tokens of a copied passage")
+    continue_length: int = Field(default=48, ge=1, description="most tokens of a continuation")
+
+
+class DataOptions(Frozen):
+    """Where training data comes from; at least one must be given."""
+
+    data_dir: Path | None = Field(
+        default=None, description="holds train/*.jsonl(.gz) with questions and text/*.jsonl(.gz) with texts"
+    )
+    questions: tuple[Path, ...] = Field(default=(), description="a further file of questions; may be repeated")
+    texts: tuple[Path, ...] = Field(default=(), description="a further file of texts; may be repeated")
+    hub: tuple[str, ...] = Field(default=(), description="a hub dataset, org/name[:config][@revision]; may be repeated")
+    material: MaterialConfig = MaterialConfig()
+
+
+class ObjectiveConfig(Frozen):
+    """Weights of the parts; 0 switches a part off."""
+
+    hidden: Weight = Field(default=1.0, description="weight of the distance of hidden states")
+    kl: Weight = Field(default=1.0, description="weight of the KL divergence of the output")
+    ce: Weight = Field(default=0.1, description="weight of the cross-entropy on the answers")
+    prompt: Weight = Field(default=0.2, description="weight of the tokens of the questions, those of answers being 1")
+    copy_branches: Weight = Field(default=1.0, description="weight of copied passages, questions being 1")
+    continue_branches: Weight = Field(default=1.0, description="weight of continuations, questions being 1")
+
+    @property
+    def kinds(self) -> dict[str, float]:
+        """Weight of a branch by its kind; 1 for those not named."""
+        return {"copy": self.copy_branches, "continue": self.continue_branches}
+
+
+class RatesConfig(Frozen):
+    """Which compression rates a passage is compressed at while training."""
+
+    rates: tuple[float, ...] = Field(
+        default=(1.5, 2.0, 2.0, 2.0, 2.0, 3.0, 4.0, 4.0, 6.0),
+        description="a rate to train at; may be repeated. Each passage draws one, so one compressor serves them all",
+    )
+    mixed: Share = Field(default=0.2, description="share of passages in which every segment draws its own rate")
+
+    def draw(self, example: Example, rng: random.Random, segment_length: int) -> list[list[int]]:
+        """K of every segment of every passage."""
+        rates = [rate for rate in self.rates if rate <= max_rate(segment_length)] or [1.5]
+        out = []
+        for body in example.bodies:
+            one, each = rng.choice(rates), rng.random() < self.mixed
+            out.append([concepts_at(rng.choice(rates) if each else one, len(s)) for s in body.segments])
+        return out
+
+
+class JobOptions(Frozen):
+    """What every run starts from."""
+
+    llm: str = Field(default=DEFAULT_LLM, description="target LLM: alias, folder or org/name@revision")
+    validation: int = Field(default=24, ge=1, description="groups of held-out questions to look at")
+    dtype: str | None = Field(default=None, description="of the frozen LLM: float32, bfloat16 or float16")
+    device: str | None = Field(default=None, description="a torch device")
+
+
+class ReaderOptions(JobOptions):
+    """What a reader run starts from."""
+
+    init: Path | None = Field(default=None, description="an adapter to go on from; its rank is kept")
+    rank: int = Field(default=16, ge=1, description="of LoRA")
+    keep_share: float = Field(
+        default=0.1,
+        ge=0,
+        le=0.9,
+        description="share of examples that are other prompts with the LLM's own answers, which it keeps following",
+    )
+
+
+class CompressorOptions(JobOptions):
     """What a compressor run starts from.
 
-    Attributes:
-        llm: Alias, folder or `org/name@revision`.
-        reader: Folder of a reader adapter, `auto` or None; see `load_compressor_for`.
-        init: Folder of a compressor to go on from; its configuration is kept.
-        config: Of a new compressor; `scale` is set from the LLM's embeddings.
-        objective: What counts.
-        rates: At which rates.
-        labels: `gold`, or `own` for the LLM's own answers to the training questions.
-        label_groups: Most groups of questions that the LLM answers.
-        answer_weight: Of how much likelier a token is in an answer than in a passage, against its unigram information,
-            where anchors are chosen; see `answer_odds`. Counted from the training questions; `init` keeps its own.
-        reader_rank: Of a LoRA on the target that learns to read concepts along with the compressor, and goes into
-            the reader adapter (`best/reader`); 0 leaves the target as it is, as in the paper.
-        text_share: Share of examples that such a reader reads as text.
-        validation: Groups of questions held out.
-        dtype: Compute dtype of the frozen LLM.
-        device: A torch device.
+    `config` is that of a new compressor; its `scale` is set from the LLM's embeddings. `answer_weight` is the factor of
+    what `answer_odds` counts in the training questions; `init` keeps its own. With `reader_rank` above 0 the target
+    learns to read concepts along with the compressor (`best/reader`); at 0 it stays as it is, as in the paper.
     """
 
-    llm: str = DEFAULT_LLM
-    reader: str | Path | None = AUTO
-    answer_weight: float = 2.0
-    reader_rank: int = 0
-    text_share: float = 0.15
-    init: Path | None = None
-    config: CompressorConfig = field(
-        default_factory=lambda: CompressorConfig(layers=12, lora_rank=32, lora_alpha=64, lora_modules=LINEARS)
+    reader: str | Path | None = Field(
+        default="auto", description="folder of a reader adapter; auto: the shipped one; None: the LLM as it is"
     )
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    rates: RatesConfig = field(default_factory=RatesConfig)
-    labels: str = "gold"
-    label_groups: int = 2000
-    validation: int = 24
-    dtype: str | None = None
-    device: str | None = None
+    reader_rank: int = Field(
+        default=0,
+        ge=0,
+        description="LoRA rank of a reader trained along, for small LLMs; 0: the LLM stays as it is",
+    )
+    text_share: Share = Field(default=0.15, description="share of batches that a reader trained along reads as text")
+    init: Path | None = Field(default=None, description="a compressor to go on from; its settings are kept")
+    config: CompressorConfig = CompressorConfig(
+        layers=12, anchor_words=True, lora_rank=32, lora_alpha=64, lora_modules=LINEARS
+    )
+    answer_weight: Weight = Field(
+        default=2.0, description="how much tokens that answers are made of count where anchors are chosen"
+    )
+    objective: ObjectiveConfig = ObjectiveConfig()
+    rates: RatesConfig = RatesConfig()
+    labels: Literal["gold", "own"] = Field(
+        default="gold", description="gold answers, or own: the LLM's answers to the questions"
+    )
+    label_groups: int = Field(default=2000, ge=1, description="most groups of questions that the LLM answers itself")

@@ -16,20 +16,22 @@ from compllm_rag.compression.information import information_for
 from compllm_rag.compression.loading import AUTO, shipped_adapter
 from compllm_rag.compression.segmentation import Segmenter
 from compllm_rag.compression.spec import embedding_rms
-from compllm_rag.config import DEFAULT_LLM, CompressorConfig
+from compllm_rag.config import CompressorConfig
 from compllm_rag.errors import ConfigurationError, FingerprintMismatchError
 from compllm_rag.models.adapters import read_adapter
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.training.cards import write_card
 from compllm_rag.training.compressor_task import CompressorTask
+from compllm_rag.training.evaluation_guard import refuse_evaluation
+from compllm_rag.training.hub_data import fetch_dataset
 from compllm_rag.training.importance import answer_odds
-from compllm_rag.training.job_options import CompressorOptions, DataOptions
+from compllm_rag.training.job_options import CompressorOptions, DataOptions, ReaderOptions
 from compllm_rag.training.labels import own_answers, own_instructions
 from compllm_rag.training.live_reader import LiveReader
 from compllm_rag.training.loop import train
 from compllm_rag.training.material import Material
 from compllm_rag.training.reader_task import ReaderTask
-from compllm_rag.training.run_config import Progress, RunConfig
+from compllm_rag.training.run_config import READER_RUN, Progress, RunConfig
 
 
 def train_compressor(
@@ -55,11 +57,12 @@ def train_compressor(
 
     Raises:
         FingerprintMismatchError: `init`, or the run in `out`, belongs to another LLM.
+        DataFileError, EvaluationDataError: See `Material`.
         DivergedError, ConfigurationError, OSError: See `train`.
     """
     options, run, progress = options or CompressorOptions(), run or RunConfig(), progress or _silent
     torch.manual_seed(run.seed)
-    data.check()
+    _check(data)
     reader = shipped_adapter(options.llm, "reader") if options.reader == AUTO else options.reader
     former = Path(reader) if reader is not None else None
     llm = TargetLLM.from_pretrained(
@@ -80,7 +83,7 @@ def train_compressor(
             next_step="set --rank",
         )
     with _first_process_first():
-        material = data.load(Segmenter(llm.tokenizer, config.segment_length), out / "data", progress)
+        material = _load(data, Segmenter(llm.tokenizer, config.segment_length), out / "data", progress)
         if options.labels == "own":
             groups = material.groups[: options.label_groups]
             material.answers.update(own_answers(llm, groups, material, out / "own_answers.jsonl", progress))
@@ -110,15 +113,8 @@ def train_compressor(
 def train_reader(
     out: Path,
     data: DataOptions,
-    *,
-    llm: str = DEFAULT_LLM,
-    rank: int = 16,
-    keep_share: float = 0.1,
-    init: Path | None = None,
+    options: ReaderOptions | None = None,
     run: RunConfig | None = None,
-    validation: int = 24,
-    dtype: str | None = None,
-    device: str | None = None,
     progress: Progress | None = None,
     command: str = "",
 ) -> dict[str, Any]:
@@ -127,35 +123,31 @@ def train_reader(
     Args:
         out: `best/` is a PEFT adapter, which `TargetLLM.from_pretrained(reader=...)` merges.
         data: What to train on.
-        llm: Alias, folder or `org/name@revision`.
-        rank: Of LoRA.
-        keep_share: Share of examples that are other prompts with the LLM's own answers, so that it still follows them.
-        init: An adapter to go on from; its rank is kept.
-        run: How long and how fast.
-        validation: Groups of questions held out.
-        dtype: Compute dtype of the frozen LLM.
-        device: A torch device.
+        options: What to start from.
+        run: How long and how fast; `READER_RUN` if None.
         progress: Called with a message and the share that is done.
         command: Goes on the model card.
     """
-    run, progress = run or RunConfig(), progress or _silent
+    options, run, progress = options or ReaderOptions(), run or READER_RUN, progress or _silent
     torch.manual_seed(run.seed)
-    data.check()
+    _check(data)
     target = TargetLLM.from_pretrained(
-        llm, reader=None, dtype=dtype, device=device or _local_device(), progress=progress
+        options.llm, reader=None, dtype=options.dtype, device=options.device or _local_device(), progress=progress
     )
     kept = out / "own_instructions.jsonl"
     with _first_process_first():
-        material = data.load(Segmenter(target.tokenizer, 20), out / "data", progress)
-        keep = own_instructions(target, material, kept, progress=progress) if keep_share else []
-    state = None
-    if init is not None:
-        settings, state = read_adapter(init)
+        material = _load(data, Segmenter(target.tokenizer, 20), out / "data", progress)
+        keep = own_instructions(target, material, kept, progress=progress) if options.keep_share else []
+    rank, state = options.rank, None
+    if options.init is not None:
+        settings, state = read_adapter(options.init)
         rank = int(settings["r"])
-    facts = {"rank": rank, "keep_share": keep_share}
+    facts = {"rank": rank, "keep_share": options.keep_share}
     with _first_process_first():
         _same_job(out, "reader", target, facts)
-    task = ReaderTask(target, material, keep=keep, rank=rank, keep_share=keep_share, validation=validation)
+    task = ReaderTask(
+        target, material, keep=keep, rank=rank, keep_share=options.keep_share, validation=options.validation
+    )
     if state is not None:
         task.load(state)
     return _run(task, run, out, progress, command, target, material, facts)
@@ -174,6 +166,25 @@ def new_compressor(llm: TargetLLM, config: CompressorConfig, material: Material,
     if answer_weight:
         table = table + answer_weight * answer_odds(material, table.numel())
     return Compressor(llm, config.model_copy(update={"scale": embedding_rms(llm)}), information=table)
+
+
+def _check(data: DataOptions) -> None:
+    """Refuse what can be refused before a large model is loaded."""
+    for path in (*data.questions, *data.texts):
+        refuse_evaluation(path)
+    if data.data_dir is not None:
+        Material.files_of(data.data_dir)
+
+
+def _load(data: DataOptions, segmenter: Segmenter, cache: Path, progress: Progress) -> Material:
+    questions, texts = list(data.questions), list(data.texts)
+    for spec in data.hub:
+        path, kind = fetch_dataset(spec, cache, progress=progress)
+        (questions if kind == "questions" else texts).append(path)
+    if data.data_dir is not None:
+        folder = Material.files_of(data.data_dir)
+        questions, texts = questions + folder[0], texts + folder[1]
+    return Material(questions, texts, segmenter, data.material)
 
 
 def _run(

@@ -20,7 +20,8 @@ from compllm_rag.compression.compressor import Compressor
 from compllm_rag.compression.pretrained import save_compressor
 from compllm_rag.models.adapters import adapter_digests, inject_lora, lora_state, read_adapter
 from compllm_rag.models.llm import TargetLLM, decoder_of
-from compllm_rag.training.reader_task import LINEARS, decoder_prefix, write_adapter
+from compllm_rag.training.job_options import LINEARS
+from compllm_rag.training.reader_task import decoder_prefix, write_adapter
 
 _NAME = "live"
 

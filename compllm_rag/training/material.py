@@ -15,37 +15,16 @@ from itertools import groupby
 from pathlib import Path
 
 from compllm_rag.compression.segmentation import Segmenter
-from compllm_rag.config import Frozen
 from compllm_rag.errors import DataFileError
 from compllm_rag.evaluation.questions import Question, SourcePassage, read_questions, read_rows
 from compllm_rag.prompt import QUESTION, QAPrompt, TextSpan
 from compllm_rag.training.evaluation_guard import refuse_evaluation, without_evaluation
 from compllm_rag.training.examples import Body, Branch, Example
+from compllm_rag.training.job_options import MaterialConfig
 
 _HELD_OUT = 40  # one group of passages in this many is never trained on
 COPY = "Repeat the passage word for word."
 _REMEMBERED = 20_000
-
-
-class MaterialConfig(Frozen):
-    """How examples are mixed.
-
-    Attributes:
-        max_context: Most source tokens of one example; lengths are drawn evenly on a logarithmic scale from 20.
-        qa: Share of examples with questions; the others are windows of plain text.
-        distractors: Share of single-passage questions that get further passages.
-        max_branches: Most branches of one example.
-        copy_length: Most tokens of a copied passage.
-        continue_length: Most tokens of a continuation.
-    """
-
-    max_context: int = 320
-    qa: float = 0.6
-    distractors: float = 0.35
-    max_branches: int = 6
-    copy_share: float = 0.3
-    copy_length: int = 64
-    continue_length: int = 48
 
 
 @dataclass(frozen=True)

@@ -15,25 +15,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from compllm_rag.config import Frozen
 from compllm_rag.models.llm import TargetLLM, decoder_of
 from compllm_rag.training.examples import Packed, Targets
-
-
-class ObjectiveConfig(Frozen):
-    """Weights of the parts; 0 switches a part off."""
-
-    hidden: float = 1.0
-    kl: float = 1.0
-    ce: float = 0.1
-    prompt: float = 0.2
-    copy_branches: float = 1.0
-    continue_branches: float = 1.0
-
-    @property
-    def kinds(self) -> dict[str, float]:
-        """Weight of a branch by its kind; 1 for those not named."""
-        return {"copy": self.copy_branches, "continue": self.continue_branches}
+from compllm_rag.training.job_options import ObjectiveConfig
 
 
 @dataclass(frozen=True)

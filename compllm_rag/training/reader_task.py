@@ -22,11 +22,12 @@ from compllm_rag.models.adapters import inject_lora, load_lora_state, lora_state
 from compllm_rag.models.llm import TargetLLM, decoder_of
 from compllm_rag.prompt import TextSpan
 from compllm_rag.training.examples import Branch, Example, pack, positions_of, targets_of, weight_of
+from compllm_rag.training.job_options import LINEARS, ReaderOptions
 from compllm_rag.training.material import Material
 from compllm_rag.training.objective import Loss, answer_loss, last_hidden_state, nll_by_kind
 from compllm_rag.training.run_config import Progress, RunConfig
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_DEFAULT = ReaderOptions()
 
 
 class _Trained(nn.Module):
@@ -65,10 +66,10 @@ class ReaderTask:
         material: Material,
         *,
         keep: Sequence[tuple[tuple[int, ...], tuple[int, ...]]] = (),
-        rank: int = 16,
+        rank: int = _DEFAULT.rank,
         modules: tuple[str, ...] = LINEARS,
-        keep_share: float = 0.1,
-        validation: int = 24,
+        keep_share: float = _DEFAULT.keep_share,
+        validation: int = _DEFAULT.validation,
     ) -> None:
         self.llm, self.material, self.keep, self.rank, self.modules = llm, material, list(keep), rank, modules
         self.keep_share = keep_share

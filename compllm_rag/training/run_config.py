@@ -5,54 +5,51 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import Field
-from torch import nn
 
 from compllm_rag.config import Frozen
-from compllm_rag.training.objective import Loss
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from compllm_rag.training.objective import Loss
 
 Progress = Callable[[str, float | None], None]
 
 
 class RunConfig(Frozen):
-    """How long, how fast and how carefully to train.
+    """How long, how fast and how carefully to train."""
 
-    Attributes:
-        steps: Optimizer steps of the whole run.
-        batch: Examples of one step, on each process.
-        micro_tokens: Positions of one forward; a batch is cut into as many as it takes.
-        lr: Peak learning rate of LoRA.
-        head_lr: Factor of the learning rate of the compressor's head.
-        warmup: Steps of warming up.
-        decay: Share of the steps, at the end, in which the learning rate falls to nothing.
-        clip: Largest norm of the gradient.
-        seed: Of examples and rates.
-        validate_every: Steps between two looks at the held-out part of the training data.
-        patience: Looks without a better score before the run ends; 0 never.
-        save_minutes: Minutes between two checkpoints.
-        minutes: Stop (to be resumed) after this long; None runs to the end.
-    """
-
-    steps: int = Field(default=1000, ge=1)
-    batch: int = Field(default=8, ge=1)
-    micro_tokens: int = Field(default=1024, ge=1)
-    lr: float = Field(default=4e-4, gt=0, allow_inf_nan=False)
-    head_lr: float = Field(default=2.0, gt=0, allow_inf_nan=False)
-    warmup: int = Field(default=50, ge=0)
-    decay: float = Field(default=0.25, ge=0, le=1)
-    clip: float = Field(default=1.0, gt=0)
-    seed: int = 0
-    validate_every: int = Field(default=50, ge=1)
-    patience: int = Field(default=0, ge=0)
-    save_minutes: float = Field(default=2.0, ge=0)
-    minutes: float | None = Field(default=None, gt=0)
+    steps: int = Field(default=2000, ge=1, description="optimizer steps of the whole run")
+    batch: int = Field(default=8, ge=1, description="examples of a step, on each process")
+    micro_tokens: int = Field(
+        default=2048, ge=64, description="positions of one forward: lower it if memory does not suffice"
+    )
+    lr: float = Field(default=4e-4, gt=0, allow_inf_nan=False, description="peak learning rate of LoRA")
+    head_lr: float = Field(
+        default=2.0, gt=0, allow_inf_nan=False, description="learning rate of the compressor's head, as a factor"
+    )
+    warmup: int = Field(default=50, ge=0, description="steps of warming up")
+    decay: float = Field(
+        default=0.25, ge=0, le=1, description="share of the steps, at the end, in which the learning rate falls"
+    )
+    clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
+    seed: int = Field(default=0, description="of examples and rates")
+    validate_every: int = Field(default=50, ge=1, description="steps between two looks at held-out training data")
+    patience: int = Field(default=0, ge=0, description="looks without a better score before it stops; 0: never")
+    save_minutes: float = Field(default=2.0, ge=0, description="minutes between two checkpoints")
+    minutes: float | None = Field(default=None, gt=0, description="stop after this long; the same command goes on")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, as a share of the peak."""
         left = (self.steps - step) / max(1.0, self.decay * self.steps)
         return min(1.0, (step + 1) / max(1, self.warmup)) * max(0.02, min(1.0, left))
+
+
+# A reader learns sooner than a compressor.
+READER_RUN = RunConfig(steps=400, warmup=20, decay=0.5)
 
 
 class Task(Protocol):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 import toy
 from compllm_rag.generation.text import Detokenizer
@@ -14,12 +16,25 @@ QUIET = settings(max_examples=150, deadline=None, derandomize=True, database=Non
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("a b.\n灯é🙂👩‍🚀"), max_size=40)
 
 
+def byte_fallback() -> PreTrainedTokenizerFast:
+    """As sentencepiece tokenizers are: a space belongs to the word behind it, rare characters are bytes."""
+    tokens = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a", "b", "▁b", "é", "\ufffd"]
+    core = Tokenizer(models.BPE({token: n for n, token in enumerate(tokens)}, [], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    core.decoder = decoders.Sequence(steps)
+    core.add_special_tokens(["<s>", "</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+
+
+FALLBACK = byte_fallback()
+
+
 def encode(text: str) -> list[int]:
     return TOKENIZER(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
 
 
-def run(ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], Detokenizer]:
-    detokenizer = Detokenizer(TOKENIZER, stop)
+def run(ids: list[int], stop: tuple[str, ...] = (), tokenizer=TOKENIZER) -> tuple[list[str], Detokenizer]:
+    detokenizer = Detokenizer(tokenizer, stop)
     pieces = []
     for token in ids:
         pieces.append(detokenizer.push(token))
@@ -42,6 +57,31 @@ def test_pieces_of_any_tokens_join_to_what_the_tokenizer_decodes(ids: list[int])
     # Random tokens are mostly no valid UTF-8: nothing may be lost or given twice.
     pieces, detokenizer = run(ids)
     assert "".join(pieces) == detokenizer.text == TOKENIZER.decode(ids, clean_up_tokenization_spaces=False)
+
+
+@QUIET
+@given(st.lists(st.sampled_from(["▁", "▁a", "b", "é", "🙂", "灯", "</s>", "\ufffd"]), max_size=20))
+def test_words_and_whole_characters_in_bytes_join_to_what_the_tokenizer_decodes(words: list[str]) -> None:
+    known = FALLBACK.get_vocab()
+    ids = [i for w in words for i in ([known[w]] if w in known else [2 + byte for byte in w.encode()])]
+    pieces, detokenizer = run(ids, tokenizer=FALLBACK)
+    assert "".join(pieces) == detokenizer.text == FALLBACK.decode(ids, skip_special_tokens=True)
+
+
+@QUIET
+@given(st.lists(st.sampled_from([*range(12), *(2 + byte for byte in "aé🙂".encode()), *range(258, 265)]), max_size=30))
+def test_bytes_that_turn_out_to_be_no_text_lose_nothing_that_follows(ids: list[int]) -> None:
+    pieces, detokenizer = run([*ids, FALLBACK.get_vocab()["▁a"], FALLBACK.get_vocab()["b"]], tokenizer=FALLBACK)
+    assert "".join(pieces) == detokenizer.text
+    assert detokenizer.text.endswith("ab")
+
+
+def test_what_was_given_out_stays_when_later_bytes_make_it_no_text() -> None:
+    byte = "<0x{:02X}>".format
+    ids = FALLBACK.convert_tokens_to_ids(["▁a", byte(0x62), byte(0xA9), "▁b", "a", "▁a"])
+    assert FALLBACK.decode(ids) == "a\ufffd\ufffd ba a"
+    pieces, _ = run(ids, tokenizer=FALLBACK)
+    assert pieces == ["a", "b", "", "\ufffd b", "a", " a", ""]
 
 
 @QUIET

@@ -63,6 +63,29 @@ def test_a_merged_adapter_reads_as_pefts_own_merge(architecture: str, tmp_path: 
     assert digests == {name: file_digest(tmp_path / name) for name in names}
 
 
+@pytest.mark.parametrize("architecture", toy.ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_merge_is_the_sum_of_weights_to_the_bit_and_leaves_no_trace(
+    architecture: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    adapted(architecture, r=3, lora_alpha=7).save_pretrained(tmp_path)  # 7 / 3 is no power of two
+    path = tmp_path / "adapter_model.safetensors"
+    state = {name.removeprefix("base_model.model."): t.to(dtype) for name, t in load_file(path).items()}
+    save_file({f"base_model.model.{name}": t for name, t in state.items()}, path)
+    model, chance = toy.model(architecture), torch.random.get_rng_state()
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name in (name for name in state if ".lora_A." in name):
+        a, b = state[name].float(), state[name.replace(".lora_A.", ".lora_B.")].float()
+        expected[name.replace(".lora_A.", ".")] += b @ a * (7 / 3)
+    merge_adapter(model, tmp_path)
+    assert torch.equal(torch.random.get_rng_state(), chance)
+    assert list(model.state_dict()) == list(expected)
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, expected[name]), name
+    assert not hasattr(model, "peft_config")
+
+
 def test_a_reader_is_merged_before_the_dtype_is_changed(folder: Path, toy_folder: Path) -> None:
     model = toy.model()
     merge_adapter(model, folder)
@@ -84,6 +107,15 @@ def test_an_adapter_of_another_width_is_refused(folder: Path) -> None:
 def test_an_adapter_of_a_deeper_model_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigurationError, match="layers.1"):
         merge_adapter(toy.model(layers=1), folder)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0", "model.layers.0.input_layernorm"])
+def test_an_adapter_of_what_is_no_linear_layer_is_refused(folder: Path, name: str) -> None:
+    path = folder / "adapter_model.safetensors"
+    extra = {f"base_model.model.{name}.lora_{side}.weight": torch.zeros(4, 4) for side in "AB"}
+    save_file(load_file(path) | extra, path)
+    with pytest.raises(ConfigurationError, match=f"{name} of shape"):
+        merge_adapter(toy.model(), folder)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +177,13 @@ def test_missing_and_damaged_files_are_refused(folder: Path, name: str, damage: 
 def test_weights_without_their_counterpart_are_refused(folder: Path, keep: str) -> None:
     path = folder / "adapter_model.safetensors"
     save_file({k: v for k, v in load_file(path).items() if keep in k}, path)
+    with pytest.raises(UnsupportedFormatError, match="not plain LoRA"):
+        merge_adapter(toy.model(), folder)
+
+
+def test_weights_of_another_rank_than_the_settings_tell_are_refused(folder: Path) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 8}))
     with pytest.raises(UnsupportedFormatError, match="not plain LoRA"):
         merge_adapter(toy.model(), folder)
 
