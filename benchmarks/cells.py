@@ -18,7 +18,7 @@ def number(value: float | None, digits: int = 1) -> str:
 
 
 def with_interval(value: float | None, interval: Sequence[float] | None, digits: int = 1, ends: int = 0) -> str:
-    """A number with its interval in brackets, if that is more than a point.
+    """A number with its interval in brackets.
 
     Args:
         value: The number.
@@ -26,9 +26,14 @@ def with_interval(value: float | None, interval: Sequence[float] | None, digits:
         digits: Of the number, behind the point.
         ends: Digits of the ends.
     """
-    if value is None or not interval or interval[0] == interval[1]:
+    if value is None or not interval:
         return number(value, digits)
     return f"{value:.{digits}f} [{interval[0]:.{ends}f}, {interval[1]:.{ends}f}]"
+
+
+def apart(interval: Sequence[float] | None) -> Sequence[float] | None:
+    """An interval that is more than a point; None otherwise."""
+    return interval if interval and interval[0] != interval[1] else None
 
 
 def difference(paired: dict[str, Any] | None, digits: int = 1, ends: int | None = None) -> str:

@@ -13,20 +13,8 @@ from typing import Any
 
 import torch
 
+from benchmarks import common
 from benchmarks.cells import number, source, spread, table
-from benchmarks.common import (
-    Record,
-    chunks_of,
-    compressed,
-    in_turns,
-    median_of_quotients,
-    parsed,
-    parser,
-    progress,
-    texts,
-    trained_like,
-    written,
-)
 from compllm_rag.compression.compressor import BATCH_POSITIONS, Compressor, batches
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.store import MemoryStore
@@ -44,10 +32,10 @@ def bare_forward(compressor: Compressor, items: list[tuple[tuple[int, ...], int]
 
 def measure(llm: str, sources: list[str], sizes: list[int], repeats: int, rate: float) -> dict[str, Any]:
     """All of it."""
-    compressor = trained_like(llm)
+    compressor = common.trained_like(llm)
     result: dict[str, Any] = {"llm": llm, "layers": compressor.config.layers, "rate": rate, "sizes": {}}
     for size in sizes:
-        chunks = chunks_of(compressor, sources, size)
+        chunks = common.chunks_of(compressor, sources, size)
         library = ConceptLibrary(compressor, MemoryStore(compressor.hidden_size), rate=rate)
         cut = [library.passage(text) for text in chunks]
         unique = {
@@ -55,11 +43,11 @@ def measure(llm: str, sources: list[str], sizes: list[int], repeats: int, rate: 
         }
         items = list(unique.values())
         tokens = sum(len(segment) for segment, _ in items)
-        progress(f"{tokens} tokens in {len(items)} unique segments")
-        seconds = in_turns(
+        common.progress(f"{tokens} tokens in {len(items)} unique segments")
+        seconds = common.in_turns(
             {
                 "bare": lambda items=items: bare_forward(compressor, items),  # type: ignore[misc]
-                "ensure": lambda chunks=chunks: compressed(compressor, chunks, rate),  # type: ignore[misc]
+                "ensure": lambda chunks=chunks: common.compressed(compressor, chunks, rate),  # type: ignore[misc]
             },
             repeats,
         )
@@ -69,22 +57,22 @@ def measure(llm: str, sources: list[str], sizes: list[int], repeats: int, rate: 
             "segments": len(items),
             "seconds": seconds,
             "tokens_per_s": {name: statistics.median(series) for name, series in speeds.items()},
-            "ensure_over_bare": median_of_quotients(speeds["ensure"], speeds["bare"]),
+            "ensure_over_bare": common.median_of_quotients(speeds["ensure"], speeds["bare"]),
         }
     first, last = (result["sizes"][str(size)] for size in (sizes[0], sizes[-1]))
     result["speed_at_largest_over_smallest"] = last["tokens_per_s"]["ensure"] / first["tokens_per_s"]["ensure"]
     return result
 
 
-def main(argv: Sequence[str] | None = None) -> Record:
+def main(argv: Sequence[str] | None = None) -> common.Record:
     """Run it."""
-    options = parser("ingest", __doc__, "llm repeats texts rate")
+    options = common.parser("ingest", __doc__, "llm repeats texts rate")
     options.add_argument("--sizes", type=int, nargs="+", default=[5000, 10000, 20000], help="source tokens")
-    args = parsed(options, argv)
-    return written(args, measure(args.llm, texts(args.texts), args.sizes, args.repeats, args.rate))
+    args = common.parsed(options, argv)
+    return common.written(args, measure(args.llm, common.texts(args.texts), args.sizes, args.repeats, args.rate))
 
 
-def tables(record: Record) -> list[str]:
+def tables(record: common.Record) -> list[str]:
     """Lines of the section."""
     rows = [
         [f"{row['source_tokens']:,}", number(row["tokens_per_s"]["ensure"], 0), spread(row["ensure_over_bare"])]

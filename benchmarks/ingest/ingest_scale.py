@@ -21,19 +21,7 @@ from llama_index.core import Document
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.bridge.pydantic import PrivateAttr
 
-from benchmarks.common import (
-    Record,
-    chunks_of,
-    journal_of,
-    parsed,
-    parser,
-    part,
-    progress,
-    reworded,
-    texts,
-    trained_like,
-    written,
-)
+from benchmarks import common
 from benchmarks.ingest.sweeps import batch_sizes, sweep, variant
 from benchmarks.memory import Peak, resident
 from compllm_rag import ConceptIndex, load_embedder
@@ -96,7 +84,7 @@ def documents(data_dir: Path | None, folder: Path | None) -> Iterator[Document]:
     for name in FILES if data_dir else ():
         for number, row in read_rows((data_dir or Path()) / name):
             yield Document(text=str(row["text"]), id_=f"{name}#{number}", metadata={"title": str(row.get("title", ""))})
-    for number, text in enumerate(reworded(texts(folder))):
+    for number, text in enumerate(common.reworded(common.texts(folder))):
         yield Document(text=text, id_=f"reworded {number}")
 
 
@@ -122,7 +110,7 @@ def grow(parts: list[list[Document]], compressor: Compressor, embedder: BaseEmbe
                 row["fresh_tokens_per_s"] = _ingest(fresh, part, timed)["tokens_per_s"]
                 fresh.close()
             rows.append(row)
-            progress(
+            common.progress(
                 f"{tokens} tokens: {row['tokens_per_s']:.0f} tokens/s, {row['rss_bytes'] / 2**20:.0f} MiB resident"
             )
         stored = index.store.stats()
@@ -185,9 +173,9 @@ def linearity(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> Record:
+def main(argv: Sequence[str] | None = None) -> common.Record:
     """Run it."""
-    options = parser("ingest_scale", __doc__, "llm repeats texts embedder", repeats=2)
+    options = common.parser("ingest_scale", __doc__, "llm repeats texts embedder", repeats=2)
     options.add_argument(
         "--data-dir", type=Path, help=f"holds {', '.join(FILES)}; default: the sample corpus, reworded"
     )
@@ -198,13 +186,13 @@ def main(argv: Sequence[str] | None = None) -> Record:
     options.add_argument("--segments", type=int, nargs="*", default=[10, 20, 40], help="most tokens of a segment")
     options.add_argument("--batches", type=int, nargs="*", default=[1024, 4096, 16384], help="positions of a batch")
     options.add_argument("--sweep-tokens", type=int, default=3000)
-    args = parsed(options, argv)
-    compressor = trained_like(args.llm)
+    args = common.parsed(options, argv)
+    compressor = common.trained_like(args.llm)
     source = "sample corpus" if args.texts is None else "texts given"
     same = {"llm": args.llm, "fingerprint": compressor.fingerprint, "total": args.total, "slice": args.slice}
     same |= {"every": args.every, "sweep_tokens": args.sweep_tokens, "repeats": args.repeats}
     same |= {"texts": "rows of the data folder" if args.data_dir else f"{source}, reworded"}
-    chunks = chunks_of(compressor, texts(args.texts), args.sweep_tokens)
+    chunks = common.chunks_of(compressor, common.texts(args.texts), args.sweep_tokens)
 
     def growth() -> dict[str, Any]:
         sources = documents(args.data_dir, args.texts)
@@ -226,10 +214,10 @@ def main(argv: Sequence[str] | None = None) -> Record:
 
     parts = {"growth": (args.embedder, growth), "layers": (args.layers, layers)}
     parts |= {"segments": (args.segments, segments), "batches": (args.batches, batches)}
-    journal = journal_of(args.json, same)
+    journal = common.journal_of(args.json, same)
     done = {
-        name: {"settings": settings} | part(journal, name, make, settings=settings)
+        name: {"settings": settings} | common.part(journal, name, make, settings=settings)
         for name, (settings, make) in parts.items()
     }
     shipped = {"layers": compressor.config.layers, "segment_length": compressor.config.segment_length}
-    return written(args, {**same, "shipped": shipped, **done})
+    return common.written(args, {**same, "shipped": shipped, **done})

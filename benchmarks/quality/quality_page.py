@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.cells import difference, number, source, table, with_interval
+from benchmarks.cells import apart, difference, number, source, table, with_interval
 from benchmarks.quality.quality import SETS
 
 
@@ -58,7 +58,7 @@ def _probes(record: dict[str, Any]) -> list[str]:
 
 
 def _with(row: dict[str, Any], name: str, digits: int = 1) -> str:
-    return with_interval(row[name], row["intervals"].get(name), digits, digits if digits > 1 else 0)
+    return with_interval(row[name], apart(row["intervals"].get(name)), digits, digits if digits > 1 else 0)
 
 
 def _paired(row: dict[str, Any], name: str, digits: int = 1) -> str:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import difference, measured, number, table, with_interval
+from benchmarks.cells import apart, difference, measured, number, table, with_interval
 
 PUBLISHED = Path(__file__).parent / "published.json"
 _COLOURS = ("tab:blue", "tab:orange", "tab:green")
@@ -41,11 +41,11 @@ def tables(record: dict[str, Any]) -> list[str]:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     cells = [row["title"], number(row["achieved_rate"], 2), number(row["kv_positions"], 0)]
-    cells += [number(row["prefilled_positions"], 0), with_interval(row["f1"], row["intervals"].get("f1"))]
+    cells += [number(row["prefilled_positions"], 0), with_interval(row["f1"], apart(row["intervals"].get("f1")))]
     cells += [number(row["em"]), number(row["nll"], 2)]
-    cells.append(with_interval(row["recovered"], row["intervals"].get("recovered")))
+    cells.append(with_interval(row["recovered"], apart(row["intervals"].get("recovered"))))
     for found in ((row[to] or {}).get("f1") for to in ("to_text", "to_concepts")):
-        cells.append(difference(found if found and found["interval"][0] != found["interval"][1] else None, 1, 0))
+        cells.append(difference(found if found and apart(found["interval"]) else None, 1, 0))
     return cells
 
 

@@ -15,19 +15,8 @@ from typing import Any
 import torch
 from llama_index.core.schema import NodeWithScore, TextNode
 
+from benchmarks import common
 from benchmarks.cells import number, table
-from benchmarks.common import (
-    Record,
-    chunks_of,
-    median_of_quotients,
-    parsed,
-    parser,
-    progress,
-    texts,
-    timed,
-    trained_like,
-    written,
-)
 from compllm_rag.config import GenerationConfig, Mode
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import ConceptLibrary
@@ -54,19 +43,19 @@ def bound(generator: LocalGenerator, positions: int) -> float:
     """Seconds to prefill that many random embeddings."""
     llm = generator.llm
     embeds = torch.randn(1, positions, llm.hidden_size, device=llm.device).to(llm.dtype) * 0.1
-    return timed(lambda: generator.prefill(PromptInputs(embeds, None, None, [[]])))
+    return common.timed(lambda: generator.prefill(PromptInputs(embeds, None, None, [[]])))
 
 
 def measure(llm: str, sources: list[str], lengths: list[int], rates: list[float], repeats: int) -> dict[str, Any]:
     """All of it."""
-    compressor = trained_like(llm)
+    compressor = common.trained_like(llm)
     generator, contexts = LocalGenerator(compressor.llm), {}
     with (
         tempfile.TemporaryDirectory() as folder,
         DiskStore(Path(folder) / "concepts", hidden_size=compressor.hidden_size) as store,
     ):
         for length in lengths:
-            chunks = chunks_of(compressor, sources, length)
+            chunks = common.chunks_of(compressor, sources, length)
             for rate in rates:
                 ConceptLibrary(compressor, store, rate=rate).ensure(chunks)
             store.flush()
@@ -80,7 +69,7 @@ def measure(llm: str, sources: list[str], lengths: list[int], rates: list[float]
                     account = ask(ConceptLibrary(compressor, store, rate=rate), nodes, mode)
                     account["bound_s"] = bound(generator, account["prompt_positions"])
                     rounds[name] += [account] if round_ else []
-                progress(f"{length} tokens, round {round_} of {repeats}")
+                common.progress(f"{length} tokens, round {round_} of {repeats}")
             contexts[str(length)] = {"nodes": len(nodes)} | {
                 name: _row(accounts, rounds["text"]) for name, accounts in rounds.items()
             }
@@ -93,20 +82,20 @@ def _row(accounts: list[dict[str, Any]], text: list[dict[str, Any]]) -> dict[str
         "prompt_positions": accounts[0]["prompt_positions"],
         **{key: statistics.median(a[key] for a in accounts) for key in _TIMES},
         "fetch_and_layout_over_prefill": statistics.median(shares),
-        "ttft_over_bound": median_of_quotients(ttft, [a["bound_s"] for a in accounts]),
-        "ttft_over_text": median_of_quotients(ttft, [a["ttft_s"] for a in text]),
+        "ttft_over_bound": common.median_of_quotients(ttft, [a["bound_s"] for a in accounts]),
+        "ttft_over_text": common.median_of_quotients(ttft, [a["ttft_s"] for a in text]),
     }
 
 
-def main(argv: Sequence[str] | None = None) -> Record:
+def main(argv: Sequence[str] | None = None) -> common.Record:
     """Run it."""
-    options = parser("query", __doc__, "llm repeats texts rates")
+    options = common.parser("query", __doc__, "llm repeats texts rates")
     options.add_argument("--lengths", type=int, nargs="+", default=[1000, 4000, 7000], help="context tokens as text")
-    args = parsed(options, argv)
-    return written(args, measure(args.llm, texts(args.texts), args.lengths, args.rates, args.repeats))
+    args = common.parsed(options, argv)
+    return common.written(args, measure(args.llm, common.texts(args.texts), args.lengths, args.rates, args.repeats))
 
 
-def tables(record: Record) -> list[str]:
+def tables(record: common.Record) -> list[str]:
     """Lines of the section."""
     rows = [
         [length, name, str(row["prompt_positions"]), f"{number(row['ttft_s'], 2)} s"]

@@ -25,18 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import (
-    Record,
-    journal_of,
-    median_of_quotients,
-    parsed,
-    parser,
-    part,
-    progress,
-    texts,
-    trained_like,
-    written,
-)
+from benchmarks import common
 from benchmarks.shapes import SHAPES, attention_for, noisy_compressor, random_llm, tokenizer_of
 from benchmarks.ttft.case import Case, Setting
 from benchmarks.ttft.flops import LayerShape, crossover, layers_of, prefill, speed_up
@@ -63,7 +52,7 @@ def measure(case: Case, rates: list[float], rounds: int, decode: int, cold: bool
             if setting.mode in ("text", "concepts"):
                 taken["fetch_first_s"] = case.first_fetch(setting)
             runs[setting].append(taken)
-            progress(f"  round {round_ + 1} of {rounds}: {setting}, {runs[setting][-1]['ttft_s']:.3f} s")
+            common.progress(f"  round {round_ + 1} of {rounds}: {setting}, {runs[setting][-1]['ttft_s']:.3f} s")
     text, on_gpu = [run["ttft_s"] for run in runs[settings[0]]], case.llm.device.type == "cuda"
     rows = []
     for setting in settings:
@@ -81,8 +70,8 @@ def measure(case: Case, rates: list[float], rounds: int, decode: int, cold: bool
                 "fetch_first_s": statistics.median(firsts) if firsts else None,
                 "thousand_tokens_s": medians["ttft_s"] + 999 * medians["per_token_s"] if decode else None,
                 "bound_s": statistics.median(bound),
-                "ttft_over_bound": median_of_quotients(total, bound),
-                "ttft_over_text": median_of_quotients(total, text),
+                "ttft_over_bound": common.median_of_quotients(total, bound),
+                "ttft_over_text": common.median_of_quotients(total, text),
                 "kv_bytes": int(mine[0]["kv_bytes"]),
                 # On a CPU a process that has answered before tells nothing: `main` asks new ones.
                 "peak_bytes": int(max(run["peak_bytes"] for run in mine)) if on_gpu else None,
@@ -119,15 +108,15 @@ def measured_crossover(lengths: dict[str, Any], rate: float) -> dict[str, Any] |
 def load(args: Any) -> Compressor:
     """The compressor of an LLM, or of a shape with random weights."""
     if args.shape is None:
-        return trained_like(args.llm)
+        return common.trained_like(args.llm)
     attention = args.attention or attention_for(args.shape, args.device)
     llm = random_llm(args.shape, tokenizer_of(args.llm), dtype=args.dtype, device=args.device, attention=attention)
     return noisy_compressor(llm, CompressorConfig(layers=min(12, llm.model.config.num_hidden_layers)))
 
 
-def main(argv: Sequence[str] | None = None) -> Record:
+def main(argv: Sequence[str] | None = None) -> common.Record:
     """Run it."""
-    options = parser("ttft", __doc__, "llm repeats texts rates", repeats=3)
+    options = common.parser("ttft", __doc__, "llm repeats texts rates", repeats=3)
     options.add_argument("--lengths", type=int, nargs="+", default=[250, 1000, 4000, 7500], help="source tokens")
     options.add_argument("--decode", type=int, default=16, help="tokens after the first that are timed; 0: none")
     options.add_argument("--no-cold", dest="cold", action="store_false", help="nothing that is compressed in line")
@@ -138,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
         "--attention", help="of a shape, for text and concepts alike (default: sdpa, with windows the best)"
     )
     options.add_argument("--memory", choices=["longest", "all", "none"], default="longest", help="peaks on a CPU")
-    args = parsed(options, argv)
+    args = common.parsed(options, argv)
     compressor = load(args)
     config = compressor.llm.model.config.get_text_config()
     layers, depth = layers_of(config), compressor.config.layers or config.num_hidden_layers
@@ -157,19 +146,19 @@ def main(argv: Sequence[str] | None = None) -> Record:
     }
     if args.shape:
         same["shape"] = SHAPES[args.shape]
-    journal = journal_of(args.json, same)
+    journal = common.journal_of(args.json, same)
     with tempfile.TemporaryDirectory() as folder:
 
         def one(length: int) -> dict[str, Any]:
-            progress(f"context of {length} tokens")
-            case = Case(compressor, texts(args.texts), length, args.rates, Path(folder))
+            common.progress(f"context of {length} tokens")
+            case = Case(compressor, common.texts(args.texts), length, args.rates, Path(folder))
             found = measure(case, args.rates, args.repeats, args.decode, args.cold)
             add_bounds(found, layers)
             if args.memory == "all" or (args.memory == "longest" and length == max(args.lengths)):
                 _peaks(args, compressor, length, Path(folder), found["rows"])
             return found
 
-        found = {str(length): part(journal, f"{length} tokens", partial(one, length)) for length in args.lengths}
+        found = {str(length): common.part(journal, f"{length} tokens", partial(one, length)) for length in args.lengths}
     crossovers = [
         {
             "rate": rate,
@@ -178,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
         }
         for rate in args.rates
     ]
-    return written(args, {**same, "lengths": found, "crossover": crossovers})
+    return common.written(args, {**same, "lengths": found, "crossover": crossovers})
 
 
 def add_bounds(found: dict[str, Any], layers: list[LayerShape]) -> None:
@@ -199,9 +188,9 @@ def _peaks(args: Any, compressor: Compressor, length: int, folder: Path, rows: l
     if compressor.llm.device.type == "cuda":
         return
     asked = {name: getattr(args, name) for name in ("llm", "shape", "dtype", "device", "attention")}
-    common = {"args": asked, "texts": str(args.texts) if args.texts else None, "length": length, "rates": args.rates}
+    shared = {"args": asked, "texts": str(args.texts) if args.texts else None, "length": length, "rates": args.rates}
     for row in rows:
-        found = resident_peak({**common, "folder": str(folder), "mode": row["mode"], "rate": row["rate"]})
+        found = resident_peak({**shared, "folder": str(folder), "mode": row["mode"], "rate": row["rate"]})
         row["peak_bytes"] = found["peak_bytes"] - found["before_bytes"]
         row["resident_peak_bytes"] = found["peak_bytes"]
-        progress(f"  peak of {Setting(row['mode'], row['rate'])}: {row['peak_bytes'] / 2**20:,.0f} MiB")
+        common.progress(f"  peak of {Setting(row['mode'], row['rate'])}: {row['peak_bytes'] / 2**20:,.0f} MiB")
