@@ -25,6 +25,7 @@ import torch
 
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.compression.loading import load_compressor_for
+from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.config import DEFAULT_LLM
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.evaluation.journal import Journal
@@ -45,6 +46,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "rates": {"type": float, "nargs": "+", "default": [2.0, 4.0], "help": "source tokens per concept"},
     "reader": {"default": "auto", "help": "folder of a reader, auto or none"},
     "compressor": {"default": "auto", "help": "folder of a compressor, auto or none"},
+    "codec": {"default": "deep", "choices": ["deep", "input"], "help": "where concepts enter, unless a folder says so"},
+    "entry-layer": {"type": int, "help": "of untrained deep concepts"},
     "embedder": {"help": "retrieval embedder; default: the embedded one"},
     "batch-size": {"type": int, "default": 16, "help": "questions of a batch"},
 }
@@ -181,8 +184,16 @@ def trained_like(llm: str) -> Compressor:
     return compressor
 
 
+def any_compressor_of(args: argparse.Namespace) -> ConceptCompressor:
+    """The compressor and reader that the options name, of the codec that they name."""
+    reader, compressor = (None if word == "none" else word for word in (args.reader, args.compressor))
+    return load_compressor_for(
+        args.llm, reader=reader, compressor=compressor, codec=args.codec, entry_layer=args.entry_layer
+    )
+
+
 def compressor_of(args: argparse.Namespace) -> Compressor:
-    """The compressor and reader that the options name."""
+    """The compressor of concepts at the input embeddings, and the reader, that the options name."""
     reader, compressor = (None if word == "none" else word for word in (args.reader, args.compressor))
     return input_compressor(args.llm, reader=reader, compressor=compressor)
 

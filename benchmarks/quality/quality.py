@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.common import Record, Tenths, compressor_of, journal_of, parsed, parser, part, progress, record_of
+from benchmarks.common import Record, Tenths, any_compressor_of, journal_of, parsed, parser, part, progress, record_of
 from compllm_rag.compression.rates import max_rate
 from compllm_rag.compression.spec import ConceptCompressor
+from compllm_rag.config import CompressorConfig
 from compllm_rag.evaluation.journal import Journal
 from compllm_rag.evaluation.probes import probe_file
 from compllm_rag.evaluation.questions import read_questions, read_rows
@@ -46,22 +47,26 @@ SETS = {
 }
 
 
-def settings(segment_length: int, rates: list[float]) -> list[tuple[str, float | None]]:
-    """Text, concepts and pruning at each rate within reach, nothing."""
-    reached = [rate for rate in rates if rate <= max_rate(segment_length)]
-    made: list[tuple[str, float | None]] = [("text", None)]
-    made += [("concepts", rate) for rate in reached] + [("pruned", rate) for rate in reached]
+def settings(config: CompressorConfig, rates: list[float], rivals: list[str]) -> list[tuple[str, float | None]]:
+    """Text, concepts and their rivals at each rate within reach, nothing.
+
+    At rate 1 nothing is left out that chance or pruning could choose; chance is a rival of deep concepts only.
+    """
+    reached = [rate for rate in rates if rate <= max_rate(config.longest_unit)]
+    made: list[tuple[str, float | None]] = [("text", None), *(("concepts", rate) for rate in reached)]
+    made += [(name, r) for name in rivals for r in reached if r > 1 and (config.deep or name != "random")]
     return [*made, ("none", None)]
 
 
 def main(argv: Sequence[str] | None = None) -> Record:
     """Run it; the records of all sets by their names."""
-    options = parser("quality", __doc__, "llm data-dir rates reader compressor batch-size limit", rates=[2.0, 4.0, 6.0])
+    options = parser("quality", __doc__, "llm data-dir rates reader compressor codec entry-layer batch-size limit")
     options.add_argument("--out", type=Path, default=Path("quality"), help="folder for the results, a file a set")
+    options.add_argument("--rivals", nargs="*", choices=["random", "pruned"], default=["random", "pruned"])
     options.add_argument("--sets", nargs="+", choices=[*SETS, "probes"], default=["probes", *SETS])
     args = parsed(options, argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    compressor = compressor_of(args)
+    compressor = any_compressor_of(args)
     made = {}
     for name in args.sets:
         if name != "probes" and args.data_dir is None:
@@ -85,7 +90,7 @@ def _one(name: str, limit: int | None, compressor: ConceptCompressor, args: Name
     results = evaluate_many(
         compressor,
         read_questions(path),
-        settings(compressor.config.segment_length, args.rates),
+        settings(compressor.config, args.rates, args.rivals),
         config=config,
         data=path.name,
         progress=Tenths(),

@@ -16,19 +16,23 @@ def tables(record: dict[str, Any]) -> list[str]:
     """
     sets = [name for name in SETS if name in record]
     lines = [line for name in sets for line in _section(record[name])]
-    lines += ["![Recovered over the achieved rate](quality.png)", ""] if sets else []
+    over, name = ("prefill cost", "quality_deep") if _deep(record) else ("the achieved rate", "quality")
+    lines += [f"![Recovered over {over}]({name}.png)", ""] if sets else []
     return lines + (_probes(record["probes"]) if "probes" in record else [])
 
 
 def _section(record: dict[str, Any]) -> list[str]:
     choices = any(r["accuracy"] is not None for r in record["results"])
     answers = any(r["f1"] is not None for r in record["results"])
-    head = ["mode", "rate", "positions", "NLL", "ΔNLL", "recovered"]
+    deep = record["compressor"].get("entry_layer", 0)
+    head = ["mode", "rate", *(["prefill cost"] if deep else []), "positions", "NLL", "ΔNLL", "recovered"]
     head += ["F1", "ΔF1", "EM", "ΔEM", "as text says"] if answers else []
     head += ["accuracy", "Δaccuracy"] if choices else []
     rows = []
     for row in record["results"]:
-        cells = [row["mode"], number(row["achieved_rate"], 2), number(row["positions"], 0)]
+        cells = [row["mode"], number(row["achieved_rate"], 2)]
+        cells += [number(row["prefill_cost"], 2)] if deep else []
+        cells.append(number(row["positions"], 0))
         cells += [_with(row, "nll", 2), _paired(row, "nll", 2), _with(row, "recovered")]
         if answers:
             cells += [_with(row, "f1"), _paired(row, "f1"), _with(row, "em"), _paired(row, "em")]
@@ -37,7 +41,8 @@ def _section(record: dict[str, Any]) -> list[str]:
             cells += [_with(row, "accuracy"), _paired(row, "accuracy")]
         rows.append(cells)
     asked = f"{record['results'][0]['n']} questions; {source(record)}."
-    return [f"## {record['title']}", "", asked, "", *table(head, rows)]
+    title = f"Deep concepts, {record['title']}" if deep else f"Concepts at the input embeddings, {record['title']}"
+    return [f"## {title}", "", asked, "", *table(head, rows)]
 
 
 def _probes(record: dict[str, Any]) -> list[str]:
@@ -48,13 +53,19 @@ def _probes(record: dict[str, Any]) -> list[str]:
     order.sort(key=lambda kind: kind.split(" at ")[0])
     rows = [[k, str(first[k]["n"]), *(number(kinds[k]["f1"], 0) for kinds in record["kinds"])] for k in order]
     return [
-        "## Fidelity probes",
+        f"## {'Deep concepts' if record['compressor'].get('entry_layer') else 'Concepts at the input embeddings'}, "
+        "fidelity probes",
         "",
         "Short questions made by templates (`pipelines/build_probes.py`), F1 by what they ask for: what compression "
         f"loses, and what the reader cannot do even with text. `{record['command']}`.",
         "",
         *table(["kind", "n", *names], rows),
     ]
+
+
+def _deep(record: dict[str, Any]) -> bool:
+    """Whether the records are of deep concepts."""
+    return any(one["compressor"].get("entry_layer") for one in record.values())
 
 
 def _with(row: dict[str, Any], name: str, digits: int = 1) -> str:
@@ -67,7 +78,7 @@ def _paired(row: dict[str, Any], name: str, digits: int = 1) -> str:
 
 
 def plot(record: dict[str, Any]) -> Any:
-    """Recovered over the achieved rate, one panel a set."""
+    """Recovered over the achieved rate, or over the prefill cost of deep concepts; one panel a set."""
     from matplotlib.figure import Figure
 
     shown = [record[name] for name in SETS if name in record]
@@ -77,19 +88,26 @@ def plot(record: dict[str, Any]) -> Any:
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for panel in panels.flat[len(shown) :]:
         panel.set_visible(False)
+    over = "prefill_cost" if _deep(record) else "achieved_rate"
     for panel, one in zip(panels.flat, shown, strict=False):
-        for mode, colour, marker in (("concepts", "tab:blue", "o"), ("pruned", "tab:gray", "s")):
+        for mode, colour, marker in (
+            ("concepts", "tab:blue", "o"),
+            ("random", "tab:orange", "^"),
+            ("pruned", "tab:gray", "s"),
+        ):
             points = [r for r in one["results"] if r["mode"] == mode and r["recovered"] is not None]
             if not points:
                 continue
-            x, y = [r["achieved_rate"] for r in points], [r["recovered"] for r in points]
+            x, y = [r[over] for r in points], [r["recovered"] for r in points]
             low = [r["recovered"] - r["intervals"]["recovered"][0] for r in points]
             high = [r["intervals"]["recovered"][1] - r["recovered"] for r in points]
             panel.errorbar(x, y, yerr=[low, high], color=colour, marker=marker, capsize=3, label=mode)
         panel.axhline(100, color="0.7", linewidth=0.8)
         panel.axhline(0, color="0.7", linewidth=0.8)
         panel.set_title(one["title"], fontsize="medium")
-        panel.set_xlabel("achieved rate (tokens per concept)")
+        panel.set_xlabel(
+            "prefill cost of a passage (text = 1)" if _deep(record) else "achieved rate (tokens per concept)"
+        )
         panel.legend(frameon=False, fontsize="small")
     for panel in panels[:, 0]:
         panel.set_ylabel("recovered (%)")

@@ -132,12 +132,19 @@ class DeepCompressor:
         tensors["information"] = self.information
         return {name: tensor.half().contiguous() for name, tensor in tensors.items()}
 
-    def compress(self, units: Sequence[Sequence[int]], n_concepts: Sequence[int]) -> list[torch.Tensor]:
+    def compress(
+        self,
+        units: Sequence[Sequence[int]],
+        n_concepts: Sequence[int],
+        *,
+        places: Sequence[Sequence[int]] | None = None,
+    ) -> list[torch.Tensor]:
         """Compress units, all at once.
 
         Args:
             units: Token ids of each unit.
             n_concepts: K of each unit, from 1 to its number of tokens.
+            places: Which K tokens of each unit to keep, in order; None chooses them, see `kept_places`.
 
         Returns:
             One tensor (K, hidden_size + 1) per unit, float32 on the CPU, in the order given: the states in order of
@@ -154,7 +161,11 @@ class DeepCompressor:
         device = "cpu" if self.llm.device.type == "cpu" else "cuda"
         limit = min(_BATCH_POSITIONS[device], self._most_positions)
         for batch in _batches(order, [len(self.config.opening) + len(unit) for unit in units], limit):
-            made = self._halving([units[i] for i in batch], [n_concepts[i] for i in batch])
+            chosen = [units[i] for i in batch]
+            kept = (
+                [list(places[i]) for i in batch] if places else self.kept_places(chosen, [n_concepts[i] for i in batch])
+            )
+            made = self._halving(chosen, kept)
             for i, rows in zip(batch, made, strict=True):
                 out[i] = rows
         return [rows for rows in out if rows is not None]
@@ -178,10 +189,10 @@ class DeepCompressor:
                 next_step="cut the text with the spec's `units`",
             )
 
-    def _halving(self, units: list[Sequence[int]], ks: list[int]) -> list[torch.Tensor]:
+    def _halving(self, units: list[Sequence[int]], kept: list[list[int]]) -> list[torch.Tensor]:
         made, said = None, None
         try:
-            made = self._forward(units, ks)
+            made = self._forward(units, kept)
         except (RuntimeError, MemoryError) as error:
             said = memory_trouble(error)
             if said is None:
@@ -198,15 +209,14 @@ class DeepCompressor:
             )
         half = len(units) // 2
         self._most_positions = max(1, half * (len(self.config.opening) + max(map(len, units))))
-        return self._halving(units[:half], ks[:half]) + self._halving(units[half:], ks[half:])
+        return self._halving(units[:half], kept[:half]) + self._halving(units[half:], kept[half:])
 
     @torch.inference_mode()
-    def _forward(self, units: Sequence[Sequence[int]], ks: Sequence[int]) -> list[torch.Tensor]:
-        kept = self.kept_places(units, ks)
+    def _forward(self, units: Sequence[Sequence[int]], kept: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         hidden = self.states_with_grad(units)  # (batch, longest, hidden_size)
         out = []
         for row, places in zip(hidden, kept, strict=True):
-            at = torch.tensor(places)
+            at = torch.tensor(places)  # (K,)
             states = row[at.to(row.device)].float().cpu()  # (K, hidden_size)
             out.append(torch.cat([states, at[:, None].float()], 1))  # (K, hidden_size + 1)
         return out

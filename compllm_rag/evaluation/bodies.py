@@ -8,16 +8,18 @@ from typing import Literal, Protocol, get_args
 
 import torch
 
+from compllm_rag.compression.deep import DeepCompressor
 from compllm_rag.compression.rates import FixedRate
+from compllm_rag.compression.selection import best_positions, random_scores
 from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.library import unpacked
 from compllm_rag.prompt import ConceptSpan, Span, TextSpan
 from compllm_rag.store.encodings import encoding_named
 
-EvalMode = Literal["text", "concepts", "pruned", "none"]
+EvalMode = Literal["text", "concepts", "random", "pruned", "none"]
 MODES: tuple[EvalMode, ...] = get_args(EvalMode)
-COMPRESSED = ("concepts", "pruned")
+COMPRESSED = ("concepts", "random", "pruned")
 
 # Passages whose concepts are kept for the questions that follow; the runner asks those of one passage in a row.
 _KEPT = 256
@@ -28,8 +30,8 @@ class Setting:
     """What is measured: how passages are read, and at which rate.
 
     Args:
-        mode: `text`; `concepts`; `pruned`, the anchors' own embeddings, as an untrained compressor would have it; or
-            `none`, the same prompt without passages.
+        mode: `text`; `concepts`; `random`, deep concepts at places taken by chance; `pruned`, the kept tokens as text;
+            or `none`, the same prompt without passages.
         rate: Source tokens per concept, None for text and none.
         encoding: Give concepts the precision of a storage with this encoding; None reads them as they are made.
     """
@@ -110,6 +112,13 @@ class Bodies:
     """
 
     def __init__(self, compressor: ConceptCompressor, setting: Setting, segmented: Segmented) -> None:
+        if setting.mode == "random" and not compressor.config.deep:
+            raise ConfigurationError(
+                "only deep concepts can stand at any places",
+                got="concepts at the input embeddings",
+                expected="a compressor of deep concepts",
+                next_step="leave mode random out",
+            )
         self._encoding = encoding_named(setting.encoding) if setting.encoding else None
         self._compressor, self._mode, self._segmented = compressor, setting.mode, segmented
         self._policy = FixedRate(setting.rate, compressor.config.longest_unit) if setting.rate else None
@@ -126,7 +135,7 @@ class Bodies:
         spare = len(self._made) + len(missing) - _KEPT
         for text in [text for text in self._made if text not in wanted][: max(0, spare)]:
             del self._made[text]
-        if self._mode == "concepts":
+        if self._mode in ("concepts", "random"):
             self._compress(missing)
             return
         for text in missing:
@@ -146,8 +155,13 @@ class Bodies:
     def _compress(self, texts: list[str]) -> None:
         units = [self._segmented(text) for text in texts]
         counts = [self._concepts(text) for text in texts]
+        wanted, all_ks = [u for group in units for u in group], [k for ks in counts for k in ks]
         # (K, width) for each unit, those of all texts in a row
-        flat = self._compressor.compress([u for group in units for u in group], [k for ks in counts for k in ks])
+        if self._mode == "random" and isinstance(self._compressor, DeepCompressor):
+            chance = [best_positions(random_scores(u), k) for u, k in zip(wanted, all_ks, strict=True)]
+            flat = self._compressor.compress(wanted, all_ks, places=chance)
+        else:
+            flat = self._compressor.compress(wanted, all_ks)
         at = 0
         for text, group, ks in zip(texts, units, counts, strict=True):
             rows = torch.cat(flat[at : at + len(ks)])  # (n_concepts, width) of one text

@@ -153,7 +153,7 @@ def _prefill_cost(compressor: ConceptCompressor, setting: Setting, achieved_rate
         return None
     if achieved_rate is None:
         return 1.0
-    return compressor.spec.prefill_cost(achieved_rate) if setting.mode == "concepts" else 1 / achieved_rate
+    return compressor.spec.prefill_cost(achieved_rate) if setting.mode in ("concepts", "random") else 1 / achieved_rate
 
 
 def in_seeded_order(questions: Sequence[T], *, seed: int = 0, limit: int | None = None) -> list[T]:
