@@ -11,6 +11,7 @@ from compllm_rag.evaluation.metrics import exact_match, f1, subspan_match
 from compllm_rag.evaluation.questions import Question
 from compllm_rag.evaluation.scoring import Prefilled, ScoringGenerator
 from compllm_rag.evaluation.statistics import Record
+from compllm_rag.generation.base import Generator
 from compllm_rag.prompt import PromptPlan, QAPrompt
 
 # Prompt positions of one batch: 16 prompts of a long SQuAD paragraph; the embedded LLM caches them in under 1 GiB.
@@ -28,6 +29,7 @@ class Asker:
         bodies: What stands for passages in place of what the setting says, such as a rival's; its positions are counted
             as those of concepts are. None follows the setting.
         prompt: Lays out passages and question; None takes the default prompt.
+        generator: Makes the answers; it must run the same LLM. Likelihoods are taken in this process all the same.
 
     Raises:
         ConfigurationError, RateOutOfReachError: The rate cannot be kept.
@@ -41,9 +43,11 @@ class Asker:
         generation: GenerationConfig,
         bodies: PassageBodies | None = None,
         prompt: QAPrompt | None = None,
+        generator: Generator | None = None,
     ) -> None:
         self._llm, self._setting, self._segmented = compressor.llm, setting, segmented
         self._generator = ScoringGenerator(compressor.llm, generation, halves=compressor.halves)
+        self._answers = generator or self._generator
         self._prompt = prompt or QAPrompt(compressor.llm.tokenizer)
         self._counted = bodies is not None or setting.mode in COMPRESSED
         self._bodies: PassageBodies = bodies or Bodies(compressor, setting, segmented)
@@ -89,7 +93,10 @@ class Asker:
         return [records[i] for i in range(len(questions))]
 
     def _batch(self, questions: list[Question], plans: list[PromptPlan], *, answer: bool) -> list[Record]:
-        answers, prefilled = self._generator.run(plans, answer=answer)
+        own = self._answers is self._generator
+        answers, prefilled = self._generator.run(plans, answer=answer and own)
+        if answer and not own:
+            answers = [made.text for made in self._answers.generate(plans, self._generator.config)]
         golds = [self._target(question.answers[0]) for question in questions]
         likelihoods = prefilled.log_likelihoods(golds)
         options = self._options(questions, prefilled)

@@ -24,6 +24,7 @@ from compllm_rag.evaluation.journal import Journal
 from compllm_rag.evaluation.questions import Question, QuestionFile
 from compllm_rag.evaluation.results import METRICS, EvalConfig, EvalResult
 from compllm_rag.evaluation.statistics import Record, statistics
+from compllm_rag.generation.base import Generator
 
 T = TypeVar("T")
 Progress = Callable[[str, float | None], None]
@@ -40,6 +41,7 @@ def evaluate(
     data: str = "",
     progress: Progress | None = None,
     journal: Journal | None = None,
+    generator: Generator | None = None,
 ) -> EvalResult:
     """Ask questions in one setting, and in text and none for comparison.
 
@@ -53,6 +55,7 @@ def evaluate(
         progress: Called with a message and a share from 0 to 1.
         journal: Keeps settings that are done; those that are there for the same compressor, questions and way of
             asking are not asked again.
+        generator: Makes the answers; it must run the compressor's LLM. None runs it in this process.
 
     Raises:
         ConfigurationError: Unknown mode, no question left.
@@ -60,7 +63,14 @@ def evaluate(
         PromptTooLongError: No question fits the window of the LLM.
     """
     return evaluate_many(
-        compressor, questions, [(mode, rate)], config=config, data=data, progress=progress, journal=journal
+        compressor,
+        questions,
+        [(mode, rate)],
+        config=config,
+        data=data,
+        progress=progress,
+        journal=journal,
+        generator=generator,
     )[0]
 
 
@@ -73,6 +83,7 @@ def evaluate_many(
     data: str = "",
     progress: Progress | None = None,
     journal: Journal | None = None,
+    generator: Generator | None = None,
 ) -> list[EvalResult]:
     """Ask the same questions in several settings; text and none are run once.
 
@@ -84,6 +95,7 @@ def evaluate_many(
         data: See `evaluate`.
         progress: See `evaluate`.
         journal: See `evaluate`.
+        generator: See `evaluate`.
 
     Returns:
         One result per setting, in their order.
@@ -95,7 +107,13 @@ def evaluate_many(
     asked = [Setting.of(*setting) for setting in settings]
     segmented = Segmented(compressor)
     askers = {
-        setting: Asker(compressor, setting, segmented, GenerationConfig(max_new_tokens=config.max_new_tokens))
+        setting: Asker(
+            compressor,
+            setting,
+            segmented,
+            GenerationConfig(max_new_tokens=config.max_new_tokens),
+            generator=generator,
+        )
         for setting in dict.fromkeys([TEXT, NONE, *asked])
     }
     chosen, skipped = _choose(questions, config, askers[TEXT])
@@ -104,6 +122,7 @@ def evaluate_many(
         "version": __version__,
         "compressor": compressor.fingerprint,
         "dtype": str(compressor.llm.dtype),
+        **({} if generator is None else {"generator": generator.name}),
         "asked": config.model_dump(include={"batch_size", "max_new_tokens"}),
         "questions": _digest(chosen),
     }

@@ -18,6 +18,7 @@ from compllm_rag.evaluation.journal import Journal
 from compllm_rag.evaluation.questions import QuestionFile, read_questions
 from compllm_rag.evaluation.results import METRICS, EvalConfig, EvalResult
 from compllm_rag.evaluation.runner import evaluate, evaluate_many
+from compllm_rag.generation.local import LocalGenerator
 from tests.evaluation.evaluation_samples import PARTS, questions
 
 QUICK = EvalConfig(max_new_tokens=4)
@@ -65,6 +66,17 @@ def test_many_is_one_by_one(compressor: Compressor) -> None:
     assert none.positions < text.positions
     assert text.agreement == 100
     assert text.paired["f1"] == {"difference": 0, "interval": [0, 0]}
+
+
+def test_any_generator_makes_the_answers_and_likelihoods_stay(compressor: Compressor) -> None:
+    class Upper(LocalGenerator):
+        def generate(self, plans, config=None):
+            return [replace(made, text=made.text.upper()) for made in super().generate(plans, config)]
+
+    own = evaluate(compressor, questions(), mode="pruned", rate=2.0, config=QUICK)
+    other = evaluate(compressor, questions(), mode="pruned", rate=2.0, config=QUICK, generator=Upper(compressor.llm))
+    assert [r.answer for r in other.records] == [r.answer.upper() for r in own.records]
+    assert other.nll == pytest.approx(own.nll)
 
 
 def test_order_and_limit(compressor: Compressor) -> None:
