@@ -264,12 +264,14 @@ class ConceptIndex(VectorStoreIndex):
             llm: Must be None: the target LLM belongs to the storage, and no other can read its concepts.
             **kwargs: Of `ConceptSynthesizer` (`mode`, `streaming`, `missing`, `overflow`, `choose`,
                 `text_qa_template`, `generation`, `callback_manager`), `response_synthesizer`, `node_postprocessors`,
-                and of LlamaIndex's `VectorIndexRetriever` (`similarity_top_k`, `filters`, ...).
+                and of LlamaIndex's `VectorIndexRetriever` (`similarity_top_k`, `filters`, ...). `use_async` is allowed
+                and changes nothing: an answer is one call of the LLM.
 
         Raises:
             ConfigurationError: An option that nothing here would heed, such as `llm` or `response_mode`.
         """
         options = {name: kwargs.pop(name) for name in _SYNTHESIZER_OPTIONS if name in kwargs}
+        kwargs.pop("use_async", None)
         given = kwargs.pop("response_synthesizer", None)
         postprocessors = kwargs.pop("node_postprocessors", None)
         unheeded = sorted({*kwargs} - _RETRIEVER_OPTIONS) + ["llm"] * (llm is not None)
