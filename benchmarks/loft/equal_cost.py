@@ -176,7 +176,7 @@ def pairs(rows: list[Row], cost: str, seed: int = 0) -> list[Row]:
 
 def main(argv: Sequence[str] | None = None) -> Row:
     """Run it."""
-    options = parser("equal_cost", __doc__, "llm repeats data-dir rates embedder batch-size", repeats=2)
+    options = parser("equal_cost", __doc__, "llm repeats data-dir rates codec embedder batch-size", repeats=2)
     options.add_argument("--loft", type=Path, help="folder rag/SET/SIZE in LOFT's layout, in place of --data-dir")
     options.add_argument("--storage", type=Path, help="keep the storage there (default: a temporary folder)")
     options.add_argument("--text-ks", type=int, nargs="+", default=[1, 2, 4])
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> Row:
     loft = load(args.loft) if args.loft else squad(args.data_dir / SQUAD)
     queries = in_seeded_order(loft.queries, limit=args.limit)
     with tempfile.TemporaryDirectory() as scratch:
-        index = open_storage(loft, args.storage or Path(scratch) / "storage", args.llm, args.embedder)
+        index = open_storage(loft, args.storage or Path(scratch) / "storage", args)
         compressor, ranked = index.compressor, ranking(index, queries, max([args.most, *args.text_ks]))
         index.close()
         same = {
@@ -220,7 +220,7 @@ def _timed(
     texts = list(dict.fromkeys(p.text for question in asked[longest] for p in question.passages))
     libraries = {}
     for rate in args.rates:
-        store = DiskStore(scratch / f"concepts-{rate:g}", hidden_size=compressor.llm.hidden_size)
+        store = DiskStore(scratch / f"concepts-{rate:g}", hidden_size=compressor.spec.width)
         libraries[rate] = ConceptLibrary(compressor, store, rate=rate)
         libraries[rate].ensure(texts)
     ttft(libraries, asked, rows, args.repeats)

@@ -39,10 +39,10 @@ VALUE_TOKENS, LIST_TOKENS = 24, 96
 _KEPT = ("n", "em", "f1", "subspan_em", "nll", "recovered", "positions", "achieved_rate", "intervals", "paired")
 
 
-def open_storage(loft: LoftSet, folder: Path, llm: str, embedder: str | None) -> ConceptIndex:
+def open_storage(loft: LoftSet, folder: Path, args: Namespace) -> ConceptIndex:
     """The storage of a corpus; documents that are in it already are left as they are."""
-    options: dict[str, Any] = {"llm": llm} | ({"embedder": embedder} if embedder else {})
-    index = ConceptIndex.create(folder, **options)
+    options: dict[str, Any] = {"embedder": args.embedder} if args.embedder else {}
+    index = ConceptIndex.create(folder, llm=args.llm, codec=args.codec, **options)
     documents = [
         Document(text=passage.text, id_=name, metadata={"title": passage.title})
         for name, passage in loft.documents.items()
@@ -82,7 +82,7 @@ def _values(result: EvalResult) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> Record:
     """Run it."""
-    options = parser("loft", __doc__, "llm data-dir limit rates embedder batch-size")
+    options = parser("loft", __doc__, "llm data-dir limit rates codec embedder batch-size")
     options.add_argument("--loft", type=Path, help="folder rag/SET/SIZE in LOFT's layout, in place of --data-dir")
     options.add_argument("--split", default="dev")
     options.add_argument("--storage", type=Path, help="keep the storage there (default: a temporary folder)")
@@ -115,7 +115,7 @@ def _retrieved(
     longest = args.max_new_tokens or (LIST_TOKENS if loft.multi_value else VALUE_TOKENS)
     config = EvalConfig(batch_size=args.batch_size, max_new_tokens=longest)
     with tempfile.TemporaryDirectory() as scratch:
-        index = open_storage(loft, args.storage or Path(scratch) / "storage", args.llm, args.embedder)
+        index = open_storage(loft, args.storage or Path(scratch) / "storage", args)
         compressor, embedder = index.compressor, index.manifest.embedder
         ranked = ranking(index, queries, max([*RECALL_AT, *args.ks]))
         index.close()
