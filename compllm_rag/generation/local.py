@@ -36,7 +36,8 @@ class LocalGenerator:
     """
 
     def __init__(self, llm: TargetLLM, config: GenerationConfig | None = None, *, halves: Halves | None = None) -> None:
-        self.llm, self._config, self.halves = llm, config or GenerationConfig(), halves
+        self.llm, self._config = llm, config or GenerationConfig()
+        self.halves = None if halves is None else halves.merged()
 
     @property
     def name(self) -> str:

@@ -170,3 +170,24 @@ def load_lora_state(decoder: Any, state: dict[str, torch.Tensor], name: str = "d
         from peft import set_peft_model_state_dict
 
         set_peft_model_state_dict(decoder, state, name)
+
+
+def merge_lora(tree: Any) -> bool:
+    """Put plain linear layers with weights of their own in the place of a tree's LoRA layers; tells if there were any.
+
+    The weights underneath, which other trees share, are left alone. They are added up in float32.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    found = [(name, module) for name, module in tree.named_modules() if isinstance(module, LoraLayer)]
+    for name, module in found:
+        base = module.get_base_layer()
+        weight = base.weight.detach().float()  # (out_features, in_features)
+        for adapter in module.active_adapters:
+            weight = weight + module.get_delta_weight(adapter).float()
+        plain = torch.nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        plain.weight = torch.nn.Parameter(weight.to(base.weight), requires_grad=False)
+        plain.bias = base.bias
+        parent, _, leaf = name.rpartition(".")
+        setattr(tree.get_submodule(parent), leaf, plain)
+    return bool(found)
