@@ -181,7 +181,7 @@ def merge_lora(tree: Any) -> bool:
 
     found = [(name, module) for name, module in tree.named_modules() if isinstance(module, LoraLayer)]
     for name, module in found:
-        base = module.get_base_layer()
+        base: Any = module.get_base_layer()
         weight = base.weight.detach().float()  # (out_features, in_features)
         for adapter in module.active_adapters:
             weight = weight + module.get_delta_weight(adapter).float()
