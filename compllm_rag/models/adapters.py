@@ -179,9 +179,9 @@ def merge_lora(tree: Any) -> bool:
     """
     from peft.tuners.lora import LoraLayer
 
-    found = [(name, module) for name, module in tree.named_modules() if isinstance(module, LoraLayer)]
+    found: list[tuple[str, Any]] = [item for item in tree.named_modules() if isinstance(item[1], LoraLayer)]
     for name, module in found:
-        base: Any = module.get_base_layer()
+        base = module.get_base_layer()
         weight = base.weight.detach().float()  # (out_features, in_features)
         for adapter in module.active_adapters:
             weight = weight + module.get_delta_weight(adapter).float()
