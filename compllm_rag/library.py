@@ -206,7 +206,7 @@ class ConceptLibrary:
     def _compress(self, segments: Sequence[tuple[int, ...]], n_concepts: Sequence[int]) -> list[torch.Tensor]:
         begun = time.perf_counter()
         made = self.compressor.compress(segments, n_concepts)
-        self.metrics.compressed(len(segments), time.perf_counter() - begun)
+        self.metrics.compressed(len(segments), time.perf_counter() - begun, sum(map(len, segments)))
         return made
 
     def fetch(self, text: str, *, missing: MissingPolicy = "recompress") -> Fetched:

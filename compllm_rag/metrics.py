@@ -25,6 +25,7 @@ PREFIX = "compllm_"
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 QUANTILES = (0.1, 0.5, 0.9)
 _BINS = 100  # bins of the achieved rate per unit
+_SEGMENT = 20  # tokens
 _QUIET_S = 60.0  # between two warnings: a slow machine is slow all the time
 
 
@@ -156,11 +157,19 @@ class Metrics:
             self._counts.reused += segments - compressed
             self._rates.change(rates)
 
-    def compressed(self, segments: int, seconds: float) -> None:
-        """A batch of segments was compressed; each is counted with the mean of its batch."""
+    def compressed(self, segments: int, seconds: float, tokens: int = 0) -> None:
+        """A batch of segments was compressed; each is counted with the mean of its batch.
+
+        Args:
+            segments: How many, or how many longer units.
+            seconds: What it took.
+            tokens: Their tokens; twenty of them, CompLLM's longest segment, may take as long as the limit says.
+        """
         if not segments:
             return
         each, limit, now = seconds / segments, self.compress_limit_s, time.monotonic()
+        if limit is not None:
+            limit *= max(1.0, tokens / segments / _SEGMENT)
         with self._guard:
             self._work = replace(
                 self._work, segments=self._work.segments + segments, seconds=self._work.seconds + seconds

@@ -1,0 +1,253 @@
+"""What deep concepts save of the time to the first token: text, concepts at some rates, and the bound of two halves.
+
+The bound is the lower half over the prompt's own tokens and the upper half over them and as many random states: what is
+left of a prompt when fetching and laying out take no time. All ways take turns, in another order each round. Beside it:
+what compressing costs at ingestion, against one bare forward of the layers below the entry layer over the same tokens.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cells import number, table
+from benchmarks.common import (
+    Record,
+    any_compressor_of,
+    in_turns,
+    journal_of,
+    median_of_quotients,
+    parsed,
+    parser,
+    part,
+    progress,
+    reworded,
+    texts,
+    written,
+)
+from compllm_rag.compression.deep import DeepCompressor
+from compllm_rag.compression.spec import ConceptCompressor
+from compllm_rag.errors import ConfigurationError
+from compllm_rag.generation.halves import SplitForward, States, Tokens, split_rows
+from compllm_rag.generation.local import LocalGenerator
+from compllm_rag.library import ConceptLibrary
+from compllm_rag.prompt import PromptPlan, QAPrompt, Span, TextSpan
+from compllm_rag.store import DiskStore
+
+QUESTION = "What is the passage mostly about?"
+CHUNK = 200  # source tokens
+_PARTS = ("fetch_s", "layout_s", "prefill_s")
+
+
+def chunks(compressor: ConceptCompressor, sources: list[str], length: int) -> list[str]:
+    """Chunks of about `CHUNK` tokens, `length` in all, none of them twice."""
+    out: list[str] = []
+    total = 0
+    for text in reworded(sources):
+        for unit in compressor.spec.units(text):
+            if total >= length:
+                return out
+            out.append(str(compressor.llm.tokenizer.decode(unit)))
+            total += len(unit)
+    return out
+
+
+class Case:
+    """A context of one length, warm in a store at every rate.
+
+    Args:
+        compressor: Of deep concepts.
+        found: The context's chunks.
+        rates: Source tokens per concept.
+        folder: For the stores.
+    """
+
+    def __init__(self, compressor: DeepCompressor, found: list[str], rates: list[float], folder: Path) -> None:
+        self.compressor, self.chunks = compressor, found
+        self.generator = LocalGenerator(compressor.llm, halves=compressor.halves)
+        self.prompt = QAPrompt(compressor.llm.tokenizer)
+        self.libraries = {}
+        for rate in rates:
+            store = DiskStore(folder / f"{len(found)}-{rate:g}", hidden_size=compressor.spec.width)
+            self.libraries[rate] = ConceptLibrary(compressor, store, rate=rate)
+            self.libraries[rate].ensure(found)
+            store.flush()
+
+    def bodies(self, rate: float | None) -> list[list[Span]]:
+        """Text of the chunks, or their concepts from the store."""
+        library = self.libraries[min(self.libraries) if rate is None else rate]
+        if rate is None:
+            return [[TextSpan(library.passage(text).ids, i)] for i, text in enumerate(self.chunks)]
+        return [[library.fetch(text, missing="error").span(i)] for i, text in enumerate(self.chunks)]
+
+    def plan(self, bodies: Sequence[Sequence[Span]]) -> PromptPlan:
+        """The prompt."""
+        return self.prompt.plan(QUESTION, [("", body) for body in bodies])
+
+    def run(self, rate: float | None) -> dict[str, float]:
+        """Seconds of each part, once."""
+        begun = time.perf_counter()
+        bodies = self.bodies(rate)
+        fetched = time.perf_counter()
+        forward = self.generator.lay_out([self.plan(bodies)])
+        laid_out = time.perf_counter()
+        self.generator.begin(forward).argmax(-1).tolist()
+        ended = time.perf_counter()
+        return dict(zip(_PARTS, (fetched - begun, laid_out - fetched, ended - laid_out), strict=True))
+
+    def bound(self, rate: float) -> Callable[[], object]:
+        """The halves over as many tokens and random states, laid out beforehand."""
+        [row] = split_rows([self.plan(self.bodies(rate))])
+        scale = self.compressor.spec.scale
+        random: list[Tokens | States] = [
+            States(torch.randn(item.states.shape) * scale, item.positions) if isinstance(item, States) else item
+            for item in row
+        ]
+        halves = self.generator.halves
+        if halves is None:
+            raise ConfigurationError("the compressor has no halves", expected="one of deep concepts")
+        forward = SplitForward(halves, [random])
+        return lambda: forward.prefill().argmax(-1).tolist()
+
+
+def measure(case: Case, rates: list[float], repeats: int) -> dict[str, Any]:
+    """One context: a row each for text and every rate."""
+    runs: dict[str, list[dict[str, float]]] = {}
+
+    def call(name: str, rate: float | None) -> None:
+        runs.setdefault(name, []).append(case.run(rate))
+
+    calls: dict[str, Callable[[], object]] = {"text": partial(call, "text", None)}
+    calls |= {f"rate {rate:g}": partial(call, f"rate {rate:g}", rate) for rate in rates}
+    calls |= {f"bound {rate:g}": case.bound(rate) for rate in rates}
+    seconds = in_turns(calls, repeats, new_order=True)
+    llm, spec = case.compressor.llm, case.compressor.spec
+    rows = []
+    for rate in (None, *rates):
+        name = "text" if rate is None else f"rate {rate:g}"
+        plan = case.plan(case.bodies(rate))
+        concepts = sum(len(span) for span in plan.spans if not isinstance(span, TextSpan))
+        passed = plan.positions * spec.depth - concepts * spec.config.entry_layer  # positions times layers
+        kept = runs[name][1:]  # the first round is not counted
+        row: dict[str, Any] = {"rate": rate, "positions": plan.positions, "kv_bytes": passed * llm.kv_bytes}
+        row |= {part_name: statistics.median(run[part_name] for run in kept) for part_name in _PARTS}
+        row["ttft_s"] = statistics.median(seconds[name])
+        row["ttft_over_text"] = median_of_quotients(seconds[name], seconds["text"])
+        row["ttft_over_bound"] = median_of_quotients(seconds[name], seconds[f"bound {rate:g}"]) if rate else None
+        rows.append(row)
+    tokens = sum(len(case.libraries[rates[0]].passage(text).ids) for text in case.chunks)
+    return {"source_tokens": tokens, "chunks": len(case.chunks), "rows": rows}
+
+
+def ingestion(compressor: DeepCompressor, found: list[str], repeats: int) -> dict[str, Any]:
+    """Compressing the same units at rates 1 and 2, against a bare forward of the lower half over their tokens."""
+    units = [unit for text in found for unit in compressor.spec.units(text)]
+    lower, embed = compressor.halves.lower, compressor.llm.embedding
+    ids = [torch.tensor([unit], device=compressor.llm.device) for unit in units]
+
+    @torch.inference_mode()
+    def bare() -> None:
+        for row in ids:
+            lower(inputs_embeds=embed(row), use_cache=False)
+
+    calls: dict[str, Callable[[], object]] = {"bare": bare}
+    for rate in (1, 2):
+        calls[f"rate {rate}"] = partial(compressor.compress, units, [-(-len(unit) // rate) for unit in units])
+    seconds = in_turns(calls, repeats, new_order=True)
+    tokens = sum(map(len, units))
+    return {
+        "source_tokens": tokens,
+        "bare_over_compress": {name: median_of_quotients(seconds["bare"], seconds[name]) for name in list(calls)[1:]},
+        "tokens_per_s": {name: tokens / statistics.median(took) for name, took in seconds.items()},
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> Record:
+    """Run it."""
+    options = parser("ttft_deep", __doc__, "llm reader compressor codec entry-layer repeats texts rates", repeats=5)
+    options.set_defaults(rates=[1.0, 2.0, 4.0])
+    options.add_argument("--lengths", type=int, nargs="+", default=[250, 1000, 4000, 7000], help="source tokens")
+    args = parsed(options, argv)
+    compressor = any_compressor_of(args)
+    if not isinstance(compressor, DeepCompressor):
+        raise ConfigurationError(
+            "this benchmark measures deep concepts", got="--codec input", next_step="see bench ttft"
+        )
+    same = {
+        "llm": compressor.llm.source,
+        "fingerprint": compressor.fingerprint,
+        "entry_layer": compressor.config.entry_layer,
+        "depth": compressor.spec.depth,
+        "dtype": str(compressor.llm.dtype).removeprefix("torch."),
+        "rates": args.rates,
+        "repeats": args.repeats,
+        "threads": torch.get_num_threads(),
+    }
+    journal = journal_of(args.json, same)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def one(length: int) -> dict[str, Any]:
+            progress(f"context of {length} tokens")
+            found = chunks(compressor, texts(args.texts), length)
+            return measure(Case(compressor, found, args.rates, Path(folder)), args.rates, args.repeats)
+
+        lengths = {str(length): part(journal, f"{length} tokens", partial(one, length)) for length in args.lengths}
+    some = chunks(compressor, texts(args.texts), 2000)
+    compressing = part(journal, "ingestion", partial(ingestion, compressor, some, args.repeats))
+    return written(args, {**same, "lengths": lengths, "ingestion": compressing})
+
+
+def tables(record: Record) -> list[str]:
+    """Lines of the section."""
+    rows = []
+    for found in record["lengths"].values():
+        for row in found["rows"]:
+            over = row["ttft_over_bound"]
+            rows.append(
+                [
+                    number(found["source_tokens"], 0),
+                    "text" if row["rate"] is None else f"concepts, rate {row['rate']:g}",
+                    number(row["positions"], 0),
+                    number(row["kv_bytes"] / 2**20, 1),
+                    number(row["ttft_s"], 3),
+                    *(number(row[name] * 1000, 1) for name in ("fetch_s", "layout_s")),
+                    _spread(row["ttft_over_text"]) if row["rate"] else "–",
+                    _spread(over) if over else "–",
+                ]
+            )
+    head = [
+        "source tokens",
+        "read as",
+        "positions",
+        "KV MiB",
+        "TTFT s",
+        "fetch ms",
+        "layout ms",
+        "over text",
+        "over bound",
+    ]
+    share = record["ingestion"]["bare_over_compress"]
+    speed = record["ingestion"]["tokens_per_s"]
+    return [
+        "## Time to first token of deep concepts",
+        "",
+        f"Entry layer {record['entry_layer']} of {record['depth']}, {record['dtype']}, {record['threads']} threads; "
+        f"medians of {record['repeats']} rounds, with the least and the most. `{record['command']}`.",
+        "",
+        *table(head, rows),
+        f"Compressing runs at {_spread(share['rate 1'])} of the speed of a bare forward of the lower layers over the "
+        f"same tokens at rate 1 ({number(speed['rate 1'], 0)} tokens/s), and at {_spread(share['rate 2'])} at rate 2, "
+        "where one forward of the whole LLM chooses the tokens to keep.",
+        "",
+    ]
+
+
+def _spread(found: dict[str, float]) -> str:
+    return f"{number(found['median'], 2)} [{number(found['min'], 2)}, {number(found['max'], 2)}]"
