@@ -143,7 +143,7 @@ def test_places_that_a_text_does_not_have_are_no_answer(tmp_path: Path, deep: De
 def test_states_out_of_scale_are_refused_on_writing_and_on_reading(deep: DeepCompressor, value: float) -> None:
     index = create(None, deep)
     passage = index.library.passage(documents(1)[0].text)
-    rows = deep.compress(passage.segments[:1], passage.n_concepts[:1])[0]
+    rows = deep.compress(passage.segments[:1], passage.n_concepts[:1])[0].clone()
     rows[3, 5] = value
     with pytest.raises(InvalidConceptsError):
         index.store.put([(passage.keys[0], rows)])
