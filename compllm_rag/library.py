@@ -310,18 +310,22 @@ def unpacked(
         States (n_concepts, hidden_size), and the token of the whole text that each stands for, (n_concepts,).
 
     Raises:
-        CorruptRecordError: A place lies outside its unit, or they do not increase.
+        CorruptRecordError: A place lies outside its unit, they do not increase, or they are not K.
     """
     lengths, counts = torch.tensor([len(unit) for unit in units]), torch.tensor(list(n_concepts))  # (n_units,)
     unit = torch.repeat_interleave(torch.arange(len(counts)), counts)  # (n_concepts,), which one it belongs to
-    within = rows[:, -1].long()  # (n_concepts,)
-    places = (lengths.cumsum(0) - lengths)[unit] + within  # (n_concepts,)
-    if bool(((within < 0) | (within >= lengths[unit])).any() or (places.diff() <= 0).any()):
+    fits = len(rows) == len(unit)
+    if fits:
+        within = rows[:, -1].long()  # (n_concepts,)
+        places = (lengths.cumsum(0) - lengths)[unit] + within  # (n_concepts,)
+        outside = (within != rows[:, -1]) | (within < 0) | (within >= lengths[unit])  # (n_concepts,)
+        fits = not bool(outside.any() or (places.diff() <= 0).any())
+    if not fits:
         raise CorruptRecordError(
             "concepts stand at places that their text does not have",
-            got=f"places {int(within.min())} to {int(within.max())} in units of {lengths.tolist()} tokens",
-            expected="each token at most once, in order",
-            next_step="run repair, which compresses the text again",
+            got=f"places {rows[:, -1].min():g} to {rows[:, -1].max():g} of {len(rows)} concepts",
+            expected=f"{len(unit)} places in order, in units of {lengths.tolist()} tokens",
+            next_step="delete the document, compact the storage, and ingest the document again",
         )
     return rows[:, :-1], places
 

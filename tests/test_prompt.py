@@ -208,3 +208,14 @@ def test_stored_concepts_are_read_in_the_compute_dtype(dtype: torch.dtype) -> No
 def test_concepts_of_another_width_are_refused(llm: TargetLLM) -> None:
     with pytest.raises(InvalidConceptsError, match=r"width 48.*width 32"):
         lay_out([plan(llm, 4, torch.zeros(3, 48))], llm)
+
+
+def test_deep_concepts_leave_gaps_and_stand_among_no_embeddings(llm: TargetLLM) -> None:
+    span = ConceptSpan(torch.randn(2, 32), 0, torch.tensor([1, 4]), 6)
+    made = PromptPlan((TextSpan((40, 41)), span, TextSpan((42,), 1), TextSpan((43,))))
+    assert (made.deep, made.positions, made.extent) == (True, 6, 10)
+    assert made.passages == [(0, 2, 4), (1, 4, 5)]
+    with pytest.raises(InvalidConceptsError, match="compressor's halves"):
+        lay_out([made], llm)
+    plain = plan(llm, 4, torch.randn(3, 32))
+    assert (plain.deep, plain.positions) == (False, plain.extent)

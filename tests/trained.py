@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.deep import DeepCompressor
+from compllm_rag.compression.loading import untrained_deep
 from compllm_rag.config import CompressorConfig
 from compllm_rag.models.llm import TargetLLM
 
@@ -33,3 +35,18 @@ def randomise(compressor: Compressor, *, seed: int, strength: float = 0.2) -> No
     with torch.no_grad():
         for parameter in (*learned, *compressor.head.parameters()):
             parameter.copy_((torch.randn(parameter.shape, generator=generator) * strength).half())
+
+
+DEEP: dict[str, Any] = {**LORA, "read_rank": 2, "read_alpha": 4, "read_modules": ("q_proj", "o_proj")}
+
+
+def trained_deep(llm: TargetLLM, *, seed: int = 0, strength: float = 0.2, **config: Any) -> DeepCompressor:
+    """A compressor of deep concepts whose two LoRAs are random numbers that fp16 holds exactly."""
+    made = untrained_deep(llm, information=information(llm), **{**DEEP, **config})
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tree in (made.decoder, made.halves.upper):
+            for name, parameter in tree.named_parameters():
+                if ".lora_" in name:
+                    parameter.copy_((torch.randn(parameter.shape, generator=generator) * strength).half())
+    return made

@@ -30,13 +30,14 @@ from compllm_rag.config import CompressorConfig
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.fingerprint import tagged_digest, tensor_digest
 from compllm_rag.models.adapters import inject_lora, load_lora_state, lora_state
-from compllm_rag.models.device_memory import memory_trouble, out_of_memory, release_unused
+from compllm_rag.models.device_memory import memory_trouble, out_of_memory, release_unused, room_for
 from compllm_rag.models.halves import Halves, lower_half
 from compllm_rag.models.llm import TargetLLM
 
 # Positions of one forward, and of one that gives logits over the vocabulary: (positions, vocab_size) in float32.
 _BATCH_POSITIONS = {"cpu": 4096, "cuda": 65536}
 _LOGIT_POSITIONS = {"cpu": 1024, "cuda": 8192}
+_MEMORY = "end what else uses this device, load the LLM in bfloat16, or take another device (`device='cpu'`)"
 
 
 class DeepCompressor:
@@ -173,7 +174,8 @@ class DeepCompressor:
     def kept_places(self, units: Sequence[Sequence[int]], n_concepts: Sequence[int]) -> list[list[int]]:
         """The places that each unit keeps, in order; see `CompressorConfig.selector`."""
         scored = [i for i, k in enumerate(n_concepts) if k < len(units[i])]
-        scores = dict(zip(scored, self._scores([units[i] for i in scored]), strict=True))
+        with room_for("choose the tokens to keep of a chunk", self.llm.device, _MEMORY):
+            scores = dict(zip(scored, self._scores([units[i] for i in scored]), strict=True))
         return [
             best_positions(scores[i], k) if i in scores else list(range(len(units[i])))
             for i, k in enumerate(n_concepts)
@@ -205,7 +207,7 @@ class DeepCompressor:
                 "compress a single chunk",
                 self.llm.device,
                 said or "",
-                "end what else uses this device, load the LLM in bfloat16, or take another device (`device='cpu'`)",
+                _MEMORY,
             )
         half = len(units) // 2
         self._most_positions = max(1, half * (len(self.config.opening) + max(map(len, units))))

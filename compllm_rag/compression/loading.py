@@ -64,21 +64,34 @@ def load_compressor_for(
         progress: See `resolve_model`.
 
     Raises:
+        ConfigurationError: There is no such codec or entry layer, or the compressor has another entry layer.
         FingerprintMismatchError: The compressor was made for another LLM or reader.
         UnknownModelError, ModelFetchError, DigestMismatchError, UnsafeModelError: See `resolve_model`.
     """
+    if codec not in get_args(Codec):
+        raise ConfigurationError(
+            "unknown codec", got=codec, expected=" or ".join(get_args(Codec)), next_step="leave it out for deep"
+        )
     own = shipped_adapter(llm, "reader") if reader == AUTO else (Path(reader) if reader is not None else None)
     target = TargetLLM.from_pretrained(
         llm, reader=own, dtype=dtype, device=device, cache_dir=cache_dir, offline=offline, progress=progress
     )
-    if codec not in get_args(Codec):
-        raise ConfigurationError("unknown codec", got=codec, expected=" or ".join(get_args(Codec)))
     folder = Path(compressor) if compressor not in (AUTO, None) else None
     if compressor == AUTO and reader == AUTO and entry_layer is None:
         folder = shipped_adapter(llm, "deep" if codec == "deep" else "compressor")
+    made: ConceptCompressor
     if folder is not None:
-        return load_compressor(folder, target)
-    return untrained_deep(target, entry_layer) if codec == "deep" else Compressor(target)
+        made = load_compressor(folder, target)
+    else:
+        made = untrained_deep(target, entry_layer) if codec == "deep" else Compressor(target)
+    if entry_layer not in (None, made.config.entry_layer):
+        raise ConfigurationError(
+            "the compressor has another entry layer",
+            got=entry_layer,
+            expected=made.config.entry_layer,
+            next_step="leave it out, or take untrained deep concepts",
+        )
+    return made
 
 
 def load_compressor(

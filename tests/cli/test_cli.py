@@ -19,11 +19,14 @@ INGEST = (
     "documents documents_changed documents_deleted chunks segments segments_compressed segments_reused source_tokens "
     "seconds tokens_per_s"
 )
-QUERY = "answer mode sources prompt_positions retrieval_s fetch_s layout_s prefill_s ttft_s total_s store"
+QUERY = (
+    "answer mode sources prompt_positions prefill_cost kv_bytes retrieval_s fetch_s layout_s prefill_s ttft_s total_s "
+    "store"
+)
 SOURCE = "doc_id node_id title score used n_tokens n_concepts text"
 STATS = (
-    "documents chunks segments unique_segments source_tokens concepts achieved_rate concept_bytes "
-    "bytes_per_source_token fingerprint llm embedder"
+    "documents chunks segments unique_segments source_tokens concepts achieved_rate entry_layer prefill_cost "
+    "concept_bytes bytes_per_source_token fingerprint llm embedder"
 )
 QUESTION = "Who built the lighthouse on Gull Rock?"
 
@@ -83,6 +86,8 @@ def test_ingest_query_stats(storage: Path, corpus: Path) -> None:
     stats = json.loads(run("stats", "--storage", storage, "--json").stdout)
     assert set(STATS.split()) <= set(stats)
     assert stats["documents"] == 2
+    assert (stats["entry_layer"], stats["achieved_rate"], stats["prefill_cost"]) == (1, 1.0, 0.5)
+    assert (text["prefill_cost"], found["prefill_cost"] < 1) == (1.0, True)
     assert "achieved_rate" in run("stats", "--storage", storage).stdout
 
 
@@ -146,7 +151,12 @@ def test_errors_are_one_line(
     assert "no storage here" in refused("query", QUESTION, "--storage", tmp_path / "none")
     assert "no storage here" in refused("stats", "--storage", tmp_path / "none")
     assert "do not fit" in refused("query", QUESTION * 200, "--storage", storage)
-    assert "out of reach" in refused("ingest", corpus, "--storage", new, *models, "--rate", "9")
+    assert "out of reach" in refused("ingest", corpus, "--storage", new, *models, "--rate", "99")
+    assert "out of reach" in refused("ingest", corpus, "--storage", new, *models, "--codec", "input", "--rate", "9")
+    assert "unknown codec" in refused("ingest", corpus, "--storage", new, *models, "--codec", "shallow")
+    assert "no such entry layer" in refused("ingest", corpus, "--storage", new, *models, "--entry-layer", "2")
+    assert "another codec" in refused("ingest", corpus, "--storage", storage, "--codec", "input")
+    assert "another entry layer" in refused("ingest", corpus, "--storage", storage, "--entry-layer", "5")
     assert "dtype" in refused("ingest", corpus, "--storage", new, *models, "--dtype", "int4")
     for rate in ("0.5", "nan"):
         assert "rate makes no sense" in refused("ingest", corpus, "--storage", new, *models, "--rate", rate)

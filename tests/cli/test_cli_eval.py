@@ -12,8 +12,8 @@ import toy
 from compllm_rag.cli.main import app
 
 KEYS = (
-    "data mode rate llm seed n em f1 subspan_em accuracy nll recovered agreement positions achieved_rate intervals "
-    "paired skipped seconds"
+    "data mode rate llm seed n em f1 subspan_em accuracy nll recovered agreement positions achieved_rate prefill_cost "
+    "intervals paired skipped seconds"
 )
 PROBE = "mode rate llm seed n positions achieved_rate kinds depths text seconds"
 
@@ -49,8 +49,8 @@ def test_eval_json(data: Path, toy_folder: Path, tmp_path: Path, mode: str) -> N
     found = json.loads(run("eval", "--data", data, *options).stdout)
     assert list(found) == KEYS.split()
     compressed = mode == "concepts"
-    assert (found["data"], found["mode"], found["rate"]) == ("rock.jsonl", mode, 2.0 if compressed else None)
-    assert (found["achieved_rate"] is not None) == compressed
+    assert (found["data"], found["mode"], found["rate"]) == ("rock.jsonl", mode, 1.0 if compressed else None)
+    assert (found["achieved_rate"], found["prefill_cost"]) == ((1.0, 0.5) if compressed else (None, 1.0))
     assert (found["n"], found["skipped"]) == (2, {"count": 1, "first": ["c: no question"]})
     assert found["accuracy"] in (0, 100)
     lines = [json.loads(line) for line in records.read_text().splitlines()]
@@ -105,5 +105,5 @@ def test_errors_are_one_line(data: Path, toy_folder: Path, tmp_path: Path) -> No
     assert "no usable question" in refused("eval", "--data", useless, *model)
     assert "unknown mode: got gist" in refused("eval", "--data", data, "--mode", "gist", *model)
     assert "unknown choice of passages" in refused("eval", "--data", data, "--passages", "few", *model)
-    assert "out of reach" in refused("eval", "--data", data, "--rate", 9, *model)
+    assert "out of reach" in refused("eval", "--data", data, "--rate", 99, *model)
     assert "records cannot be written" in refused("probe", "--records", tmp_path / "no" / "r.jsonl", *model)

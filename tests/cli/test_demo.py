@@ -28,6 +28,7 @@ def test_demo_shows_and_writes_everything(tmp_path: Path, toy_folder: Path, monk
     demo.run_demo(
         json_file=tmp_path / "out.json",
         rate=2.0,
+        codec=None,
         top_k=2,
         limit=None,
         llm=str(toy_folder),

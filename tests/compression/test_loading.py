@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from compllm_rag.compression import loading
-from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.deep import DeepCompressor
 from compllm_rag.compression.loading import load_compressor_for, shipped_adapter
+from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.config import DEFAULT_LLM
 from compllm_rag.errors import (
     ConfigurationError,
@@ -22,7 +23,7 @@ from compllm_rag.errors import (
     UnsupportedFormatError,
 )
 from compllm_rag.models.llm import TargetLLM
-from trained import trained
+from trained import trained, trained_deep
 
 MODULE = "model.layers.0.self_attn.q_proj"
 
@@ -52,11 +53,11 @@ def shipped(tmp_path: Path, toy_folder: Path, reader: Path, monkeypatch: pytest.
     name = str(toy_folder)
     made = trained(TargetLLM.from_pretrained(name, reader=reader)).save_pretrained(tmp_path / "trained")
     folders = {"reader": reader, "compressor": made}
-    monkeypatch.setattr(loading, "shipped_adapter", lambda llm, kind: folders[kind] if llm == name else None)
+    monkeypatch.setattr(loading, "shipped_adapter", lambda llm, kind: folders.get(kind) if llm == name else None)
     return name
 
 
-def weight(compressor: Compressor) -> torch.Tensor:
+def weight(compressor: ConceptCompressor) -> torch.Tensor:
     return compressor.llm.model.get_submodule(MODULE).weight.detach().clone()
 
 
@@ -77,7 +78,7 @@ def test_only_names_lead_to_what_ships(name: str) -> None:
 
 
 def test_toy_llm_has_nothing_shipped(toy_folder: Path) -> None:
-    made = load_compressor_for(str(toy_folder))
+    made = load_compressor_for(str(toy_folder), codec="input")
     assert made.config.lora_rank == 0
     assert not [name for name in made.llm.digests if name.startswith("reader/")]
     assert not made.head.weight.any()
@@ -104,10 +105,25 @@ def test_reader_is_part_of_the_identity(toy_folder: Path, reader: Path, tmp_path
 
 
 def test_shipped_reader_and_compressor_are_taken_together(shipped: str) -> None:
-    made = load_compressor_for(shipped)
+    made = load_compressor_for(shipped, codec="input")
     assert "reader/adapter_model.safetensors" in made.llm.digests
     assert made.config.lora_rank == 4
     assert made.head.weight.any()
+
+
+def test_a_shipped_compressor_of_deep_concepts_is_what_auto_takes(
+    shipped: str, tmp_path: Path, reader: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = load_compressor_for(shipped)
+    assert isinstance(bare, DeepCompressor)
+    assert bare.config.lora_rank == 0  # none ships yet
+    made = trained_deep(TargetLLM.from_pretrained(shipped, reader=reader), entry_layer=1)
+    folders = {"reader": reader, "deep": made.save_pretrained(tmp_path / "deep")}
+    monkeypatch.setattr(loading, "shipped_adapter", lambda llm, kind: folders.get(kind))
+    assert load_compressor_for(shipped).fingerprint == made.fingerprint
+    assert load_compressor_for(shipped, compressor=None).config.lora_rank == 0
+    assert load_compressor_for(shipped, entry_layer=1).config.lora_rank == 0
+    assert load_compressor_for(shipped, reader=None).config.lora_rank == 0
 
 
 def test_no_reader_means_the_model_as_it_is_and_an_untrained_compressor(shipped: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
 import toy
-from compllm_rag.compression.segmentation import Segmenter, TokenizedText, chunk_bounds
+from compllm_rag.compression.segmentation import Segmenter, TokenizedText, chunk_bounds, units_of
 from compllm_rag.errors import UnsupportedModelError
 
 TOKENIZER = toy.tokenizer()
@@ -306,3 +306,25 @@ def test_segments_end_where_sentences_end() -> None:
 def test_a_slow_tokenizer_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="ByT5Tokenizer"):
         Segmenter(ByT5Tokenizer(), S)
+
+
+@QUIET
+@given(sentences(most=30), st.sampled_from([20, 60, 240]))
+def test_units_are_runs_of_whole_segments_that_join_to_the_text(parts: list[str], unit_length: int) -> None:
+    tokenized = segment("".join(parts))
+    units = units_of(tokenized, unit_length)
+    assert [token for unit in units for token in unit] == tokenized.ids
+    assert all(0 < len(unit) <= unit_length for unit in units)
+    bounds = {0} | {s.end for s in tokenized.segments}
+    ends = list(accumulate(map(len, units)))
+    assert set(ends) <= bounds
+    if len(tokenized.ids) <= unit_length / 1.2:
+        assert len(units) <= 1
+
+
+def test_an_edit_changes_few_units() -> None:
+    before, at = toy.TEXT * 3, len(toy.TEXT) + 300
+    after = before[:at] + " It was painted white in 1902. " + before[at:]
+    old, new = (Counter(map(tuple, units_of(segment(text), 60))) for text in (before, after))
+    assert 1 <= (new - old).total() <= 4 < old.total()
+    assert units_of(segment(""), 60) == []

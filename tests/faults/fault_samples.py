@@ -14,6 +14,7 @@ from llama_index.core import Document
 
 import toy
 from compllm_rag import Compressor, ConceptIndex
+from compllm_rag.compression.deep import DeepCompressor
 from compllm_rag.storage.verification import StorageCheck, verify_storage
 from tests import processes
 from tests.processes import DIES_WITH_ITS_PARENT, LIMIT_S, said, tell  # noqa: F401 - for the tests
@@ -55,19 +56,19 @@ def documents(n: int = 6, version: int = 0) -> list[Document]:
     ]
 
 
-def create(path: Path, compressor: Compressor | None = None, **options: Any) -> ConceptIndex:
+def create(path: Path | None, compressor: Compressor | DeepCompressor | None = None, **options: Any) -> ConceptIndex:
     """Make or open a storage for writing."""
     return ConceptIndex.create(
         path, compressor=compressor or Compressor(toy.llm()), embedder=HashEmbedder(), chunk_size=60, **options
     )
 
 
-def load(path: Path, compressor: Compressor | None = None, **options: Any) -> ConceptIndex:
+def load(path: Path, compressor: Compressor | DeepCompressor | None = None, **options: Any) -> ConceptIndex:
     """Open a storage that exists."""
     return ConceptIndex.load(path, compressor=compressor or Compressor(toy.llm()), embedder=HashEmbedder(), **options)
 
 
-def filled(path: Path, compressor: Compressor, n: int = 6) -> Path:
+def filled(path: Path, compressor: Compressor | DeepCompressor, n: int = 6) -> Path:
     """A closed storage of `documents(n)`."""
     with create(path, compressor) as index:
         index.ingest(documents(n))

@@ -62,7 +62,7 @@ def test_entry_layer_0_is_todays_generator_bit_for_bit(architecture: str, batche
     # Logits of the steps are seen through the same LLM, whose head is the last thing to run.
     seen: list[torch.Tensor] = []
     hook = llm.model.register_forward_hook(lambda module, args, out: seen.append(out.logits[:, -1]))
-    tokens = list(generator._steps(lay_out(plans, llm), STEPS))
+    tokens = list(generator._tokens(generator.lay_out(plans), plans, STEPS))
     hook.remove()
     assert len(seen) == STEPS
     assert torch.equal(logits, seen[0])
@@ -205,5 +205,5 @@ def test_what_cannot_be_laid_out_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="before the prefill"):
         forward.step([5])
     forward.prefill()
-    with pytest.raises(ConfigurationError, match="2 tokens after"):
+    with pytest.raises(ConfigurationError, match="2 rows after"):
         forward.step([5, 6])

@@ -28,6 +28,7 @@ from compllm_rag.errors import (
     StoreLockedError,
     StoreReadOnlyError,
 )
+from compllm_rag.llamaindex import storage_parts
 from tests.processes import said, started, tell
 from toy_embedder import HashEmbedder, save_sentence_transformer
 
@@ -134,17 +135,16 @@ def test_an_option_of_a_query_engine_that_nothing_heeds_is_refused(
         index.as_query_engine(response_synthesizer=made, mode="concepts")
 
 
+@pytest.mark.parametrize("codec", ["deep", "input"])
 def test_a_compressor_is_loaded_on_the_first_miss(
-    tmp_path: Path, toy_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, toy_folder: Path, monkeypatch: pytest.MonkeyPatch, codec: str
 ) -> None:
-    options = {"llm": str(toy_folder), "embedder": HashEmbedder(), "reader": None, "compressor": None}
+    options = {"llm": str(toy_folder), "embedder": HashEmbedder(), "reader": None, "compressor": None, "codec": codec}
     with ConceptIndex.create(tmp_path / "s", chunk_size=60, **options) as index:
         index.ingest(documents())
     loaded = []
-    load = Compressor.from_pretrained.__func__
-    monkeypatch.setattr(
-        Compressor, "from_pretrained", classmethod(lambda cls, *args: loaded.append(args) or load(cls, *args))
-    )
+    load = storage_parts.load_compressor
+    monkeypatch.setattr(storage_parts, "load_compressor", lambda *args: loaded.append(args) or load(*args))
     with ConceptIndex.load(tmp_path / "s", embedder=HashEmbedder()) as index:
         answer = index.as_query_engine().query("Who built the lighthouse?")
         assert answer.metadata["compllm"]["store"]["misses"] == 0
@@ -156,8 +156,11 @@ def test_a_compressor_is_loaded_on_the_first_miss(
     assert len(loaded) == 1
 
 
-def test_a_compressor_that_was_changed_after_the_opening_makes_nothing(tmp_path: Path, toy_folder: Path) -> None:
-    options = {"llm": str(toy_folder), "embedder": HashEmbedder(), "reader": None, "compressor": None}
+@pytest.mark.parametrize("codec", ["deep", "input"])
+def test_a_compressor_that_was_changed_after_the_opening_makes_nothing(
+    tmp_path: Path, toy_folder: Path, codec: str
+) -> None:
+    options = {"llm": str(toy_folder), "embedder": HashEmbedder(), "reader": None, "compressor": None, "codec": codec}
     with ConceptIndex.create(tmp_path / "s", chunk_size=60, **options) as index:
         index.ingest(documents())
     with ConceptIndex.load(tmp_path / "s", embedder=HashEmbedder()) as index:

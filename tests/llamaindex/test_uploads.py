@@ -14,6 +14,7 @@ from llama_index.core.schema import TextNode
 
 import toy
 from compllm_rag import Compressor, ConceptIndex
+from compllm_rag.compression.deep import DeepCompressor
 from compllm_rag.errors import (
     ConfigurationError,
     InvalidConceptsError,
@@ -37,8 +38,8 @@ def upload_documents(n: int = 4) -> list[Document]:
 class Gate:
     """A compressor that waits, in whatever thread it is used, until it may go on."""
 
-    def __init__(self) -> None:
-        self.compressor = Compressor(toy.llm())
+    def __init__(self, compressor: Compressor | DeepCompressor | None = None) -> None:
+        self.compressor = compressor or Compressor(toy.llm())
         self.opened, self.reached = threading.Event(), threading.Event()
         self.opened.set()
         self._compress = self.compressor.compress
