@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from compllm_rag.catalog.database import connect, connected, has_tables, locked, make_tables, read_state, storable
+from compllm_rag.catalog.database import connected, has_tables, locked, make_tables, read_state, storable
 from compllm_rag.catalog.faults import damaged, translated_errors
 from compllm_rag.catalog.flat_vectors import FlatVectors
 from compllm_rag.catalog.generations import sync_folder
@@ -30,6 +30,7 @@ from compllm_rag.catalog.vectors import CatalogVectors
 from compllm_rag.errors import ConfigurationError, StorageNotFoundError, StoreReadOnlyError
 from compllm_rag.store.index_database import make_private
 from compllm_rag.store.lock import WriterLock
+from compllm_rag.store.sqlite import connect_uri
 
 _DATABASE = "catalog.db"
 _RELOADS = 20  # a writer would have to commit twice during each of them
@@ -114,7 +115,7 @@ class Catalog:
     def in_memory(cls, dim: int) -> Catalog:
         """Make a catalog without a folder; commit and rollback work, and close forgets everything."""
         _check_dim(dim)
-        catalog = cls(None, connect("file::memory:"), read_only=False)
+        catalog = cls(None, connect_uri("file::memory:", busy_s=0), read_only=False)
         with catalog.writing() as connection:
             make_tables(connection, dim)
         catalog.commit()

@@ -7,12 +7,12 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import quote
 
 from compllm_rag.catalog.faults import damaged, translated_errors
 from compllm_rag.catalog.generations import VectorGeneration
 from compllm_rag.errors import ConfigurationError, StoreLockedError, StoreReadOnlyError, UnsupportedFormatError
 from compllm_rag.store.lock import WriterLock
+from compllm_rag.store.sqlite import connect
 
 CATALOG_VERSION = 1
 _BUSY_S = 5.0  # only a checkpoint or a foreign program makes us wait
@@ -35,13 +35,6 @@ CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 REFERENCES = "CREATE TABLE refs (key BLOB PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID"  # see `references`
 
 
-def connect(uri: str) -> sqlite3.Connection:
-    """Open an SQLite URI; transactions begin and end by statements only."""
-    connection = sqlite3.connect(uri, uri=True, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
-    connection.execute("PRAGMA trusted_schema = OFF")
-    return connection
-
-
 @contextmanager
 def connected(database: Path, *, writing: bool) -> Iterator[sqlite3.Connection]:
     """Open a database file; the connection outlives the block, unless the block raises.
@@ -58,7 +51,7 @@ def connected(database: Path, *, writing: bool) -> Iterator[sqlite3.Connection]:
             raise StoreReadOnlyError(
                 "the catalog cannot be written", got=database, next_step="open it with read_only=True"
             )
-        connection = connect(_uri(database, writing))
+        connection, _ = connect(database, writing=writing, busy_s=_BUSY_S)
         try:
             if writing:
                 connection.execute("PRAGMA journal_mode = WAL")
@@ -68,13 +61,6 @@ def connected(database: Path, *, writing: bool) -> Iterator[sqlite3.Connection]:
         except BaseException:
             connection.close()
             raise
-
-
-def _uri(database: Path, writing: bool) -> str:
-    uri = f"file:{quote(str(database))}?mode={'rw' if writing else 'ro'}"
-    if not writing and not os.access(database.parent, os.W_OK) and not Path(f"{database}-wal").exists():
-        uri += "&immutable=1"  # nobody can put a journal there, and SQLite must be told to do without
-    return uri
 
 
 def has_tables(connection: sqlite3.Connection) -> bool:

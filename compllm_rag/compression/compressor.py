@@ -270,12 +270,14 @@ class Compressor:
         """
         lead = [self._sink_id()] if self.config.sink else []
         n, k, device = len(lead) + max(map(len, segments)), max(ks), self.llm.device
+        # (batch, n): padding, then the sink if there is one, then the segment
         ids = torch.tensor([[*[0] * (n - len(lead) - len(s)), *lead, *s] for s in segments], device=device)
-        begins = torch.tensor([n - len(lead) - len(s) for s in segments], device=device)[:, None]
-        counts = torch.tensor(list(ks), device=device)[:, None]
-        slots, ordinals = torch.arange(n, device=device), torch.arange(k, device=device)
-        where = self._chooser.places(ids, slots >= begins + len(lead), counts, k)
-        tokens = self.llm.embedding(ids)
+        begins = torch.tensor([n - len(lead) - len(s) for s in segments], device=device)[:, None]  # (batch, 1)
+        counts = torch.tensor(list(ks), device=device)[:, None]  # (batch, 1), K of each row
+        slots, ordinals = torch.arange(n, device=device), torch.arange(k, device=device)  # (n,), (max K,)
+        where = self._chooser.places(ids, slots >= begins + len(lead), counts, k)  # (batch, max K), slots of anchors
+        tokens = self.llm.embedding(ids)  # (batch, n, hidden_size)
+        # What concepts start from, and what is read behind the segment: (batch, max K, hidden_size) each.
         if self.config.queries == "anchor":
             start = queries = torch.gather(tokens, 1, where[..., None].expand(-1, -1, tokens.shape[-1]))
         elif self.config.queries == "mean":
@@ -283,8 +285,9 @@ class Compressor:
         else:
             eos = self.llm.embedding(torch.full_like(where, int(self.llm.tokenizer.eos_token_id)))
             start, queries = torch.zeros_like(eos), eos
+        # (batch, max K), rotary positions of the queries
         after = where - begins if self.config.anchor_positions == "source" else n - begins + ordinals
-        mask = torch.cat([slots >= begins, ordinals < counts], 1)
+        mask = torch.cat([slots >= begins, ordinals < counts], 1)  # (batch, n + max K)
         # Without a mask transformers takes positions that do not count on by one for sequences packed into one row.
         needed = self.config.anchor_positions == "source" or not bool(mask.all())
         hidden = self.decoder(
@@ -292,8 +295,8 @@ class Compressor:
             attention_mask=mask.long() if needed else None,
             position_ids=torch.cat([(slots - begins).clamp_min(0), after], 1),
             use_cache=False,
-        ).last_hidden_state[:, -k:]
-        normed = nn.functional.rms_norm(hidden.float(), (hidden.shape[-1],), eps=1e-6)
+        ).last_hidden_state[:, -k:]  # (batch, max K, hidden_size)
+        normed = nn.functional.rms_norm(hidden.float(), (hidden.shape[-1],), eps=1e-6)  # the same shape, float32
         concepts: torch.Tensor = start.float() + self.config.scale * self.head(normed)
         return concepts
 

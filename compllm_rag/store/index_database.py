@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import diskcache  # type: ignore[import-untyped, unused-ignore]
 
 from compllm_rag.errors import ConfigurationError, UnsupportedFormatError
 from compllm_rag.store.faults import damaged_database
 from compllm_rag.store.index_rows import RAW, planted
+from compllm_rag.store.sqlite import connect
 
 _SETTINGS = {
     "eviction_policy": "none",
@@ -148,23 +148,12 @@ class IndexReader:
 
     def _connect(self) -> tuple[sqlite3.Connection, bool]:
         """A read-only connection, and whether it will see what is written after it."""
-        address = f"file:{quote(str(self._database))}?mode=ro"
-        reader = sqlite3.connect(address, uri=True, timeout=60, check_same_thread=False, isolation_level=None)
+        reader, lasting = connect(self._database, writing=False, busy_s=60)
         try:
-            for pragma in ("query_only = 1", "trusted_schema = 0", "cell_size_check = 1", "mmap_size = 0"):
+            for pragma in ("query_only = 1", "cell_size_check = 1", "mmap_size = 0"):
                 reader.execute(f"PRAGMA {pragma}")
             reader.execute("SELECT COUNT(*) FROM Settings")
-        except sqlite3.OperationalError as error:
-            reader.close()
-            journal = self._database.with_name(self._database.name + "-wal")
-            no_journal = error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
-            if not no_journal or journal.exists():
-                raise
-            # On a read-only medium SQLite cannot make its journal. There is none, so all data is in the database; a
-            # writer may still come along elsewhere, so such a connection serves one statement only.
-            address += "&immutable=1"
-            return sqlite3.connect(address, uri=True, check_same_thread=False, isolation_level=None), False
         except BaseException:
             reader.close()
             raise
-        return reader, True
+        return reader, lasting

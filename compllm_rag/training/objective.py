@@ -58,7 +58,7 @@ def _picked(state: torch.Tensor, packed: Packed) -> torch.Tensor:
 
 def log_probabilities(llm: TargetLLM, hidden: torch.Tensor) -> torch.Tensor:
     """Log-probabilities (n_predictions, vocab_size) in float32."""
-    logits = llm.model.get_output_embeddings()(hidden).float()
+    logits = llm.model.get_output_embeddings()(hidden).float()  # (n_predictions, vocab_size)
     cap = getattr(llm.model.config.get_text_config(), "final_logit_softcapping", None)
     if cap:
         logits = torch.tanh(logits / cap) * cap
@@ -87,18 +87,18 @@ def distillation_loss(
     if config.hidden:
         distance = torch.zeros((), device=total.device)
         for theirs, ours in zip(teacher, student, strict=True):
-            unit = theirs.float().std().clamp_min(1e-6)
-            gap = F.smooth_l1_loss(ours.float() / unit, theirs.float() / unit, reduction="none")
+            unit = theirs.float().std().clamp_min(1e-6)  # one number a layer
+            gap = F.smooth_l1_loss(ours.float() / unit, theirs.float() / unit, reduction="none")  # as they
             distance = distance + (gap.mean(-1) * targets.weights).sum()
         distance = distance / len(teacher)
         parts["hidden"] = float(distance.detach())
         total = total + config.hidden * distance
     if config.kl or config.ce:
-        ours = log_probabilities(llm, student[-1])
+        ours = log_probabilities(llm, student[-1])  # (n_predictions, vocab_size)
         with torch.no_grad():
             theirs = log_probabilities(llm, teacher[-1])
         kl = (F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1) * targets.weights).sum()
-        answer = targets.weights * targets.is_answer
+        answer = targets.weights * targets.is_answer  # (n_predictions,)
         ce = -(ours.gather(1, targets.ids[:, None])[:, 0] * answer).sum()
         parts |= {"kl": float(kl.detach()), "ce": float(ce.detach())}
         total = total + config.kl * kl + config.ce * ce
