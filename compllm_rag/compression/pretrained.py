@@ -186,17 +186,6 @@ def _check_llm(record: dict[str, Any], llm: TargetLLM) -> None:
         )
 
 
-def push_compressor(compressor: ConceptCompressor, repo_id: str, *, private: bool = False) -> str:
-    """Upload a compressor to the hub; needs the user's own token.
-
-    Returns:
-        The commit's id, which `read_compressor` takes as `revision`.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        save_compressor(compressor, Path(scratch))
-        return push_folder(Path(scratch), repo_id, private=private)
-
-
 def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
     """Upload the folder of a trained reader or compressor with its model card; needs the user's own token.
 
