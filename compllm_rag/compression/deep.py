@@ -152,11 +152,12 @@ class DeepCompressor:
             place, and in the last column the place of each within its unit.
 
         Raises:
-            ConfigurationError: A unit is empty or too long, or its K out of bounds.
+            ConfigurationError: A unit is empty or too long, its K out of bounds, or its places not K of it in order.
             DeviceMemoryError: Not even a single unit fits the memory; batches are halved before that.
         """
-        for unit, k in zip(units, n_concepts, strict=True):
-            self._check_unit(unit, k)
+        given: Sequence[Sequence[int] | None] = places or [None] * len(units)
+        for unit, k, own in zip(units, n_concepts, given, strict=True):
+            self._check_unit(unit, k, own)
         out: list[torch.Tensor | None] = [None] * len(units)
         order = sorted(range(len(units)), key=lambda i: len(units[i]))  # nearly rectangular batches
         device = "cpu" if self.llm.device.type == "cpu" else "cuda"
@@ -181,13 +182,16 @@ class DeepCompressor:
             for i, k in enumerate(n_concepts)
         ]
 
-    def _check_unit(self, unit: Sequence[int], k: int) -> None:
+    def _check_unit(self, unit: Sequence[int], k: int, places: Sequence[int] | None) -> None:
         n = len(unit)
-        if not 1 <= n <= self.config.unit_length or not 1 <= k <= n:
+        fits = 1 <= n <= self.config.unit_length and 1 <= k <= n
+        if places is not None:
+            fits = fits and len(places) == k and list(places) == sorted({*places} & {*range(n)})
+        if not fits:
             raise ConfigurationError(
                 "unit cannot be compressed",
-                got=f"{n} tokens into {k} concepts",
-                expected=f"1 to {self.config.unit_length} tokens and 1 to that many concepts",
+                got=f"{n} tokens into {k} concepts" + ("" if places is None else f" at {list(places)[:20]}"),
+                expected=f"1 to {self.config.unit_length} tokens and 1 to that many concepts, at places in order",
                 next_step="cut the text with the spec's `units`",
             )
 

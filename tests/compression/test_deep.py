@@ -166,6 +166,12 @@ def test_units_that_cannot_be_compressed_are_refused(unit: list[int], k: int) ->
         compressor.compress([[5, 6, 7], unit], [1, k])
 
 
+@pytest.mark.parametrize("places", [[-1, 0], [0, 3], [1, 0], [1, 1], [1], [0, 1, 2], []])
+def test_places_that_a_unit_does_not_have_are_refused(places: list[int]) -> None:
+    with pytest.raises(ConfigurationError, match="at places in order"):
+        deep_of("llama").compress([[5, 6, 7]], [2], places=[places])
+
+
 @pytest.mark.parametrize("layer", [-1, 4, 99])
 def test_entry_layers_that_the_llm_does_not_have_are_refused(layer: int) -> None:
     with pytest.raises(ConfigurationError, match="layer"):

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.network, pytest.mark.slow]
 
 def test_embedded_llm_with_its_reader() -> None:
     messages = set()
-    compressor = load_compressor_for(progress=lambda message, share: messages.add(message), device="cpu")
+    compressor = load_compressor_for(codec="input", progress=lambda message, share: messages.add(message), device="cpu")
     assert any(message.startswith("fetching") for message in messages)
     llm = compressor.llm
     assert (llm.source, llm.hidden_size, llm.window) == (DEFAULT_LLM, 576, 8192)
@@ -43,7 +43,7 @@ def test_embedded_llm_with_its_reader() -> None:
     assert "Paris" in llm.tokenizer.decode([answer])
 
     # Without the reader it is another target, and nothing is fetched a second time.
-    bare = load_compressor_for(reader=None, compressor=None, offline=True, device="cpu")
+    bare = load_compressor_for(reader=None, compressor=None, codec="input", offline=True, device="cpu")
     assert bare.llm.identity != llm.identity
     assert bare.fingerprint != compressor.fingerprint
     assert torch.equal(bare.information.cpu(), table.half().float())
