@@ -96,6 +96,22 @@ class Encoding(ABC):
         return self.decode(data, *concepts.shape)
 
 
+class Quantised(Encoding):
+    """An encoding whose rows can be read into a part of a wider tensor."""
+
+    def _read(self, data: np.ndarray, n_concepts: int, hidden_size: int) -> torch.Tensor:
+        made = torch.empty(n_concepts, hidden_size, dtype=torch.float16)
+        self._fill(made, data.reshape(n_concepts, self.nbytes(1, hidden_size)))
+        return made
+
+    @abstractmethod
+    def _fill(self, made: torch.Tensor, rows: np.ndarray) -> None:
+        """Read encoded concepts, uint8 (n_concepts, bytes of a row), into `made` (n_concepts, hidden_size), fp16.
+
+        The rows of both may have gaps between them.
+        """
+
+
 class Fp16(Encoding):
     """Half-precision floats, little-endian, row after row."""
 
@@ -128,12 +144,12 @@ def largest(half: np.ndarray) -> float:
 
 
 def check_finite(half: np.ndarray) -> None:
-    """Look at contiguous fp16 values.
+    """Look at fp16 values.
 
     Raises:
         InvalidConceptsError: One is NaN or infinite.
     """
-    if largest(half) == float("inf"):
+    if largest(np.ascontiguousarray(half)) == float("inf"):
         raise InvalidConceptsError(
             "concepts hold values that fp16 cannot",
             got="NaN, an infinite value or an overflow",

@@ -62,8 +62,8 @@ class DiskStore(ConceptStore):
         read_only: Take no lock and write nothing. A reader sees what the writer flushes after it opened.
         max_bytes: Most bytes all packs together may take; None for no limit. Nothing is ever evicted.
         pack_bytes: A pack of at least this size gets no more payloads.
-        encoding: `fp16`, `int8` or `int4`; an existing store must have been made with the same. None takes the store's
-            own, and fp16 for a new one.
+        encoding: `fp16`, `int8` or `int4`, or for deep concepts what `deep_encoding` makes of these; an existing store
+            must have been made with the same. None takes the store's own, and fp16 for a new one.
         counted: Refuse an index that holds more or fewer records than were written; repair does not.
 
     Raises:

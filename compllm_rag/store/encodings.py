@@ -1,4 +1,4 @@
-"""Concepts in 8 and in 4 bits a value.
+"""Concepts in 8 and in 4 bits a value; deep ones are wrapped by `deep_encodings.py`.
 
 Numbers are little-endian, rows stand one behind the other without padding between them, and H is the hidden size.
 Products are rounded to float32, then to fp16, so that every reader gets the same values.
@@ -30,7 +30,8 @@ import numpy as np
 import torch
 
 from compllm_rag.errors import ConfigurationError, InvalidConceptsError, UnsupportedFormatError
-from compllm_rag.store.codec import Encoding, Fp16, check_finite
+from compllm_rag.store.codec import Encoding, Fp16, Quantised, check_finite
+from compllm_rag.store.deep_encodings import Deep
 
 GROUP = 32
 _UNIT_BYTES = 4
@@ -39,7 +40,7 @@ _MOST_CODE = 127
 _BLOCK = 2**20  # values decoded in one go: what lies between codes and fp16 stays in the cache of the processor
 
 
-class Int8(Encoding):
+class Int8(Quantised):
     """Eight bits a value and one unit a concept."""
 
     name, tag = "int8", "int8.1"
@@ -54,19 +55,16 @@ class Int8(Encoding):
         codes = (values / _divisor(unit)).round().clamp(-_MOST_CODE, _MOST_CODE).to(torch.int8)
         return _rows(_unit_bytes(unit), codes.numpy().view(np.uint8))
 
-    def _read(self, data: np.ndarray, n_concepts: int, hidden_size: int) -> torch.Tensor:
-        rows = data.reshape(n_concepts, self.nbytes(1, hidden_size))
+    def _fill(self, made: torch.Tensor, rows: np.ndarray) -> None:
         unit = _units(rows, _MOST / _MOST_CODE)
         codes = torch.from_numpy(rows[:, _UNIT_BYTES:].view(np.int8))
-        made = torch.empty(n_concepts, hidden_size, dtype=torch.float16)
-        for part in _blocks(n_concepts, hidden_size):
+        for part in _blocks(*made.shape):
             made[part] = codes[part].float().mul_(unit[part])
-        if n_concepts and float(unit.max()) * 2**7 > _MOST:  # code -128 is never written, and must not overflow
+        if len(rows) and float(unit.max()) * 2**7 > _MOST:  # code -128 is never written, and must not overflow
             check_finite(made.numpy())
-        return made
 
 
-class Int4(Encoding):
+class Int4(Quantised):
     """Four bits a value, a step for each group of 32, and one unit a concept."""
 
     name, tag = "int4", "int4.1"
@@ -92,22 +90,21 @@ class Int4(Encoding):
         packed = flat[:, 0::2] | (flat[:, 1::2] << 4)
         return _rows(_unit_bytes(unit[..., 0]), step[..., 0].to(torch.int8).numpy().view(np.uint8), packed.numpy())
 
-    def _read(self, data: np.ndarray, n_concepts: int, hidden_size: int) -> torch.Tensor:
-        rows, n_groups = data.reshape(n_concepts, self.nbytes(1, hidden_size)), _n_groups(hidden_size)
-        start, pairs = _UNIT_BYTES + n_groups, _half(hidden_size)
+    def _fill(self, made: torch.Tensor, rows: np.ndarray) -> None:
+        hidden_size = made.shape[1]
+        n_groups, pairs = _n_groups(hidden_size), _half(hidden_size)
+        start = _UNIT_BYTES + n_groups
         unit = _units(rows, _MOST / 8 / _MOST_CODE)
         steps = torch.from_numpy(rows[:, _UNIT_BYTES:start].view(np.int8)).float().mul_(unit)[..., None]
         packed = torch.from_numpy(rows[:, start:])
-        made = torch.empty(n_concepts, hidden_size, dtype=torch.float16)
-        for part in _blocks(n_concepts, hidden_size):
+        for part in _blocks(*made.shape):
             both = packed[part]
             values = torch.empty(both.shape[0], n_groups * GROUP)
             values[:, 0 : 2 * pairs : 2], values[:, 1 : 2 * pairs : 2] = both & 15, both >> 4
             values.sub_(8).view(-1, n_groups, GROUP).mul_(steps[part])
             made[part] = values[:, :hidden_size]
-        if n_concepts and float(unit.max()) * 2**10 > _MOST:  # step -128 is never written, and must not overflow
+        if len(rows) and float(unit.max()) * 2**10 > _MOST:  # step -128 is never written, and must not overflow
             check_finite(made.numpy())
-        return made
 
 
 def _coded(values: torch.Tensor, step: torch.Tensor, unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,10 +167,21 @@ def _blocks(n_concepts: int, hidden_size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, n_concepts, size)]
 
 
-FP16 = Fp16()
-_ALL: tuple[Encoding, ...] = (FP16, Int8(), Int4())
-ENCODINGS = {encoding.name: encoding for encoding in _ALL}  # what new stores are written in
-_READ = {encoding.tag: encoding for encoding in _ALL}
+FP16, _INT8, _INT4 = Fp16(), Int8(), Int4()
+# What users choose from, and what storages of deep concepts take instead.
+ENCODINGS: dict[str, Encoding] = {encoding.name: encoding for encoding in (FP16, _INT8, _INT4)}
+_DEEP = {base.name: Deep(base) for base in (_INT8, _INT4)}
+_NAMED = ENCODINGS | {encoding.name: encoding for encoding in _DEEP.values()}
+_READ = {encoding.tag: encoding for encoding in _NAMED.values()}
+
+
+def deep_encoding(name: str) -> str:
+    """The encoding that keeps deep concepts as `fp16`, `int8` or `int4` keep others: its name.
+
+    Raises:
+        ConfigurationError: There is none of this name.
+    """
+    return _DEEP.get(name, encoding_named(name)).name
 
 
 def encoding_named(name: str) -> Encoding:
@@ -182,9 +190,9 @@ def encoding_named(name: str) -> Encoding:
     Raises:
         ConfigurationError: There is none of this name.
     """
-    if name not in ENCODINGS:
+    if name not in _NAMED:
         raise ConfigurationError("unknown encoding of concepts", got=repr(name), expected=" or ".join(ENCODINGS))
-    return ENCODINGS[name]
+    return _NAMED[name]
 
 
 def encoding_tagged(tag: str) -> Encoding:

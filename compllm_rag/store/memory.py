@@ -17,7 +17,7 @@ class MemoryStore(ConceptStore):
 
     Args:
         hidden_size: Width of every concept.
-        encoding: `fp16`, `int8` or `int4`.
+        encoding: `fp16`, `int8` or `int4`, or for deep concepts what `deep_encoding` makes of these.
 
     Raises:
         ConfigurationError: `hidden_size` is not a positive integer, or there is no such encoding.
