@@ -15,7 +15,7 @@ from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.library import unpacked
 from compllm_rag.prompt import ConceptSpan, Span, TextSpan
-from compllm_rag.store.encodings import encoding_named
+from compllm_rag.store.encodings import deep_encoding, encoding_named
 
 EvalMode = Literal["text", "concepts", "random", "pruned", "none"]
 MODES: tuple[EvalMode, ...] = get_args(EvalMode)
@@ -119,7 +119,10 @@ class Bodies:
                 expected="a compressor of deep concepts",
                 next_step="leave mode random out",
             )
-        self._encoding = encoding_named(setting.encoding) if setting.encoding else None
+        name = setting.encoding
+        if name and compressor.config.deep:
+            name = deep_encoding(name)
+        self._encoding = encoding_named(name) if name else None
         self._compressor, self._mode, self._segmented = compressor, setting.mode, segmented
         self._policy = FixedRate(setting.rate, compressor.config.longest_unit) if setting.rate else None
         self._made: dict[str, Span] = {}

@@ -17,6 +17,7 @@ from compllm_rag.errors import (
     StorageNotFoundError,
     UnsupportedFormatError,
 )
+from compllm_rag.store.encodings import deep_encoding
 
 if TYPE_CHECKING:
     from compllm_rag.compression.spec import ConceptSpec
@@ -92,6 +93,11 @@ class Manifest(Frozen):
     def width(self) -> int:
         """Columns of a record in the concept store; a deep concept has one more, its place in the text."""
         return self.hidden_size + (self.entry_layer > 0)
+
+    @property
+    def encoding(self) -> str:
+        """How the concept store writes records: the encoding asked for, or its kin for deep concepts."""
+        return deep_encoding(self.ingest.encoding) if self.entry_layer else self.ingest.encoding
 
     def prefill_cost(self, rate: float) -> float | None:
         """What one token of a passage costs at prefill, text = 1; see `ConceptSpec.prefill_cost`.

@@ -35,7 +35,7 @@ def open_store(
         StorageMismatchError, CorruptRecordError, UnsupportedFormatError: See `DiskStore`.
     """
     if where is None:
-        return MemoryStore(manifest.width, encoding=manifest.ingest.encoding)
+        return MemoryStore(manifest.width, encoding=manifest.encoding)
     scheme = _URL.match(where) if isinstance(where, str) else None
     if scheme is not None:
         raise ConfigurationError(
@@ -48,6 +48,6 @@ def open_store(
         where,
         hidden_size=manifest.width,
         read_only=read_only,
-        encoding=manifest.ingest.encoding,
+        encoding=manifest.encoding,
         counted=counted,
     )
