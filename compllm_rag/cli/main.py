@@ -29,8 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
     help="Retrieval-augmented generation that never pays twice for the same passage.\n\n"
-    "Ingest documents once: each is cut into chunks, embedded, and compressed into concept embeddings. Every later "
-    "query feeds the retrieved concepts to the LLM in place of tokens, at half or a quarter of the positions.\n\n"
+    "Ingest documents once: each is cut into chunks, embedded, and compressed into concepts. Every later query feeds "
+    "the retrieved concepts to the LLM in place of their text, at half or a quarter of its prefill and KV cache.\n\n"
     "Start with: compllm-rag demo",
 )
 
