@@ -96,15 +96,23 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_quality_and_its_report(tmp_path: Path, toy_folder: Path, world: Path) -> None:
-    out = tmp_path / "results" / "quality"
-    words = ["--llm", toy_folder, "--data-dir", world, "--out", out]
-    words += ["--sets", "squad", "race", "probes", "--limit", "5", "--rates", "2", "4"]
+@pytest.mark.parametrize("codec", ["deep", "input"])
+def test_quality_and_its_report(tmp_path: Path, toy_folder: Path, world: Path, codec: str) -> None:
+    deep = codec == "deep"
+    out = tmp_path / "results" / ("quality_deep" if deep else "quality")
+    words = ["--llm", toy_folder, "--data-dir", world, "--out", out, "--codec", codec]
+    words += ["--sets", "squad", "race", "probes", "--limit", "5", "--rates", *(["1"] if deep else []), "2", "4"]
     record, _ = loft_corpus.run("quality", tmp_path / "all.json", *words)
     squad = json.loads((out / "squad.json").read_text())
     assert [(r["mode"], r["rate"]) for r in squad["results"]] == [
-        ("text", None), ("concepts", 2.0), ("concepts", 4.0), ("pruned", 2.0), ("pruned", 4.0), ("none", None)
+        ("text", None), *([("concepts", 1.0)] if deep else []), ("concepts", 2.0), ("concepts", 4.0),
+        *([("random", 2.0), ("random", 4.0)] if deep else []), ("pruned", 2.0), ("pruned", 4.0), ("none", None),
     ]  # fmt: skip
+    if deep:
+        costs = {(r["mode"], r["rate"]): r["prefill_cost"] for r in squad["results"]}
+        assert (costs["text", None], costs["concepts", 1.0], costs["none", None]) == (1.0, 0.5, None)
+        assert costs["concepts", 2.0] == costs["random", 2.0] == pytest.approx(costs["pruned", 2.0] / 2, abs=1e-4)
+        assert squad["results"][2]["nll"] != squad["results"][4]["nll"]
     race = json.loads((out / "race.json").read_text())["results"][0]
     assert race["f1"] is None and race["accuracy"] is not None
     again, told = loft_corpus.run("quality", tmp_path / "all.json", *words)
@@ -114,13 +122,29 @@ def test_quality_and_its_report(tmp_path: Path, toy_folder: Path, world: Path) -
         cwd=ROOT, check=True, timeout=300,
     )  # fmt: skip
     page = (tmp_path / "docs/quality.md").read_text()
-    assert "## SQuAD v1.1 dev" in page and "## Fidelity probes" in page and "5 questions" in page
+    title = "Deep concepts" if deep else "Concepts at the input embeddings"
+    assert f"## {title}, SQuAD v1.1 dev" in page and f"## {title}, fidelity probes" in page and "5 questions" in page
+    assert ("| prefill cost |" in page) == deep
     assert f"| {squad['results'][0]['nll']:.2f} [" in page
     change = squad["results"][1]["paired"]["f1"]
     low, high = change["interval"]
     assert f"| {change['difference']:+.1f} [{low:+.1f}, {high:+.1f}] |" in page
     assert "Δaccuracy" in page and "Not run yet" in (tmp_path / "docs/benchmarks.md").read_text()
-    assert (tmp_path / "docs/quality.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / f"docs/{out.name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_ttft_of_deep_concepts(tmp_path: Path, toy_folder: Path, texts: Path) -> None:
+    options = ["--llm", toy_folder, "--texts", texts, "--lengths", 300, 600, "--rates", 1, 2, "--repeats", 1]
+    record = run("ttft_deep", tmp_path / "o.json", *options)
+    assert (record["entry_layer"], record["depth"]) == (1, 2)
+    for found in record["lengths"].values():
+        text, one, two = found["rows"]
+        assert text["positions"] == one["positions"] > two["positions"]
+        assert text["kv_bytes"] > one["kv_bytes"] > two["kv_bytes"]
+        assert one["ttft_over_bound"]["median"] > 0 and text["ttft_over_bound"] is None
+    assert set(record["ingestion"]["bare_over_compress"]) == {"rate 1", "rate 2"}
+    with pytest.raises(ConfigurationError, match="measures deep concepts"):
+        loft_corpus.run("ttft_deep", tmp_path / "p.json", *map(str, options), "--codec", "input")
 
 
 def test_storage_and_its_page(tmp_path: Path, toy_folder: Path, texts: Path, world: Path) -> None:
