@@ -229,8 +229,6 @@ def read_concepts(compressor: DeepCompressor, items: Sequence[Drawn]) -> torch.T
 def concepts_of(compressor: DeepCompressor, items: Sequence[Drawn]) -> list[list[ConceptSpan]]:
     """Deep concepts of every passage of every example, with gradient."""
     units = [unit for item in items for body in item.example.bodies for unit in body.segments]
-    if not units:
-        return [[] for _ in items]
     hidden = iter(compressor.states_with_grad(units))  # (most tokens of a unit, hidden_size) each
     out = []
     for item, bodies in zip(items, _kept(compressor, items), strict=True):

@@ -129,12 +129,16 @@ class ConceptOptions(JobOptions):
     )
     answer_weight: Weight = Field(
         default=2.0,
-        description="how much tokens that answers are made of count where the tokens of concepts are chosen",
+        description="how much tokens that answers are made of count where the tokens of concepts are chosen; what a "
+        "run goes on from keeps its own",
     )
 
 
 class DeepOptions(ConceptOptions):
-    """What a run of deep concepts starts from; `init` keeps the settings that have no field here."""
+    """What a run of deep concepts starts from.
+
+    `init` keeps its own table of information, whatever `answer_weight` says, and the settings that have no field here.
+    """
 
     init: Path | None = Field(
         default=None, description="a compressor of deep concepts to go on from, of the same entry layer and LoRA"

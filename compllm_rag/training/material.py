@@ -137,7 +137,7 @@ class Material:
         others = [p for p in group.passages if not p.supporting]
         if extras and not others and rng.random() < self.config.distractors:
             others = [rng.choice(rng.choice(self.groups).passages) for _ in range(3)]
-            others = [p for p in others if p not in group.passages]
+            others = [p for p in dict.fromkeys(others) if p not in group.passages]
         used = sum(len(self.body(p.text)) for p in shown)
         rng.shuffle(others)
         if extras and self.config.max_passages is not None:
