@@ -1,6 +1,7 @@
-"""The training job: reader or compressor, on one device or many, to run in time slots and to copy from.
+"""The training job: reader, deep concepts or compressor, on one device or many, to run in time slots and to copy from.
 
     python pipelines/train.py reader --data-dir data --out runs/reader
+    python pipelines/train.py deep --data-dir data --out runs/deep --reader runs/reader/best
     python pipelines/train.py compressor --data-dir data --out runs/compressor --reader runs/reader/best --minutes 9
     torchrun --nproc-per-node 4 pipelines/train.py compressor --llm org/name@revision --data-dir data --out runs/large
 

@@ -74,6 +74,7 @@ def _option(name: str, info: FieldInfo, default: Any) -> inspect.Parameter:
     if none is not None:
         text, bounds = text.replace("None", str(none)), bounds | ({"ge": none} if none == 0 else {})
     option = typer.Option(
+        *([f"--{name[:-1]}"] if name.endswith("_") else []),  # a word that Python keeps for itself: `from_`
         help=f"{text[:1].upper()}{text[1:]}.",
         metavar="|".join(choices) if get_origin(info.annotation) is Literal else None,
         min=bounds.get("ge"),

@@ -1,4 +1,4 @@
-"""The command line of training: `compllm-rag train reader | compressor`."""
+"""The command line of training: `compllm-rag train reader | compressor | deep`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ import typer
 
 from compllm_rag.cli.base import AsJson, print_json, progress_show, reported
 from compllm_rag.cli.flags import flagged
-from compllm_rag.training.job_options import CompressorOptions, DataOptions, ReaderOptions
-from compllm_rag.training.run_config import READER_RUN, RunConfig
+from compllm_rag.training.job_options import (
+    DEEP_DATA,
+    READER_DATA,
+    CompressorOptions,
+    DataOptions,
+    DeepOptions,
+    ReaderOptions,
+)
+from compllm_rag.training.run_config import DEEP_RUN, READER_RUN, RunConfig
 
 train_app = typer.Typer(
     no_args_is_help=True,
@@ -19,8 +26,12 @@ train_app = typer.Typer(
 )
 
 Out = Annotated[Path, typer.Option("--out", help="Folder of the run; best/ in it is what you load.")]
-# What a compressor is made with but nobody chooses: versions, and what follows from the LLM and from the rank.
-_UNASKED = ("format_version", "segmenter_version", "scale", "lora_alpha")
+# What a compressor is made with but nobody chooses: versions, what follows from the LLM and from the rank, and what
+# deep concepts alone have.
+_UNASKED = (
+    *("format_version", "segmenter_version", "scale", "lora_alpha"),
+    *("entry_layer", "unit_length", "opening", "selector", "read_rank", "read_alpha", "read_modules"),
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -56,7 +67,11 @@ def _print(record: dict[str, Any]) -> None:
 @reported
 @flagged(unasked=["head_lr"])
 def reader(
-    out: Out, data: DataOptions, options: ReaderOptions, run: RunConfig = READER_RUN, as_json: AsJson = False
+    out: Out,
+    options: ReaderOptions,
+    data: DataOptions = READER_DATA,
+    run: RunConfig = READER_RUN,
+    as_json: AsJson = False,
 ) -> None:
     """Train a reader: a LoRA adapter that teaches a small instruct model to answer from passages.
 
@@ -88,5 +103,28 @@ def compressor(
     options = options.model_copy(update={"config": config})
     with progress_show(as_json) as show:
         record = train_compressor(out, data, options, run, show.fetching, _command())
+        plot_curves(out)
+    _report(record, as_json)
+
+
+@train_app.command("deep")
+@reported
+@flagged(names={"lora_rank": "rank", "init": "from_"}, unasked=["head_lr"])
+def deep(
+    out: Out,
+    options: DeepOptions,
+    data: DataOptions = DEEP_DATA,
+    run: RunConfig = DEEP_RUN,
+    as_json: AsJson = False,
+) -> None:
+    """Train deep concepts: LoRA in the LLM's lower half that writes them, and one in its upper half that reads them.
+
+    Example: compllm-rag train deep --data-dir data --out runs/deep --minutes 60
+    """
+    from compllm_rag.training.cards import plot_curves
+    from compllm_rag.training.jobs import train_deep
+
+    with progress_show(as_json) as show:
+        record = train_deep(out, data, options, run, show.fetching, _command())
         plot_curves(out)
     _report(record, as_json)

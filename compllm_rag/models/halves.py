@@ -119,8 +119,9 @@ class Halves:
 
         Args:
             embeddings: Input embeddings (batch, n, hidden_size).
-            mask: (batch, slots in the cache + n), 1 where something stands and 0 at padding. It is never left out:
-                without one transformers takes positions with gaps for sequences packed into one row.
+            mask: (batch, slots in the cache + n), 1 where something stands and 0 at padding, or what else transformers
+                takes (training's mask by branch). It is never left out: without one transformers takes positions with
+                gaps for sequences packed into one row.
             positions: (batch, n).
             cache: The lower half's KV cache, which grows by n; None keeps none.
 

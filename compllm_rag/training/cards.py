@@ -11,6 +11,7 @@ from compllm_rag.training.run_config import RunConfig
 _TITLES = {
     "reader": "Reader adapter",
     "compressor": "Concept compressor",
+    "deep": "Compressor of deep concepts",
 }
 
 
@@ -50,7 +51,7 @@ def plot_curves(out: Path) -> Path | None:
     shown = percent or [name for name in names if name.startswith("nll")]
     for name in shown:
         values = [look["validation"].get(name) for look in looks]
-        dashed = name.startswith("pruned")
+        dashed = name.startswith(("pruned", "untrained"))
         right.plot(
             [look["step"] for look in looks], values, "--" if dashed else "o-", markersize=3, linewidth=1.2, label=name
         )
@@ -77,7 +78,7 @@ def write_card(
 
     Args:
         out: Folder of the run.
-        kind: `reader` or `compressor`.
+        kind: `reader`, `compressor` or `deep`.
         llm: The target LLM.
         data: Names of the data files.
         skipped: Rows left out, with reasons.

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from compllm_rag.models.halves import Halves
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import ConceptSpan, Span, TextSpan, embed_spans
 
@@ -21,7 +22,10 @@ BranchKind = Literal["qa", "copy", "continue", "keep"]
 
 @dataclass(frozen=True)
 class Body:
-    """A passage's token ids, cut into segments; a batch reads it as text or as the concepts made of them."""
+    """A passage's token ids, cut into segments; a batch reads it as text or as the concepts made of them.
+
+    For deep concepts these are units, chunks of text.
+    """
 
     segments: tuple[tuple[int, ...], ...]
 
@@ -66,11 +70,11 @@ class Example:
         """Tokens of the passages."""
         return sum(map(len, self.bodies))
 
-    def spans(self, concepts: Sequence[torch.Tensor] | None = None) -> list[Span]:
+    def spans(self, concepts: Sequence[torch.Tensor | ConceptSpan] | None = None) -> list[Span]:
         """Spans of the prefix.
 
         Args:
-            concepts: (n_concepts, hidden_size) of each passage; None reads them as text.
+            concepts: (n_concepts, hidden_size) of each passage, or its span of deep ones; None reads them as text.
         """
         out: list[Span] = []
         passage = 0
@@ -78,7 +82,8 @@ class Example:
             if isinstance(part, TextSpan):
                 out.append(part)
                 continue
-            out.append(TextSpan(part.ids, passage) if concepts is None else ConceptSpan(concepts[passage], passage))
+            given = TextSpan(part.ids, passage) if concepts is None else concepts[passage]
+            out.append(ConceptSpan(given, passage) if isinstance(given, torch.Tensor) else given)
             passage += 1
         return out
 
@@ -88,8 +93,10 @@ class Packed:
     """A batch of examples as the LLM reads them, padded on the right.
 
     Attributes:
-        inputs_embeds: (batch, seq_len, hidden_size).
-        attention_mask: Boolean (batch, 1, seq_len, seq_len), or by layer type where the LLM has several.
+        inputs_embeds: (batch, seq_len, hidden_size); with deep concepts, the residual stream in front of their entry
+            layer.
+        attention_mask: (batch, 1, seq_len, seq_len), boolean or to be added to the scores, as the LLM's attention takes
+            it; or by layer type where the LLM has several.
         position_ids: (batch, seq_len); every branch goes on where the prefix ends.
         rows: (n,) batch index of each learned prediction.
         columns: (n,) position that makes it: the one before the token.
@@ -151,6 +158,50 @@ def weight_of(example: Example, kind_weights: dict[str, float]) -> float:
     return sum(kind_weights.get(branch.kind, 1.0) for branch in example.branches)
 
 
+@dataclass(frozen=True)
+class _Row:
+    """One example slot by slot: its prefix, then its branches.
+
+    Attributes:
+        spans: What stands there.
+        order: Of each slot: how many slots stand in front of it in its own prompt.
+        places: Of each slot: its position; more than its order behind tokens that were not kept.
+        owner: Of each slot: the number of its branch, 0 for the prefix.
+        columns: Slots that make a prediction.
+    """
+
+    spans: list[Span]
+    order: list[int]
+    places: list[int]
+    owner: list[int]
+    columns: list[int]
+
+    @property
+    def tokens(self) -> list[bool]:
+        """Of each slot: whether a token stands there, not a concept."""
+        return [isinstance(span, TextSpan) for span in self.spans for _ in range(len(span))]
+
+
+def _row(example: Example, concepts: Sequence[torch.Tensor | ConceptSpan] | None) -> _Row:
+    spans, places, end = example.spans(concepts), [], 0
+    for span in spans:
+        kept = span.places.tolist() if isinstance(span, ConceptSpan) and span.places is not None else range(len(span))
+        places += [end + place for place in kept]
+        end += span.extent
+    length = len(places)
+    order, owner, columns = list(range(length)), [0] * length, []
+    for number, branch in enumerate(example.branches, 1):
+        tokens = (*branch.prompt, *branch.target)
+        # The first prediction is made by the prefix if the branch has no prompt, else by its own first token.
+        begin = len(places)
+        columns += [*([length - 1] if not branch.prompt else []), *range(begin, begin + len(tokens) - 1)]
+        spans.append(TextSpan(tokens))
+        order += range(length, length + len(tokens))
+        places += range(end, end + len(tokens))
+        owner += [number] * len(tokens)
+    return _Row(spans, order, places, owner, columns)
+
+
 def pack(
     examples: Sequence[Example],
     llm: TargetLLM,
@@ -168,50 +219,80 @@ def pack(
     Returns:
         The batch; gradients flow into `concepts`.
     """
-    embed = embed or llm.embedding
-    sequences, positions, groups, rows, columns = [], [], [], [], []
-    for row, example in enumerate(examples):
-        spans = example.spans(None if concepts is None else concepts[row])
-        length = sum(map(len, spans))
-        places, owner = list(range(length)), [0] * length
-        for number, branch in enumerate(example.branches, 1):
-            tokens = (*branch.prompt, *branch.target)
-            # The first prediction is made by the prefix if the branch has no prompt, else by its own first token.
-            begin = len(places)
-            made_by = [*([length - 1] if not branch.prompt else []), *range(begin, begin + len(tokens) - 1)]
-            rows += [row] * len(made_by)
-            columns += made_by
-            spans.append(TextSpan(tokens))
-            places += range(length, length + len(tokens))
-            owner += [number] * len(tokens)
-        sequences.append(embed_spans(spans, embed, llm.device))  # (seq_len, hidden_size)
-        positions.append(places)
-        groups.append(owner)
-    longest = max(map(len, positions))
-    device = llm.device
-    # Both (batch, longest): whose each position is (0: the prefix, -1: padding), and where it stands in its prompt.
-    group = torch.tensor([g + [-1] * (longest - len(g)) for g in groups], device=device)
-    place = torch.tensor([p + [0] * (longest - len(p)) for p in positions], device=device)
+    rows = [_row(example, None if concepts is None else concepts[i]) for i, example in enumerate(examples)]
+    sequences = [embed_spans(row.spans, embed or llm.embedding, llm.device) for row in rows]  # (seq_len, hidden_size)
     embeds = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)  # (batch, longest, hidden_size)
-    return Packed(
-        embeds,
-        _masks(llm, group, place),
-        place,
-        torch.tensor(rows, device=device),  # (n,)
-        torch.tensor(columns, device=device),  # (n,)
+    return _packed(llm, rows, embeds)
+
+
+def pack_deep(examples: Sequence[Example], halves: Halves, concepts: Sequence[Sequence[ConceptSpan]]) -> Packed:
+    """Lay examples out for one forward of the LLM's upper half; tokens run through the lower one, without gradient.
+
+    As in generation, tokens see no passages below the entry layer, and concepts join there.
+
+    Args:
+        examples: At least one.
+        halves: The LLM in two halves.
+        concepts: For each example, deep concepts of each of its passages.
+
+    Returns:
+        The batch; gradients flow into `concepts`.
+    """
+    llm = halves.llm
+    rows = [_row(example, spans) for example, spans in zip(examples, concepts, strict=True)]
+    low = [_without_concepts(row) for row in rows]
+    with torch.no_grad():
+        sequences = [embed_spans(row.spans, llm.embedding, llm.device) for row in low]  # (n_tokens, hidden_size)
+        embeds = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)  # (batch, most tokens, hidden_size)
+        packed = _packed(llm, low, embeds)
+        hidden = halves.below(packed.inputs_embeds, packed.attention_mask, packed.position_ids)
+    states = iter(span.concepts.to(hidden) for row in rows for span in row.spans if isinstance(span, ConceptSpan))
+    joined = []  # (seq_len, hidden_size) each
+    for row, texts, states_below in zip(rows, low, hidden, strict=True):
+        lengths = [len(span) for span in texts.spans]
+        tokens = iter(states_below[: sum(lengths)].split(lengths))
+        joined.append(torch.cat([next(tokens if isinstance(span, TextSpan) else states) for span in row.spans]))
+    return _packed(llm, rows, torch.nn.utils.rnn.pad_sequence(joined, batch_first=True))
+
+
+def _without_concepts(row: _Row) -> _Row:
+    """What the lower half sees of it: tokens alone, at the positions they have among the passages."""
+    kept = [slot for slot, is_token in enumerate(row.tokens) if is_token]
+    return _Row(
+        [span for span in row.spans if isinstance(span, TextSpan)],
+        [row.order[slot] - (slot - n) for n, slot in enumerate(kept)],  # concepts stand in the prefix alone
+        [row.places[slot] for slot in kept],
+        [row.owner[slot] for slot in kept],
+        [],
     )
 
 
-def _masks(llm: TargetLLM, group: torch.Tensor, place: torch.Tensor) -> Any:
+def _packed(llm: TargetLLM, rows: Sequence[_Row], embeds: torch.Tensor) -> Packed:
+    """The batch of rows whose input is `embeds`, (batch, longest, hidden_size)."""
+    device, longest = llm.device, embeds.shape[1]
+    # All (batch, longest): whose each slot is (0: the prefix, -1: padding), how many are in front of it, its position.
+    group = torch.tensor([row.owner + [-1] * (longest - len(row.owner)) for row in rows], device=device)
+    order = torch.tensor([row.order + [0] * (longest - len(row.order)) for row in rows], device=device)
+    places = torch.tensor([row.places + [0] * (longest - len(row.places)) for row in rows], device=device)
+    return Packed(
+        embeds,
+        _masks(llm, group, order),
+        places,
+        torch.tensor([i for i, row in enumerate(rows) for _ in row.columns], device=device),  # (n,)
+        torch.tensor([column for row in rows for column in row.columns], device=device),  # (n,)
+    )
+
+
+def _masks(llm: TargetLLM, group: torch.Tensor, order: torch.Tensor) -> Any:
     """Who sees whom: the prefix, and what is earlier in its branch; padding sees itself, so that nothing is NaN.
 
     Args:
         llm: Says which kinds of layer there are.
-        group: (batch, seq_len), whose each position is.
-        place: (batch, seq_len), where it stands in its prompt.
+        group: (batch, seq_len), whose each slot is.
+        order: (batch, seq_len), how many slots stand in front of it in its prompt; a sliding window counts these.
 
     Returns:
-        Boolean (batch, 1, seq_len, seq_len), or by layer type.
+        (batch, 1, seq_len, seq_len), or by layer type.
     """
     n = group.shape[1]
     slots = torch.arange(n, device=group.device)  # (n,)
@@ -225,10 +306,20 @@ def _masks(llm: TargetLLM, group: torch.Tensor, place: torch.Tensor) -> Any:
     kinds = set(getattr(config, "layer_types", None) or ())
     if not window or (kinds and kinds == {"full_attention"}) or getattr(config, "use_sliding_window", True) is False:
         # Qwen3 asks for masks by layer type even where no layer slides.
-        return {"full_attention": full} if kinds else full
-    near = (place[:, :, None] - place[:, None, :] < window)[:, None]  # (batch, 1, n, n)
+        return {"full_attention": _as_read(llm, full)} if kinds else _as_read(llm, full)
+    near = (order[:, :, None] - order[:, None, :] < window)[:, None]  # (batch, 1, n, n)
     sliding = full & (near | itself)  # (batch, 1, n, n)
-    return {"full_attention": full, "sliding_attention": sliding} if kinds else sliding
+    if not kinds:
+        return _as_read(llm, sliding)
+    return {"full_attention": _as_read(llm, full), "sliding_attention": _as_read(llm, sliding)}
+
+
+def _as_read(llm: TargetLLM, mask: torch.Tensor) -> torch.Tensor:
+    """A boolean mask as the LLM's attention takes it: eager attention (Gemma 2) would add it to the scores."""
+    if llm.model.config._attn_implementation != "eager":
+        return mask
+    lowest = torch.finfo(llm.dtype).min
+    return torch.zeros(mask.shape, dtype=llm.dtype, device=mask.device).masked_fill(~mask, lowest)
 
 
 def positions_of(example: Example) -> int:

@@ -24,11 +24,20 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class MaterialConfig(Frozen):
-    """How examples are mixed; their lengths are drawn evenly on a logarithmic scale from 20 tokens."""
+    """How examples are mixed.
+
+    Their lengths are drawn evenly on a logarithmic scale from 20 tokens; with `max_passages` the number of distractors
+    is drawn instead.
+    """
 
     max_context: int = Field(default=320, ge=20, le=8000, description="most source tokens of one example")
     qa: Share = Field(default=0.6, description="share of examples with questions; the others are windows of plain text")
     distractors: Share = Field(default=0.35, description="share of single-passage questions that get further passages")
+    max_passages: int | None = Field(
+        default=None,
+        ge=1,
+        description="most passages of one question, a random number of distractors among them; None: as fit its length",
+    )
     max_branches: int = Field(default=6, ge=1, description="most questions of one example")
     copy_share: Share = Field(
         default=0.3, description="share of single passages that are to be copied besides their questions"
@@ -47,6 +56,12 @@ class DataOptions(Frozen):
     texts: tuple[Path, ...] = Field(default=(), description="a further file of texts; may be repeated")
     hub: tuple[str, ...] = Field(default=(), description="a hub dataset, org/name[:config][@revision]; may be repeated")
     material: MaterialConfig = MaterialConfig()
+
+
+# Prompts as retrieval makes them: one to six chunks, and not all of them of use.
+_RETRIEVED = MaterialConfig(max_context=700, max_passages=6, distractors=0.5)
+READER_DATA = DataOptions(material=_RETRIEVED)
+DEEP_DATA = DataOptions(material=_RETRIEVED.model_copy(update={"qa": 1.0, "copy_share": 0.0}))
 
 
 class ObjectiveConfig(Frozen):
@@ -106,7 +121,46 @@ class ReaderOptions(JobOptions):
     )
 
 
-class CompressorOptions(JobOptions):
+class ConceptOptions(JobOptions):
+    """What a run starts from that trains concepts of either kind."""
+
+    reader: str | Path | None = Field(
+        default="auto", description="folder of a reader adapter; auto: the shipped one; None: the LLM as it is"
+    )
+    answer_weight: Weight = Field(
+        default=2.0,
+        description="how much tokens that answers are made of count where the tokens of concepts are chosen; what a "
+        "run goes on from keeps its own",
+    )
+
+
+class DeepOptions(ConceptOptions):
+    """What a run of deep concepts starts from.
+
+    `init` keeps its own table of information, whatever `answer_weight` says, and the settings that have no field here.
+    """
+
+    init: Path | None = Field(
+        default=None, description="a compressor of deep concepts to go on from, of the same entry layer and LoRA"
+    )
+    entry_layer: int | None = Field(
+        default=None, ge=1, description="the layer at which concepts enter; left out: half the LLM's layers"
+    )
+    lora_rank: int = Field(default=32, ge=1, description="of LoRA, in each half")
+    lora_modules: tuple[str, ...] = Field(
+        default=LINEARS, description="a linear layer that LoRA changes, by the end of its name; may be repeated"
+    )
+    frozen_upper: bool = Field(
+        default=False, description="train the half that writes concepts alone: the LLM reads them as it is"
+    )
+    rates: tuple[float, ...] = Field(
+        default=(1.0, 1.5, 2.0, 3.0, 4.0),
+        description="a rate to train at; may be repeated. Each example draws one, so one compressor serves them all",
+    )
+    kl: Weight = Field(default=1.0, description="weight of the KL divergence from the LLM that reads text")
+
+
+class CompressorOptions(ConceptOptions):
     """What a compressor run starts from.
 
     `config` is that of a new compressor; its `scale` is set from the LLM's embeddings. `answer_weight` is the factor of
@@ -114,9 +168,6 @@ class CompressorOptions(JobOptions):
     learns to read concepts along with the compressor (`best/reader`); at 0 it stays as it is, as in the paper.
     """
 
-    reader: str | Path | None = Field(
-        default="auto", description="folder of a reader adapter; auto: the shipped one; None: the LLM as it is"
-    )
     reader_rank: int = Field(
         default=0,
         ge=0,
@@ -126,9 +177,6 @@ class CompressorOptions(JobOptions):
     init: Path | None = Field(default=None, description="a compressor to go on from; its settings are kept")
     config: CompressorConfig = CompressorConfig(
         layers=12, anchor_words=True, lora_rank=32, lora_alpha=64, lora_modules=LINEARS
-    )
-    answer_weight: Weight = Field(
-        default=2.0, description="how much tokens that answers are made of count where anchors are chosen"
     )
     objective: ObjectiveConfig = ObjectiveConfig()
     rates: RatesConfig = RatesConfig()

@@ -13,7 +13,7 @@ import torch
 
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.compression.information import information_for
-from compllm_rag.compression.loading import AUTO, shipped_adapter
+from compllm_rag.compression.loading import AUTO, shipped_adapter, untrained_deep
 from compllm_rag.compression.segmentation import Segmenter
 from compllm_rag.compression.spec import embedding_rms
 from compllm_rag.config import CompressorConfig
@@ -22,16 +22,17 @@ from compllm_rag.models.adapters import read_adapter
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.training.cards import write_card
 from compllm_rag.training.compressor_task import CompressorTask
+from compllm_rag.training.deep_task import DeepTask, going_on_from, lora_settings
 from compllm_rag.training.evaluation_guard import refuse_evaluation
 from compllm_rag.training.hub_data import fetch_dataset
 from compllm_rag.training.importance import answer_odds
-from compllm_rag.training.job_options import CompressorOptions, DataOptions, ReaderOptions
+from compllm_rag.training.job_options import CompressorOptions, ConceptOptions, DataOptions, DeepOptions, ReaderOptions
 from compllm_rag.training.labels import own_answers, own_instructions
 from compllm_rag.training.live_reader import LiveReader
 from compllm_rag.training.loop import train
 from compllm_rag.training.material import Material
 from compllm_rag.training.reader_task import ReaderTask
-from compllm_rag.training.run_config import READER_RUN, Progress, RunConfig
+from compllm_rag.training.run_config import DEEP_RUN, READER_RUN, Progress, RunConfig
 
 
 def train_compressor(
@@ -63,15 +64,7 @@ def train_compressor(
     options, run, progress = options or CompressorOptions(), run or RunConfig(), progress or _silent
     torch.manual_seed(run.seed)
     _check(data)
-    reader = shipped_adapter(options.llm, "reader") if options.reader == AUTO else options.reader
-    former = Path(reader) if reader is not None else None
-    llm = TargetLLM.from_pretrained(
-        options.llm,
-        reader=former,
-        dtype=options.dtype,
-        device=options.device or _local_device(),
-        progress=progress,
-    )
+    llm, former = _target(options, progress)
     live = LiveReader(llm, options.reader_rank, former) if options.reader_rank else None
     started = Compressor.from_pretrained(options.init, llm) if options.init is not None else None
     config = started.config if started else options.config
@@ -107,6 +100,62 @@ def train_compressor(
         live=live,
         text_share=options.text_share,
     )
+    return _run(task, run, out, progress, command, llm, material, facts)
+
+
+def train_deep(
+    out: Path,
+    data: DataOptions,
+    options: DeepOptions | None = None,
+    run: RunConfig = DEEP_RUN,
+    progress: Progress | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Train deep concepts; called again with the same arguments it goes on.
+
+    Args:
+        out: `best/` is what `load_compressor` loads; `last/`, `log.jsonl` and `curves.png` beside it.
+        data: What to train on; `DEEP_DATA` has the mix that fits.
+        options: What to start from.
+        run: How long and how fast.
+        progress: Called with a message and the share that is done.
+        command: Goes on the model card.
+
+    Returns:
+        The last record of the run.
+
+    Raises:
+        ConfigurationError: `init` is of another entry layer or has other LoRAs than `options` say.
+        FingerprintMismatchError: `init`, or the run in `out`, belongs to another LLM.
+        UnsupportedModelError: The LLM cannot be cut in two; see `Halves`.
+        DataFileError, EvaluationDataError: See `Material`.
+        DivergedError, OSError: See `train`.
+    """
+    options, progress = options or DeepOptions(), progress or _silent
+    torch.manual_seed(run.seed)
+    _check(data)
+    llm, _ = _target(options, progress)
+    started = going_on_from(options.init, llm, options) if options.init is not None else None
+    config = started.config if started else CompressorConfig()
+    with _first_process_first():
+        segmenter = Segmenter(llm.tokenizer, config.segment_length)
+        material = _load(data, segmenter, out / "data", progress, config.unit_length)
+    compressor = started or untrained_deep(
+        llm,
+        options.entry_layer,
+        information=_information(llm, material, options.answer_weight),
+        **lora_settings(options),
+    )
+    facts = {
+        "compressor": compressor.config.model_dump(mode="json"),
+        "material": data.material.model_dump(mode="json"),
+        "rates": list(options.rates),
+        "kl": options.kl,
+        "answer_weight": options.answer_weight,
+    }
+    with _first_process_first():
+        _same_job(out, "deep", llm, facts)
+    task = DeepTask(compressor, material, rates=options.rates, kl=options.kl, validation=options.validation)
     return _run(task, run, out, progress, command, llm, material, facts)
 
 
@@ -162,10 +211,23 @@ def new_compressor(llm: TargetLLM, config: CompressorConfig, material: Material,
         material: Whose questions are counted.
         answer_weight: See `CompressorOptions`.
     """
-    table = information_for(llm.tokenizer)
-    if answer_weight:
-        table = table + answer_weight * answer_odds(material, table.numel())
+    table = _information(llm, material, answer_weight)
     return Compressor(llm, config.model_copy(update={"scale": embedding_rms(llm)}), information=table)
+
+
+def _information(llm: TargetLLM, material: Material, answer_weight: float) -> torch.Tensor:
+    """How much each token is worth keeping, (vocab_size,)."""
+    table = information_for(llm.tokenizer)
+    return table + answer_weight * answer_odds(material, table.numel()) if answer_weight else table
+
+
+def _target(options: ConceptOptions, progress: Progress) -> tuple[TargetLLM, Path | None]:
+    """The target LLM and the reader that is merged into it."""
+    reader = shipped_adapter(options.llm, "reader") if options.reader == AUTO else options.reader
+    former = Path(reader) if reader is not None else None
+    device = options.device or _local_device()
+    llm = TargetLLM.from_pretrained(options.llm, reader=former, dtype=options.dtype, device=device, progress=progress)
+    return llm, former
 
 
 def _check(data: DataOptions) -> None:
@@ -176,7 +238,9 @@ def _check(data: DataOptions) -> None:
         Material.files_of(data.data_dir)
 
 
-def _load(data: DataOptions, segmenter: Segmenter, cache: Path, progress: Progress) -> Material:
+def _load(
+    data: DataOptions, segmenter: Segmenter, cache: Path, progress: Progress, unit_length: int | None = None
+) -> Material:
     questions, texts = list(data.questions), list(data.texts)
     for spec in data.hub:
         path, kind = fetch_dataset(spec, cache, progress=progress)
@@ -184,7 +248,7 @@ def _load(data: DataOptions, segmenter: Segmenter, cache: Path, progress: Progre
     if data.data_dir is not None:
         folder = Material.files_of(data.data_dir)
         questions, texts = questions + folder[0], texts + folder[1]
-    return Material(questions, texts, segmenter, data.material)
+    return Material(questions, texts, segmenter, data.material, unit_length=unit_length)
 
 
 def _run(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from compllm_rag.compression.segmentation import Segmenter
+from compllm_rag.compression.segmentation import Segmenter, units_of
 from compllm_rag.errors import DataFileError
 from compllm_rag.evaluation.questions import Question, SourcePassage, read_questions, read_rows
 from compllm_rag.prompt import QUESTION, QAPrompt, TextSpan
@@ -44,6 +44,7 @@ class Material:
         segmenter: Cuts passages as ingestion does.
         config: The mix.
         answers: By question id, answers of the target LLM's own (the paper's label-free way) in place of gold ones.
+        unit_length: Cut passages into units of deep concepts, of at most so many tokens; None: into segments.
 
     Raises:
         EvaluationDataError: A file is one kept for evaluation, by its name or by what is in it.
@@ -58,8 +59,10 @@ class Material:
         config: MaterialConfig | None = None,
         *,
         answers: dict[str, str] | None = None,
+        unit_length: int | None = None,
     ) -> None:
         self.config, self.segmenter, self.answers = config or MaterialConfig(), segmenter, answers or {}
+        self._unit_length = unit_length
         self.prompt = QAPrompt(segmenter.tokenizer)
         self.skipped: list[tuple[str, str]] = []
         self.files = [*question_files, *text_files]
@@ -118,7 +121,7 @@ class Material:
         budget = round(math.exp(rng.uniform(math.log(20), math.log(self.config.max_context))))
         if self.groups and (not self.texts or rng.random() < self.config.qa):
             [group] = rng.choices(self.groups, self._group_weights)
-            return self.questions(group, rng, max(budget, 60))
+            return self.questions(group, rng, self.config.max_context if self.config.max_passages else max(budget, 60))
         return self._window(rng, budget)
 
     def questions(self, group: Group, rng: random.Random, budget: int, *, extras: bool = True) -> Example:
@@ -134,8 +137,12 @@ class Material:
         others = [p for p in group.passages if not p.supporting]
         if extras and not others and rng.random() < self.config.distractors:
             others = [rng.choice(rng.choice(self.groups).passages) for _ in range(3)]
+            others = [p for p in dict.fromkeys(others) if p not in group.passages]
         used = sum(len(self.body(p.text)) for p in shown)
         rng.shuffle(others)
+        if extras and self.config.max_passages is not None:
+            spare = self.config.max_passages - len(shown)
+            others = others[: rng.randint(1, spare)] if spare > 0 else []
         for passage in others if extras else ():
             used += len(self.body(passage.text))
             if used > budget:
@@ -153,8 +160,13 @@ class Material:
         if text not in self._bodies:
             if len(self._bodies) >= _REMEMBERED:
                 self._bodies.clear()
-            self._bodies[text] = Body(tuple(map(tuple, self.segmenter.split(text))))
+            self._bodies[text] = Body(tuple(map(tuple, self._cut(text))))
         return self._bodies[text]
+
+    def _cut(self, text: str) -> list[list[int]]:
+        if self._unit_length is None:
+            return self.segmenter.split(text)
+        return units_of(self.segmenter.tokenize(text), self._unit_length)
 
     def _ask(self, question: Question) -> Branch:
         answer = self.answers.get(question.id, question.answers[0])
@@ -175,7 +187,7 @@ class Material:
         piece = text[begin : begin + span]
         if begin:
             piece = piece[max(0, piece.find(" ")) :].lstrip()
-        segments = self.segmenter.split(piece) if piece.strip() else self.segmenter.split(text[:span])
+        segments = self._cut(piece if piece.strip() else text[:span])
         kept: list[tuple[int, ...]] = []
         for segment in segments:
             if kept and sum(map(len, kept)) + len(segment) > budget:

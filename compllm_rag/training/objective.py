@@ -40,9 +40,9 @@ def hidden_states(llm: TargetLLM, packed: Packed) -> list[torch.Tensor]:
     return [_picked(state, packed) for state in states[1:]]
 
 
-def last_hidden_state(llm: TargetLLM, packed: Packed) -> torch.Tensor:
-    """Hidden states (n_predictions, hidden_size) after the final norm."""
-    state: torch.Tensor = decoder_of(llm.model)(
+def last_hidden_state(llm: TargetLLM, packed: Packed, model: Any = None) -> torch.Tensor:
+    """Hidden states (n_predictions, hidden_size) after the final norm, of the LLM or of its upper half, `model`."""
+    state: torch.Tensor = decoder_of(llm.model if model is None else model)(
         inputs_embeds=packed.inputs_embeds,
         attention_mask=packed.attention_mask,
         position_ids=packed.position_ids,

@@ -50,6 +50,8 @@ class RunConfig(Frozen):
 
 # A reader learns sooner than a compressor.
 READER_RUN = RunConfig(steps=400, warmup=20, decay=0.5)
+# Deep concepts start near text, so that few steps are enough.
+DEEP_RUN = RunConfig(steps=600, batch=4, lr=5e-4, warmup=10, decay=1.0)
 
 
 class Task(Protocol):

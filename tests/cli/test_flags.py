@@ -14,18 +14,30 @@ from compllm_rag.cli.flags import fields_of
 from compllm_rag.cli.main import app
 from compllm_rag.config import Frozen
 from compllm_rag.training.compressor_task import CompressorTask
-from compllm_rag.training.job_options import CompressorOptions, DataOptions, ReaderOptions
+from compllm_rag.training.deep_task import DeepTask
+from compllm_rag.training.job_options import (
+    DEEP_DATA,
+    READER_DATA,
+    CompressorOptions,
+    DataOptions,
+    DeepOptions,
+    ReaderOptions,
+)
 from compllm_rag.training.reader_task import ReaderTask
-from compllm_rag.training.run_config import READER_RUN, RunConfig
+from compllm_rag.training.run_config import DEEP_RUN, READER_RUN, RunConfig
 
 SETTINGS: dict[str, tuple[Frozen, ...]] = {
-    "reader": (DataOptions(), ReaderOptions(), READER_RUN),
+    "reader": (READER_DATA, ReaderOptions(), READER_RUN),
     "compressor": (DataOptions(), CompressorOptions(), RunConfig()),
+    "deep": (DEEP_DATA, DeepOptions(), DEEP_RUN),
 }
-# Without a flag: versions, what is worked out from the LLM and the rank, and for a reader the compressor's head.
+# Without a flag: versions, what is worked out from the LLM and the rank, and what the kind of run does not have.
+NAMES = {"reader": {}, "compressor": {"lora_rank": "rank"}, "deep": {"lora_rank": "rank", "init": "from_"}}
 UNASKED = {
+    "deep": {"head_lr"},
     "reader": {"head_lr"},
-    "compressor": {"format_version", "segmenter_version", "scale", "lora_alpha"},
+    "compressor": {"format_version", "segmenter_version", "scale", "lora_alpha"}
+    | {"entry_layer", "unit_length", "opening", "selector", "read_rank", "read_alpha", "read_modules"},
 }
 
 
@@ -41,6 +53,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     monkeypatch.setattr("compllm_rag.training.jobs.train_reader", job)
     monkeypatch.setattr("compllm_rag.training.jobs.train_compressor", job)
+    monkeypatch.setattr("compllm_rag.training.jobs.train_deep", job)
     monkeypatch.setattr("compllm_rag.training.cards.plot_curves", lambda out: None)
     return calls
 
@@ -53,11 +66,11 @@ def run(*words: object) -> Any:
 def test_every_field_has_its_flag_with_the_same_default_and_some_help(kind: str) -> None:
     command = typer.main.get_command(app).commands["train"].commands[kind]
     flags = {option.name: option for option in command.params}
-    asked = {"rank" if name == "lora_rank" else name: (info, value)
+    asked = {NAMES[kind].get(name, name): (info, value)
              for default in SETTINGS[kind] for name, info, value in fields_of(default, UNASKED[kind])}  # fmt: skip
     assert set(flags) == set(asked) | {"out", "as_json"} | ({"help"} & set(flags))
     for name, (info, value) in asked.items():
-        assert f"--{name.replace('_', '-')}" in flags[name].opts
+        assert f"--{name.rstrip('_').replace('_', '-')}" in flags[name].opts
         assert flags[name].default == (list(value) if isinstance(value, tuple) else value), name
         assert info.description
         assert flags[name].help
@@ -105,7 +118,8 @@ def test_what_is_out_of_bounds_is_refused(words: list[object], message: str, sta
 
 
 def test_tasks_have_the_defaults_of_the_settings() -> None:
-    for task, options in ((CompressorTask, CompressorOptions()), (ReaderTask, ReaderOptions())):
+    pairs = ((CompressorTask, CompressorOptions()), (ReaderTask, ReaderOptions()), (DeepTask, DeepOptions()))
+    for task, options in pairs:
         shared = {n: p.default for n, p in inspect.signature(task).parameters.items() if hasattr(options, n)}
         kept = {n: default for n, default in shared.items() if default not in (None, inspect.Parameter.empty)}
         assert {"validation"} < set(kept)

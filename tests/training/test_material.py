@@ -20,6 +20,7 @@ from compllm_rag.prompt import PromptPlan, QAPrompt, TextSpan
 from compllm_rag.store import MemoryStore
 from compllm_rag.training.evaluation_guard import refuse_evaluation
 from compllm_rag.training.examples import Body
+from compllm_rag.training.job_options import READER_DATA, MaterialConfig
 from compllm_rag.training.material import Material
 from training_samples import fresh, material, write_world
 
@@ -43,6 +44,36 @@ def test_examples_depend_on_the_seed_alone(llm, world: Path) -> None:
     assert drawn != [one.draw(random.Random(f"8/{i}")) for i in range(30)]
     assert {b.kind for e in drawn for b in e.branches} == {"qa", "copy", "continue"}
     assert any(len(e.bodies) > 1 for e in drawn), "some questions come with distractors"
+
+
+def test_prompts_are_as_retrieval_makes_them(llm, tmp_path: Path) -> None:
+    hops = [{"title": f"Hop {i}", "text": f"Passage {i} of the hops.", "is_supporting": i < 2} for i in range(9)]
+    rows = [{"id": "hops", "question": "Where?", "answers": ["there"], "documents": hops}]
+    rows += [
+        {"id": str(i), "title": f"Single {i}", "context": f"Row {i} alone.", "question": "Who?", "answers": ["Ada"]}
+        for i in range(20)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mine = Material([tmp_path / "rows.jsonl"], [], fresh(llm).segmenter, READER_DATA.material)
+    everything = [*mine.groups, *mine.held_out]
+    for group in everything[:3]:
+        gold = {p.text for p in group.passages if p.supporting}
+        of_other_groups = {p.text for g in everything if g is not group for p in g.passages}
+        own = {p.text for p in group.passages} - gold
+        counts, firsts = [], set()
+        for i in range(300):
+            made = mine.questions(group, random.Random(i), READER_DATA.material.max_context)
+            texts = {mine.segmenter.tokenizer.decode(body.ids) for body in made.bodies}
+            assert len(texts) == len(made.bodies) and gold <= texts
+            assert texts - gold <= (own or of_other_groups), "a row of several documents brings its own distractors"
+            counts.append(len(texts) - len(gold))
+            firsts.add(mine.segmenter.tokenizer.decode(made.bodies[0].ids) in gold)
+        assert firsts == {True, False}, "gold passages stand anywhere"
+        assert set(counts) == ({1, 2, 3, 4} if own else {0, 1, 2, 3})
+        assert own or 120 < counts.count(0) < 180, "half of the time"
+    small = Material([tmp_path / "rows.jsonl"], [], fresh(llm).segmenter, MaterialConfig(max_passages=1, distractors=1))
+    drawn = [small.draw(random.Random(i)) for i in range(20)]
+    assert {len(e.bodies) for e in drawn} <= {1, 2}, "gold passages are never left out"
 
 
 def test_held_out_questions_are_never_drawn(llm, world: Path) -> None:
