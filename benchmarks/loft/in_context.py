@@ -64,7 +64,8 @@ def corpus_in_context(
 ) -> dict[str, Any]:
     """The whole corpus in the prompt, one setting after the other."""
     shots = load(folder, "few_shot").queries if (folder / "few_shot_queries.jsonl").exists() else []
-    compressor, longest = load_compressor_for(args.llm), args.max_new_tokens or CONTEXT_TOKENS
+    compressor = load_compressor_for(args.llm, codec=args.codec)
+    longest = args.max_new_tokens or CONTEXT_TOKENS
     told = min(len(shots), MOST_EXAMPLES)
     same = {**base, **read_by(compressor), "examples": told, "max_new_tokens": longest}
     journal = journal_of(args.json, same)

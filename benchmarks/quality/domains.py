@@ -37,7 +37,7 @@ def score(
     compressor: ConceptCompressor, found: Sequence[Piece], setting: Setting, segmented: Segmented, batch: int
 ) -> list[Record]:
     """Likelihood of each continuation behind its passage."""
-    prompt, generator = QAPrompt(compressor.llm.tokenizer), ScoringGenerator(compressor.llm)
+    prompt, generator = QAPrompt(compressor.llm.tokenizer), ScoringGenerator(compressor.llm, halves=compressor.halves)
     bodies = Bodies(compressor, setting, segmented)
     records = []
     for begin in range(0, len(found), batch):
@@ -138,7 +138,7 @@ def measure(compressor: ConceptCompressor, name: str, args: Any) -> dict[str, An
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run it."""
-    options = parser("domains", __doc__, "llm rates batch-size", batch_size=12)
+    options = parser("domains", __doc__, "llm rates codec batch-size", batch_size=12)
     options.add_argument("--data-dir", type=Path, required=True, help="holds eval/*.jsonl.gz and text/*.jsonl.gz")
     options.add_argument("--domains", nargs="+", choices=list(DOMAINS), default=list(DOMAINS))
     options.add_argument("--limit", type=int, default=60, help="passages of each kind")
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--questions", type=int, default=60, help="of each kind that has any; 0 asks none")
     options.add_argument("--longest", type=int, default=300, help="most source tokens of a passage asked about")
     args = parsed(options, argv)
-    compressor = load_compressor_for(args.llm)
+    compressor = load_compressor_for(args.llm, codec=args.codec)
     names = ("limit", "context", "length", "questions", "longest", "rates")
     same = {"llm": args.llm, "fingerprint": compressor.fingerprint} | {name: getattr(args, name) for name in names}
     journal = journal_of(args.json, same)

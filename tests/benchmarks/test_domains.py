@@ -79,7 +79,7 @@ def test_it_runs_resumes_and_has_its_section(tmp_path: Path, toy_folder: Path, c
     write(tmp_path / DOMAINS["squad"].file, [{"context": f"{n} {TEXT[:400]}", "qas": qas} for n in range(3)])
     documentation(tmp_path, compressor)
     out = tmp_path / "domains.json"
-    words = ["--llm", toy_folder, "--data-dir", tmp_path, "--context", 60, "--length", 8]
+    words = ["--llm", toy_folder, "--data-dir", tmp_path, "--context", 60, "--length", 8, "--codec", "input"]
     words += ["--rates", 2, "--limit", 2, "--domains", "squad"]
     assert "squad: 2 passages of 2 texts" in run("domains", out, *words)[1]
     record, again = run("domains", out, *words, "code")

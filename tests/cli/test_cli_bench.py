@@ -60,7 +60,7 @@ def test_tables_need_no_plotting_package(tmp_path: Path, monkeypatch: pytest.Mon
         record = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
         assert "|---|" in "\n".join(benchmarks.page(name).tables(record))
     squad = json.loads((ROOT / "benchmarks" / "results" / "quality" / "squad.json").read_text())
-    assert "## SQuAD v1.1 dev" in benchmarks.page("quality").tables({"squad": squad})
+    assert "## Concepts at the input embeddings, SQuAD v1.1 dev" in benchmarks.page("quality").tables({"squad": squad})
 
 
 @pytest.mark.slow
