@@ -248,7 +248,14 @@ def test_the_command_leaves_a_compressor_that_loads_and_answers(toy_folder: Path
     [answer] = LocalGenerator(made.llm, halves=made.halves).generate([plan])
     assert answer.token_ids
     card = (finished / "best/README.md").read_text()
-    for fact in ("story.jsonl.gz", "2 steps of 2 examples", "concepts@1", "pruned@2", "untrained@2", "train deep"):
+    for fact in (
+        "story.jsonl.gz",
+        "2 steps of 2 examples",
+        "concepts@1",
+        "pruned@2",
+        "untrained@2",
+        "of deep concepts for",
+    ):
         assert fact in card
     assert (finished / "curves.png").exists()
 
