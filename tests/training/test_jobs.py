@@ -72,5 +72,6 @@ def test_the_notebook_runs(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
     texts = [o.get("text", "") for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
-    assert any("prompt positions" in text for text in texts)
+    assert any("of the prefill as text" in text for text in texts)
+    assert any("times the KV cache" in text for text in texts)
     assert any("1 document changed" in text for text in texts)
