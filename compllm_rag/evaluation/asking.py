@@ -12,6 +12,7 @@ from compllm_rag.evaluation.questions import Question
 from compllm_rag.evaluation.scoring import Prefilled, ScoringGenerator
 from compllm_rag.evaluation.statistics import Record
 from compllm_rag.generation.base import Generator
+from compllm_rag.models.halves import Halves
 from compllm_rag.prompt import PromptPlan, QAPrompt
 
 # Prompt positions of one batch: 16 prompts of a long SQuAD paragraph; the embedded LLM caches them in under 1 GiB.
@@ -29,6 +30,7 @@ class Asker:
         bodies: What stands for passages in place of what the setting says, such as a rival's; its positions are counted
             as those of concepts are. None follows the setting.
         prompt: Lays out passages and question; None takes the default prompt.
+        halves: Those of the compressor, merged already, so that several settings share them; None merges them here.
         generator: Makes the answers; it must run the same LLM. Likelihoods are taken in this process all the same.
 
     Raises:
@@ -43,10 +45,11 @@ class Asker:
         generation: GenerationConfig,
         bodies: PassageBodies | None = None,
         prompt: QAPrompt | None = None,
+        halves: Halves | None = None,
         generator: Generator | None = None,
     ) -> None:
         self._llm, self._setting, self._segmented = compressor.llm, setting, segmented
-        self._generator = ScoringGenerator(compressor.llm, generation, halves=compressor.halves)
+        self._generator = ScoringGenerator(compressor.llm, generation, halves=halves or compressor.halves)
         self._answers = generator or self._generator
         self._prompt = prompt or QAPrompt(compressor.llm.tokenizer)
         self._counted = bodies is not None or setting.mode in COMPRESSED

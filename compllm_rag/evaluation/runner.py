@@ -106,12 +106,14 @@ def evaluate_many(
     config = config or EvalConfig()
     asked = [Setting.of(*setting) for setting in settings]
     segmented = Segmented(compressor)
+    halves = compressor.halves.merged() if compressor.halves else None
     askers = {
         setting: Asker(
             compressor,
             setting,
             segmented,
             GenerationConfig(max_new_tokens=config.max_new_tokens),
+            halves=halves,
             generator=generator,
         )
         for setting in dict.fromkeys([TEXT, NONE, *asked])

@@ -172,8 +172,15 @@ def load_lora_state(decoder: Any, state: dict[str, torch.Tensor], name: str = "d
         set_peft_model_state_dict(decoder, state, name)
 
 
-def merge_lora(tree: Any) -> bool:
-    """Put plain linear layers with weights of their own in the place of a tree's LoRA layers; tells if there were any.
+def has_lora(tree: Any) -> bool:
+    """Whether a module tree has LoRA layers."""
+    from peft.tuners.lora import LoraLayer
+
+    return any(isinstance(module, LoraLayer) for module in tree.modules())
+
+
+def merge_lora(tree: Any) -> None:
+    """Put plain linear layers with weights of their own in the place of a tree's LoRA layers.
 
     The weights underneath, which other trees share, are left alone. They are added up in float32.
     """
@@ -190,4 +197,3 @@ def merge_lora(tree: Any) -> bool:
         plain.bias = base.bias
         parent, _, leaf = name.rpartition(".")
         setattr(tree.get_submodule(parent), leaf, plain)
-    return bool(found)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from compllm_rag.errors import ConfigurationError, UnsupportedModelError
-from compllm_rag.models.adapters import merge_lora
+from compllm_rag.models.adapters import has_lora, merge_lora
 from compllm_rag.models.llm import decoder_of
 
 if TYPE_CHECKING:
@@ -99,11 +99,11 @@ class Halves:
         A LoRA of rank 32 makes a small LLM's layers a tenth slower or more. The price is memory for those weights, at
         most as much as the upper half has; the target's stay as they are.
         """
-        upper = _copied(self.upper)
-        if not merge_lora(upper):
+        if not has_lora(self.upper):
             return self
         made = copy.copy(self)
-        made.upper = upper
+        made.upper = _copied(self.upper)
+        merge_lora(made.upper)
         return made
 
     def caches(self) -> tuple[Any, Any]:
