@@ -6,6 +6,7 @@ wrongly without a word when given only the rest, and it offers no hook between p
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -36,8 +37,12 @@ class LocalGenerator:
     """
 
     def __init__(self, llm: TargetLLM, config: GenerationConfig | None = None, *, halves: Halves | None = None) -> None:
-        self.llm, self._config = llm, config or GenerationConfig()
-        self.halves = None if halves is None else halves.merged()
+        self.llm, self._config, self._halves = llm, config or GenerationConfig(), halves
+
+    @functools.cached_property
+    def halves(self) -> Halves | None:
+        """The LLM in two halves; merged at the first prompt with deep concepts: who only ingests has no need of it."""
+        return None if self._halves is None else self._halves.merged()
 
     @property
     def name(self) -> str:
@@ -161,7 +166,7 @@ class LocalGenerator:
             DeviceMemoryError: There is no memory for them.
         """
         with self._room_for(plans):
-            if self.halves is not None and any(plan.deep for plan in plans):
+            if any(plan.deep for plan in plans) and self.halves is not None:
                 return SplitForward(self.halves, split_rows(plans))
             return WholeForward(self.llm, lay_out(plans, self.llm))
 
