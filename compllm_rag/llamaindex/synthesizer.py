@@ -78,6 +78,8 @@ class ConceptSynthesizer(BaseSynthesizer):
         callback_manager: CallbackManager | None = None,
     ) -> None:
         self._generator = generator or LocalGenerator(library.llm, halves=library.halves)
+        if isinstance(self._generator, LocalGenerator) and (mode == "concepts" or choose is not None):
+            _ = self._generator.halves  # made ready now, so that the first answer does not wait for it
         super().__init__(llm=ConceptLLM(self._generator), callback_manager=callback_manager, streaming=streaming)
         self._planner = Planner(
             library,
