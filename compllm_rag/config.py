@@ -87,7 +87,7 @@ class CompressorConfig(Frozen):
     opening: tuple[int, ...] = Field(
         default=(), description="token ids in front of every unit: the prompt's constant opening"
     )
-    selector: Literal["information+surprisal", "information", "random"] = Field(
+    selector: Literal["information+surprisal", "information", "learned", "random"] = Field(
         default="information+surprisal", description="by what deep concepts choose the tokens they keep"
     )
     read_rank: int = Field(default=0, ge=0, description="rank of the LoRA that reads deep concepts; 0: no LoRA")

@@ -1,4 +1,4 @@
-"""The command line of training: `compllm-rag train reader | compressor | deep`."""
+"""The command line of training: `compllm-rag train reader | compressor | deep | selector`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import typer
 
 from compllm_rag.cli.base import AsJson, print_json, progress_show, reported
 from compllm_rag.cli.flags import flagged
+from compllm_rag.compression.loading import AUTO
+from compllm_rag.config import DEFAULT_LLM
 from compllm_rag.training.job_options import (
     DEEP_DATA,
     READER_DATA,
@@ -128,3 +130,38 @@ def deep(
         record = train_deep(out, data, options, run, show.fetching, _command())
         plot_curves(out)
     _report(record, as_json)
+
+
+@train_app.command("selector")
+@reported
+def selector(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the compressor that is made.")],
+    data_dir: Annotated[Path, typer.Option("--data-dir", help="Holds train/*.jsonl(.gz) with questions.")],
+    from_: Annotated[
+        str, typer.Option("--from", help="A compressor of deep concepts; auto: the shipped one, or an untrained one.")
+    ] = AUTO,
+    llm: Annotated[str, typer.Option("--llm", help="Target LLM: alias, folder or org/name@revision.")] = DEFAULT_LLM,
+    groups: Annotated[
+        int, typer.Option("--groups", min=1, help="Groups of questions that share passages to learn from, at most.")
+    ] = 1000,
+    seed: Annotated[int, typer.Option("--seed", help="Of their choice.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Of the frozen LLM: float32, bfloat16 or float16.")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="A torch device.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Learn which tokens deep concepts keep above rate 1: minutes, in closed form; LoRA stays as it is.
+
+    Example: compllm-rag train selector --data-dir data --out runs/selector
+    """
+    from compllm_rag.training.selector import train_selector
+
+    with progress_show(as_json) as show:
+        record = train_selector(
+            out, data_dir, from_, llm, show.fetching, n_groups=groups, seed=seed, dtype=dtype, device=device
+        )
+    if as_json:
+        print_json(record)
+    else:
+        typer.echo(f"learned from {record['groups']} groups of questions: {record['out']}")

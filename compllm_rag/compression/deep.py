@@ -24,7 +24,7 @@ import torch
 from compllm_rag.compression.information import information_for
 from compllm_rag.compression.pretrained import SavedCompressor, read_compressor, save_compressor
 from compllm_rag.compression.segmentation import Segmenter
-from compllm_rag.compression.selection import best_positions, fitted, random_scores
+from compllm_rag.compression.selection import best_positions, fitted, learned_scores, random_scores
 from compllm_rag.compression.spec import ConceptSpec, state_rms
 from compllm_rag.config import CompressorConfig
 from compllm_rag.errors import ConfigurationError
@@ -48,14 +48,25 @@ class DeepCompressor:
         config: With `entry_layer` of at least 1.
         information: Information content of each token, (vocab_size,) in nats; None takes the shipped table of the
             embedded model, or estimates one for any other tokenizer.
+        selector: Weights of a learned selector, (hidden_size + 1,); see `learned_scores`. For `selector="learned"`
+            alone.
 
     Raises:
-        ConfigurationError: The configuration does not fit the LLM.
+        ConfigurationError: The configuration does not fit the LLM, or a learned selector and its weights do not come
+            together.
         UnsupportedModelError: The LLM cannot be cut in two; see `Halves`.
     """
 
-    def __init__(self, llm: TargetLLM, config: CompressorConfig, *, information: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        llm: TargetLLM,
+        config: CompressorConfig,
+        *,
+        information: torch.Tensor | None = None,
+        selector: torch.Tensor | None = None,
+    ) -> None:
         _require_deep(config)
+        _check_selector(config, selector, llm.hidden_size)
         self.llm, self.config = llm, config
         # How the LLM reads these concepts; generators take it from here.
         self.halves = Halves(llm, config.entry_layer)
@@ -64,6 +75,7 @@ class DeepCompressor:
         table = information if information is not None else information_for(llm.tokenizer)
         # fp16 is what is saved: a table kept finer than its file would choose other positions after a reload.
         self.information = fitted(table, llm.embedding.weight.shape[0]).half().float().to(llm.device)
+        self.selector = None if selector is None else selector.half().float().to(llm.device)
         self.decoder = lower_half(llm.model, config.entry_layer)
         if config.lora_rank:
             inject_lora(self.decoder, rank=config.lora_rank, alpha=config.lora_alpha, modules=config.lora_modules)
@@ -86,8 +98,12 @@ class DeepCompressor:
     def of(cls, saved: SavedCompressor) -> DeepCompressor:
         """The compressor that lies on disk."""
         _require_deep(saved.config)
-        saved.check_tensors({"information": (saved.llm.embedding.weight.shape[0],)}, ("lora.", "read."))
-        made = cls(saved.llm, saved.config, information=saved.state["information"].float())
+        shapes: dict[str, tuple[int, ...]] = {"information": (saved.llm.embedding.weight.shape[0],)}
+        if saved.config.selector == "learned":
+            shapes["selector"] = (saved.llm.hidden_size + 1,)
+        saved.check_tensors(shapes, ("lora.", "read."))
+        tables = {name: saved.state[name].float() for name in shapes}
+        made = cls(saved.llm, saved.config, **tables)
         load_lora_state(made.decoder, saved.under("lora."))
         load_lora_state(made.halves.upper, saved.under("read."))
         saved.check_fingerprint(made.fingerprint)
@@ -127,10 +143,12 @@ class DeepCompressor:
         return state_rms(self.llm, self.config)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Everything learned, in fp16 as it is saved: both LoRAs and the information table."""
+        """Everything learned, in fp16 as it is saved: both LoRAs, the information table and the selector's weights."""
         tensors = {f"lora.{name}": tensor for name, tensor in lora_state(self.decoder).items()}
         tensors |= {f"read.{name}": tensor for name, tensor in lora_state(self.halves.upper).items()}
         tensors["information"] = self.information
+        if self.selector is not None:
+            tensors["selector"] = self.selector
         return {name: tensor.half().contiguous() for name, tensor in tensors.items()}
 
     def compress(
@@ -243,6 +261,17 @@ class DeepCompressor:
         ).last_hidden_state  # (batch, begin + most tokens, hidden_size)
         return hidden[:, begin:]
 
+    @torch.inference_mode()
+    def plain_states(self, units: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
+        """What stands in front of the entry layer without any LoRA: (n_tokens, hidden_size) of each unit."""
+        begin, limit = len(self.config.opening), _BATCH_POSITIONS["cpu" if self.llm.device.type == "cpu" else "cuda"]
+        size = max(1, limit // (begin + self.config.unit_length))
+        for at in range(0, len(units), size):
+            ids, mask = self._rows(units[at : at + size])  # (batch, n) each
+            places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)  # (batch, n)
+            hidden = self.halves.below(self.llm.embedding(ids), mask, places)  # (batch, n, hidden_size)
+            yield from (row[begin : begin + len(unit)] for row, unit in zip(hidden, units[at : at + size], strict=True))
+
     def _rows(self, units: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Opening and unit of each row as ids and mask, (batch, n) each; what pads a row stands behind it."""
         rows = [[*self.config.opening, *unit] for unit in units]
@@ -260,6 +289,10 @@ class DeepCompressor:
         known = [self.information[torch.tensor(list(unit), device=self.llm.device)] for unit in units]
         if self.config.selector == "information":
             yield from (row.cpu() for row in known)
+            return
+        if self.selector is not None:
+            for states, table in zip(self.plain_states(units), known, strict=True):
+                yield learned_scores(states, table, self.selector).cpu()
             return
         begin = len(self.config.opening)
         size = max(1, _LOGIT_POSITIONS["cpu" if self.llm.device.type == "cpu" else "cuda"] // (begin + 240))
@@ -284,6 +317,18 @@ def _require_deep(config: CompressorConfig) -> None:
             got="entry layer 0, the input embeddings",
             expected="an entry layer of at least 1",
             next_step="use Compressor",
+        )
+
+
+def _check_selector(config: CompressorConfig, weights: torch.Tensor | None, hidden_size: int) -> None:
+    wanted = (hidden_size + 1,) if config.selector == "learned" else None
+    has = None if weights is None else tuple(weights.shape)
+    if has != wanted:
+        raise ConfigurationError(
+            "selector and its weights do not fit",
+            got=f'selector "{config.selector}" with ' + ("no weights" if has is None else f"weights {has}"),
+            expected="no weights" if wanted is None else f"weights {wanted}",
+            next_step="make one with `compllm-rag train selector`" if wanted else "leave the weights out",
         )
 
 

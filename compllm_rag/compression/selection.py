@@ -68,6 +68,27 @@ def best_positions(scores: torch.Tensor, n_concepts: int) -> list[int]:
     return sorted(order.tolist())
 
 
+def learned_scores(states: torch.Tensor, information: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """How much each token is worth keeping, by what `train selector` has learned.
+
+    Args:
+        states: (n_tokens, hidden_size), what stands in front of the entry layer of the LLM without any LoRA.
+        information: (n_tokens,) in nats.
+        weights: (hidden_size + 1,), of the states, each divided by its root mean square, and of the information.
+
+    Returns:
+        (n_tokens,) float32.
+    """
+    return selector_features(states, information) @ weights
+
+
+def selector_features(states: torch.Tensor, information: torch.Tensor) -> torch.Tensor:
+    """What a learned selector judges by, (n_tokens, hidden_size + 1) float32; see `learned_scores`."""
+    wide = states.float()
+    rms = wide.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-12)  # (n_tokens, 1)
+    return torch.cat([wide / rms, information.float()[:, None]], 1)
+
+
 def random_scores(unit: Sequence[int]) -> torch.Tensor:
     """Chance that depends on a unit's token ids alone, (n_tokens,): the row that every selector must beat."""
     seed = xxhash.xxh3_64_intdigest(np.asarray(unit, dtype="<u4").tobytes()) & (2**63 - 1)

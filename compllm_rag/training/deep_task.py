@@ -95,7 +95,8 @@ class DeepTask:
             parameter.requires_grad_(".lora_" in name)
         # The LLM reading its own states, which training has to beat; it shares all tensors.
         plain = config.model_copy(update={"lora_rank": 0, "read_rank": 0})
-        self._untrained = DeepCompressor(compressor.llm, plain, information=compressor.information)
+        tables = {"information": compressor.information, "selector": compressor.selector}
+        self._untrained = DeepCompressor(compressor.llm, plain, **tables)
         self.validation_rates = list(validation_rates)
         rng = random.Random(0)
         groups = material.held_out or material.groups[:validation]
