@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -161,13 +162,7 @@ def test_folders_of_programs_and_storages_are_no_corpus(tmp_path: Path) -> None:
     documents = load_documents([tmp_path])
     assert [d.id_ for d in documents] == ["ferry.md", "storage/mine.md"]
     kinds = {name: kind for name, (kind, _) in told(documents).items()}
-    assert kinds == {
-        ".git": "excluded",
-        "node_modules": "excluded",
-        "env": "excluded",
-        "storage": "storage",
-        ".venv": "excluded",
-    }
+    assert kinds == dict.fromkeys((".git", ".venv", "env", "node_modules"), "excluded") | {"storage": "storage"}
     assert [d.id_ for d in load_documents([tmp_path / ".git"])] == ["README.md"]
 
 
@@ -178,10 +173,12 @@ def test_folders_nested_deeper_than_python_calls(tmp_path: Path) -> None:
         for _ in range(1100):
             os.mkdir("d")
             os.chdir("d")
+        os.chdir(here)
+        (tmp_path / "d" / "a.txt").write_text("a")
+        assert [d.id_ for d in load_documents([tmp_path])] == ["d/a.txt"]
     finally:
         os.chdir(here)
-    (tmp_path / "d" / "a.txt").write_text("a")
-    assert [d.id_ for d in load_documents([tmp_path])] == ["d/a.txt"]
+        subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # Python's own removal calls itself too often
 
 
 def test_a_file_that_is_named_twice_is_read_once(tmp_path: Path) -> None:
