@@ -154,7 +154,7 @@ def _tell(skipped: Sequence[SkippedFile], notes: Sequence[FileNote], *, verbose:
     told = [f"note: {note.path}: {note.what}" for note in notes]
     told += [f"left out: {one.path}: {one.reason}" for one in named]
     for line in told if verbose else told[:_MOST_LINES]:
-        typer.echo(line, err=True)
+        typer.echo("".join(char if char.isprintable() else ascii(char)[1:-1] for char in line), err=True)
     if len(told) > _MOST_LINES and not verbose:
         typer.echo(f"... and {len(told) - _MOST_LINES} more; --verbose names them", err=True)
     others = [one for one in skipped if not one.problem]

@@ -51,6 +51,7 @@ class FileDocuments(Iterator[Document]):
         notes: What was assumed about files that did, such as their encoding.
         finished: Files that were read from begin to end; what is not in them any more is gone.
         bytes_read: Of files, so far.
+        logs: Whether all that is logged too, because nobody asked to be told.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class FileDocuments(Iterator[Document]):
         self.notes: list[FileNote] = []
         self.finished: set[str] = set()
         self.bytes_read = 0
+        self.logs = on_skip is None
         self._on_skip, self._stdin = on_skip or _warn, stdin
         self._listing: Listing | None = None
         self._documents = self._read()
@@ -129,8 +131,9 @@ class FileDocuments(Iterator[Document]):
             self._skip(SkippedFile(shown(found.path), str(error.got), "broken", found.file))
         except OSError as error:
             self._skip(skipped_by(error, found.path, found.file))
-        except RecursionError:
-            self._skip(SkippedFile(shown(found.path), "it is nested too deeply", "broken", found.file))
+        except (RecursionError, MemoryError) as error:
+            reason = "it is nested too deeply" if isinstance(error, RecursionError) else "it does not fit the memory"
+            self._skip(SkippedFile(shown(found.path), reason, "broken", found.file))
 
     def _read_stdin(self, given: StdinSource) -> Iterator[Document]:
         source = self._source(Path("standard input"), STDIN, given.stream)
@@ -152,9 +155,14 @@ class FileDocuments(Iterator[Document]):
         return SourceFile(
             path,
             stream,
-            note=lambda what: self.notes.append(FileNote(name, what)),
+            note=lambda what: self._note(FileNote(name, what)),
             skip=lambda reason, line: self._skip(SkippedFile(f"{name}:{line}", reason, "broken", file)),
         )
+
+    def _note(self, note: FileNote) -> None:
+        self.notes.append(note)
+        if self.logs:
+            logger.warning("%s: %s", note.path, note.what)
 
     def _skip(self, skipped: SkippedFile) -> None:
         self.skipped.append(skipped)

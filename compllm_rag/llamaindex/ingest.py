@@ -29,6 +29,8 @@ from compllm_rag.store.base import ConceptStore
 
 # Characters of the documents worked on together; bounds memory and fills the compressor's batches.
 _BATCH_CHARS = 400_000
+# The first batches are smaller, so that it soon shows how long all of them will take.
+_FIRST_BATCH_CHARS = 50_000
 # Seconds between commits: each one writes the whole FAISS index, and what lies after it is lost in a crash.
 _COMMIT_EVERY_S = 60.0
 # From so many segments on, compressing takes so long that the time to tidy memory up does not count beside it.
@@ -198,6 +200,8 @@ def ingest_documents(
             for doc_id in gone:
                 index.delete_ref_doc(doc_id)
             report = replace(report, documents_deleted=len(gone))
+    if reading is None or reading.logs:
+        names.log()
     if refused is not None:
         raise refused
     if reading is not None:
@@ -288,7 +292,7 @@ def _keep_embeddings(index: Corpus, going: Sequence[str], coming: Sequence[BaseN
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     batch: dict[str, Document] = {}
-    size = 0
+    size, room = 0, _FIRST_BATCH_CHARS
     for document in documents:
         if document.id_ in batch:
             # An id that comes again is a change of the document, to be made once the first is in.
@@ -296,8 +300,8 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             batch, size = {}, 0
         batch[document.id_] = document
         size += len(document.text)
-        if size >= _BATCH_CHARS:
+        if size >= room:
             yield list(batch.values())
-            batch, size = {}, 0
+            batch, size, room = {}, 0, min(2 * room, _BATCH_CHARS)
     if batch:
         yield list(batch.values())

@@ -7,6 +7,7 @@ under that id, wherever its folder moves.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from compllm_rag.errors import ConfigurationError
 from compllm_rag.llamaindex.readers.found import FileDocument, FileNote, shown
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 
+logger = logging.getLogger(__name__)
 _STDIN = "-"
 
 
@@ -73,8 +75,14 @@ class Names:
             self._given[doc_id] = document.file
             yield document if doc_id == document.id_ else document.model_copy(update={"id_": doc_id})
 
+    def log(self) -> None:
+        """Warn of the documents that could not be called as they would be."""
+        for note in self.notes:
+            logger.warning("%s: %s", note.path, note.what)
+
     def _id(self, document: FileDocument) -> str:
-        asked, file = document.id_, document.file
+        asked: str = document.id_
+        file = document.file
         if self._others is None:
             self._others = self._index.origins.of_same_name()
         files = {doc_id: self._file(doc_id) for doc_id in (asked, *self._others.get(asked, ()))}

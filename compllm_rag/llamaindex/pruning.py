@@ -61,7 +61,8 @@ def _read(file: str, documents: FileDocuments) -> bool | str | None:
         return True
     for skipped in documents.skipped:
         if skipped.kind not in ("vanished", "storage") and lies_in(file, [skipped.file]):
-            return False if skipped.kind == "excluded" else f"{skipped.path}: {skipped.reason}"
+            # What is never read here came from somebody else's reader.
+            return False if skipped.kind in ("excluded", "unknown") else f"{skipped.path}: {skipped.reason}"
     return None
 
 

@@ -133,7 +133,8 @@ class UploadQueue:
         """
         index, read = self._index, list(documents)
         with index.bulk():
-            given = {document.id_: document for document in Names(index).settled(read)}
+            names = Names(index)
+            given = {document.id_: document for document in names.settled(read)}
             changed = [d for d in given.values() if index.docstore.get_document_hash(d.id_) != d.hash]
             self._check_room(len(changed))
             nodes = index.parser.get_nodes_from_documents(changed)
@@ -143,6 +144,7 @@ class UploadQueue:
             queued = index.pending.among([node.node_id for node in nodes])
             # Still in our turn: nobody else must find room that is taken.
             self._enqueue((n.ref_doc_id or n.node_id, n.node_id) for n in nodes if n.node_id in queued)
+        names.log()
         return UploadReceipt(len(given), len(changed), len(nodes), len(queued))
 
     def _check_room(self, documents: int) -> None:

@@ -164,6 +164,8 @@ def test_folders_of_programs_and_storages_are_no_corpus(tmp_path: Path) -> None:
     kinds = {name: kind for name, (kind, _) in told(documents).items()}
     assert kinds == dict.fromkeys((".git", ".venv", "env", "node_modules"), "excluded") | {"storage": "storage"}
     assert [d.id_ for d in load_documents([tmp_path / ".git"])] == ["README.md"]
+    assert [d.id_ for d in load_documents((tmp_path / "storage").iterdir())] == ["mine.md"]
+    assert not list(load_documents([tmp_path / "storage" / "reader" / "README.md"]))
 
 
 def test_folders_nested_deeper_than_python_calls(tmp_path: Path) -> None:

@@ -45,7 +45,9 @@ BOTH = {"ferry.md": "boats.", "1": "boats.", "bread/ferry.md": "bread.", "bread.
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-def test_both_live_and_are_found_again(index: ConceptIndex, folders: tuple[Path, Path], at_once: bool) -> None:
+def test_both_live_and_are_found_again(
+    index: ConceptIndex, folders: tuple[Path, Path], at_once: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     boats, bread = folders
     if at_once:
         report = index.ingest(load_documents([boats, bread]))
@@ -53,6 +55,7 @@ def test_both_live_and_are_found_again(index: ConceptIndex, folders: tuple[Path,
         index.ingest(load_documents([boats]))
         report = index.ingest(load_documents([bread]))
     assert held(index) == BOTH
+    assert len([r for r in caplog.records if "is the id of" in r.getMessage()]) == 2
     assert [note.what.split(" of ")[0] for note in report.notes] == ["1 is the id", "ferry.md is the id"]
     for paths in ([bread], [boats], [bread, boats], [boats, bread]):
         report = index.ingest(load_documents(paths), within=paths, prune=True)

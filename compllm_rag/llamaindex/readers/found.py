@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.schema import Document
@@ -69,6 +69,9 @@ class FileDocument(Document):
 
     _file: str = PrivateAttr(default="")
     _within: str = PrivateAttr(default="")
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(**fields)
 
     @classmethod
     def class_name(cls) -> str:

@@ -6,6 +6,7 @@ import io
 import logging
 import re
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -54,12 +55,15 @@ def read_code(source: SourceFile) -> Iterator[Piece]:
 
 def read_html(source: SourceFile) -> Iterator[Piece]:
     """What a page shows, a line for each block; its title, or its first heading."""
-    from bs4 import BeautifulSoup, NavigableString
+    from bs4 import BeautifulSoup, UnusualUsageWarning
+    from bs4.element import NavigableString
     from bs4.exceptions import ParserRejectedMarkup
 
     data = source.stream.read()
     try:
-        page = BeautifulSoup(data, "html.parser")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnusualUsageWarning)  # of what looks like XML, or like an address
+            page = BeautifulSoup(data, "html.parser")
         titles = [" ".join(tag.get_text(" ").split()) for tag in (page.title, page.h1) if tag]
         title = next(filter(None, titles), source.stem)
         for unseen in page(_UNSEEN):

@@ -19,7 +19,7 @@ _WANTED = 'each line must be {"id": ..., "title": ..., "text": ...}'
 def read_lines(source: SourceFile) -> Iterator[Piece]:
     """JSON lines: each a document of its own. A line that cannot be read is left out, and told."""
     first: dict[str, int] = {}
-    left_out = 0
+    left_out = noted = 0
     offset = last = 0
     for number, line in enumerate(_lines(source), 1):
         begins, offset = offset, offset + len(line)
@@ -38,9 +38,12 @@ def read_lines(source: SourceFile) -> Iterator[Piece]:
             continue
         first[str(piece.key)] = number
         remark = joined(remark, more)
-        if remark:
+        noted += remark is not None
+        if remark and noted <= _MOST_COMPLAINTS:
             source.note(f"line {number}: {remark}")
         yield piece
+    if noted > _MOST_COMPLAINTS:
+        source.note(f"{noted - _MOST_COMPLAINTS} more lines like these")
     if left_out > _MOST_COMPLAINTS:
         source.skip(f"{left_out - _MOST_COMPLAINTS} more lines cannot be read, this is the last", last)
 

@@ -37,18 +37,19 @@ def rst_title(text: str) -> str:
 
 def _front_title(fence: str, text: str) -> str:
     try:
-        values = tomllib.loads(text) if fence == "+++" else yaml.safe_load(text)
+        # Every value as it is written: a title "Yes" or "2024-05-01" is neither true nor a date.
+        values = tomllib.loads(text) if fence == "+++" else yaml.load(text, Loader=yaml.BaseLoader)  # noqa: S506
     except (yaml.YAMLError, ValueError, RecursionError):
         return ""  # then it is no front matter that anybody could read
     title = values.get("title") if isinstance(values, Mapping) else None
-    return " ".join(str(title).split()) if isinstance(title, str | int | float) else ""
+    return " ".join(title.split()) if isinstance(title, str) else ""
 
 
 def _heading(text: str) -> str:
     parser = MarkdownIt("commonmark").disable("inline")
     tokens = parser.parse(text)
     for number, token in enumerate(tokens):
-        if token.type == "heading_open" and (token.tag == "h1" or number == 0):
+        if token.type == "heading_open" and not token.level and (token.tag == "h1" or number == 0):
             title = _plain(tokens[number + 1].content)
             if title:
                 return title

@@ -97,6 +97,10 @@ def walk(paths: Iterable[str | os.PathLike[str]]) -> Listing:
     met = set[str]()
     for root in given:
         real = os.path.realpath(root)
+        if _is_of_storage(real):  # a shell that expands * names them
+            listing.storages.append(real)
+            _skip(listing, root, real, "a part of a storage, no document", "storage")
+            continue
         if not root.is_dir():
             _look(listing, met, root, shown(root.name), real)
             continue
@@ -136,6 +140,11 @@ def _below(listing: Listing, root: Path, real: str) -> Iterator[Path]:
             else:
                 folders.append(path)
         waiting.extend(reversed(folders))
+
+
+def _is_of_storage(path: str) -> bool:
+    whole = Path(path)
+    return any(holds_storage(parent) and is_part(whole.parts[len(parent.parts)]) for parent in whole.parents)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
