@@ -93,6 +93,10 @@ class UnreadableFileError(CompLLMError, OSError):
     """A file exists but cannot be read as text."""
 
 
+class PruneRefusedError(CompLLMError, OSError):
+    """Documents were to be pruned, and not every file could be looked at; nothing was deleted."""
+
+
 class DataFileError(CompLLMError, ValueError):
     """A file of questions or texts cannot be read, or holds nothing that can be used."""
 

@@ -20,12 +20,13 @@ from compllm_rag.errors import CompLLMError
 from compllm_rag.llamaindex.documents import load_documents, some
 from compllm_rag.llamaindex.index import ConceptIndex
 from compllm_rag.llamaindex.ingest import IngestReport
+from compllm_rag.llamaindex.readers.found import SkippedFile
 
 
 def arguments() -> argparse.Namespace:
     """What the job is told."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="+", type=Path, help=".txt, .md and .jsonl files, or folders of them")
+    parser.add_argument("paths", nargs="+", type=Path, help="files or folders")
     parser.add_argument("--storage", required=True, type=Path, help="folder of the storage; made when missing")
     parser.add_argument("--llm", help=f"alias, folder or org/name@revision (default: {DEFAULT_LLM})")
     parser.add_argument("--embedder", help=f"the same for the embedder (default: {DEFAULT_EMBEDDER})")
@@ -54,9 +55,15 @@ class Log:
                 log.write(json.dumps(line) + "\n")
 
 
+def left_out(skipped: SkippedFile) -> None:
+    """Tell on standard error what gives no document, unless nobody will miss it; the last line of the log has all."""
+    if skipped.problem:
+        print(f"left out: {skipped.path}: {skipped.reason}", file=sys.stderr)
+
+
 def run(args: argparse.Namespace) -> IngestReport:
     """Do the job."""
-    documents = some(load_documents(args.paths))
+    documents = some(load_documents(args.paths, on_skip=left_out))
     with (
         ProgressShow() as show,
         ConceptIndex.create(
@@ -72,7 +79,7 @@ def run(args: argparse.Namespace) -> IngestReport:
             progress=show.fetching,
         ) as index,
     ):
-        return index.ingest(documents, progress=Log(show, args.log))
+        return index.ingest(documents, progress=Log(show, args.log), within=args.paths)
 
 
 def main() -> int:

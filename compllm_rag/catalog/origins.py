@@ -13,6 +13,7 @@ from pathlib import Path
 from compllm_rag.catalog.kv import KeyValues
 
 _COLLECTION = "compllm/origins"
+_SAME_NAMES = "compllm/same-names"
 _LINE = re.compile(r":\d+$")
 
 
@@ -29,32 +30,62 @@ class Origins:
         # As named, to find a document's path in; and with links followed, to keep: the same folder under two names.
         self._roots = [(_absolute(root), os.path.realpath(root)) for root in within]
 
-    def record(self, doc_id: str, source: str) -> None:
-        """Remember where a document came from, if that is within the paths given.
+    def put(self, doc_id: str, file: str) -> None:
+        """Remember the file of a document.
 
         Args:
             doc_id: Of the document.
-            source: Its file, with `:line` behind it where the file holds several.
+            file: Absolute, links of the folder named followed.
         """
-        file = self._file(source)
-        if file is not None and self._kv.get(doc_id, collection=_COLLECTION) != {"file": file}:
+        if self._kv.get(doc_id, collection=_COLLECTION) != {"file": file}:
             self._kv.put(doc_id, {"file": file}, collection=_COLLECTION)
+
+    def file_of(self, doc_id: str) -> str | None:
+        """The file of a document, None where none is known."""
+        row = self._kv.get(doc_id, collection=_COLLECTION)
+        return None if row is None else str(row.get("file"))
+
+    def call(self, doc_id: str, asked: str) -> None:
+        """Remember that a document has an id of its own, since another file has a document of the same name.
+
+        Args:
+            doc_id: The id it has.
+            asked: The id it would have.
+        """
+        self._kv.put(doc_id, {"asked": asked}, collection=_SAME_NAMES)
+
+    def of_same_name(self) -> dict[str, list[str]]:
+        """Ids of the documents that `call` named, by the id they would have."""
+        found: dict[str, list[str]] = {}
+        for doc_id, row in self._kv.get_all(collection=_SAME_NAMES).items():
+            found.setdefault(str(row.get("asked")), []).append(doc_id)
+        return found
 
     def forget(self, doc_id: str) -> None:
         """Forget a document that is deleted."""
-        if self._kv.get(doc_id, collection=_COLLECTION) is not None:
-            self._kv.delete(doc_id, collection=_COLLECTION)
+        for collection in (_COLLECTION, _SAME_NAMES):
+            if self._kv.get(doc_id, collection=collection) is not None:
+                self._kv.delete(doc_id, collection=collection)
 
-    def gone(self, met: Collection[str]) -> list[str]:
-        """Ids of the documents that came from within the paths given and were not met there now."""
-        rows = self._kv.get_all(collection=_COLLECTION)
-        roots = [real for _, real in self._roots]
-        return [id_ for id_, row in rows.items() if id_ not in met and _lies_in(str(row.get("file")), roots)]
+    @property
+    def roots(self) -> list[str]:
+        """The paths that documents now come from, links followed."""
+        return [real for _, real in self._roots]
 
-    def _file(self, source: str) -> str | None:
+    def not_met(self, met: Collection[str]) -> dict[str, str]:
+        """Ids and files of the documents that came from within the paths given and were not met there now."""
+        rows = {id_: str(row.get("file")) for id_, row in self._kv.get_all(collection=_COLLECTION).items()}
+        return {id_: file for id_, file in rows.items() if id_ not in met and lies_in(file, self.roots)}
+
+    def file(self, source: str) -> str | None:
+        """The file that a document's `source` names, None where it is not within the paths given.
+
+        Args:
+            source: A path, with `:line` behind it where the file holds several documents.
+        """
         path = _absolute(_LINE.sub("", source) if ".jsonl:" in source.lower() else source)
         for named, real in self._roots:
-            if source and _lies_in(path, [named]):
+            if source and lies_in(path, [named]):
                 return real + path[len(named) :]
         return None
 
@@ -63,5 +94,6 @@ def _absolute(path: str | Path) -> str:
     return os.path.normpath(Path(path).absolute())
 
 
-def _lies_in(path: str, roots: Sequence[str]) -> bool:
+def lies_in(path: str, roots: Sequence[str]) -> bool:
+    """Whether a path is one of some paths, or within one."""
     return any(path == root or path.startswith(root.rstrip(os.sep) + os.sep) for root in roots)

@@ -13,11 +13,12 @@ import typer
 
 from compllm_rag.cli import bench as bench_commands
 from compllm_rag.cli import eval as eval_commands
+from compllm_rag.cli import ingest as ingest_commands
 from compllm_rag.cli import models as models_commands
 from compllm_rag.cli import namespace as namespace_commands
 from compllm_rag.cli import storage as storage_commands
 from compllm_rag.cli import train as train_commands
-from compllm_rag.cli.base import AsJson, CodecName, EntryLayer, Offline, print_json, progress_show, reported
+from compllm_rag.cli.base import AsJson, CodecName, Offline, print_json, progress_show, reported
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
 from compllm_rag.errors import ConfigurationError
 
@@ -40,74 +41,7 @@ TenantName = Annotated[
 ]
 
 
-@app.command()
-@reported
-def ingest(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files (.txt, .md, .jsonl) or folders.")],
-    storage: Storage,
-    llm: Annotated[
-        str | None, typer.Option(help=f"Target LLM: alias, folder or org/name@revision [{DEFAULT_LLM}].")
-    ] = None,
-    embedder: Annotated[str | None, typer.Option(help=f"Retrieval embedder. Default: {DEFAULT_EMBEDDER}.")] = None,
-    rate: Annotated[
-        float | None,
-        typer.Option(help="Compression rate: source tokens per concept. Default: 1 for deep concepts, 2 for input."),
-    ] = None,
-    codec: CodecName = None,
-    entry_layer: EntryLayer = None,
-    chunk_size: Annotated[int | None, typer.Option(help="Tokens per chunk, about. Default: 200.")] = None,
-    encoding: Annotated[
-        str | None, typer.Option(help="How concepts are kept: fp16, int8 (half the bytes) or int4 (a quarter) [fp16].")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    prune: Annotated[
-        bool, typer.Option("--prune", help="Delete documents ingested from these paths that are not there any more.")
-    ] = False,
-    namespace: TenantName = None,
-    offline: Offline = False,
-    as_json: AsJson = False,
-) -> None:
-    """Bring documents into a storage; unchanged ones are skipped, changed ones replaced.
-
-    A line of .jsonl is {"id": ..., "title": ..., "text": ...}. Interrupted? Run the same command again.
-
-    Example: compllm-rag ingest docs/ --storage storage
-    """
-    from compllm_rag.llamaindex.documents import check_paths, load_documents, some
-
-    check_paths(paths)
-    documents = some(load_documents(paths))
-    with (
-        progress_show(as_json) as show,
-        _index(
-            storage,
-            create=True,
-            show=show,
-            namespace=namespace,
-            llm=llm,
-            embedder=embedder,
-            rate=rate,
-            codec=codec,
-            entry_layer=entry_layer,
-            chunk_size=chunk_size,
-            encoding=encoding,
-            dtype=dtype,
-            offline=offline,
-        ) as index,
-    ):
-        report = index.ingest(documents, progress=show.ingested, within=paths, prune=prune)
-        if len(index.pending):  # uploads that a server left unfinished
-            index.uploads.wait()
-    fields = report.fields()
-    if as_json:
-        print_json(fields)
-        return
-    typer.echo(
-        f"{report.documents} documents ({report.documents_changed} new or changed"
-        f"{f', {report.documents_deleted} deleted' if prune else ''}), {report.chunks} chunks, "
-        f"{report.segments} segments: {report.segments_compressed} compressed, {report.segments_reused} reused; "
-        f"{report.source_tokens} tokens in {report.seconds:.1f} s"
-    )
+ingest_commands.register(app)
 
 
 @app.command()
@@ -146,7 +80,6 @@ def query(
         progress_show(as_json) as show,
         _index(
             storage,
-            create=False,
             show=show,
             namespace=namespace,
             read_only=True,
@@ -241,11 +174,10 @@ for _more in (models_commands, storage_commands, namespace_commands, eval_comman
     _more.register(app)
 
 
-def _index(storage: Path, *, create: bool, show: Any, **options: Any) -> ConceptIndex:
+def _index(storage: Path, *, show: Any, **options: Any) -> ConceptIndex:
     from compllm_rag.llamaindex.index import ConceptIndex
 
-    make = ConceptIndex.create if create else ConceptIndex.load
-    return make(storage, progress=show.fetching, **options)
+    return ConceptIndex.load(storage, progress=show.fetching, **options)
 
 
 def main() -> None:

@@ -1,169 +1,247 @@
-"""Files and folders to LlamaIndex documents, one at a time."""
+"""Files and folders to LlamaIndex documents, one at a time; one that cannot be read does not keep the others out."""
 
 from __future__ import annotations
 
-import itertools
-import json
+import hashlib
+import logging
 import os
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, Self
 
 from llama_index.core.schema import Document
 
-from compllm_rag.errors import ConfigurationError, CorpusPathError, EmptyCorpusError, UnreadableFileError
+from compllm_rag.errors import EmptyCorpusError, UnreadableFileError
+from compllm_rag.llamaindex.readers.found import FileDocument, FileNote, Piece, SkippedFile, SourceFile, shown
+from compllm_rag.llamaindex.readers.kinds import reader_of
+from compllm_rag.llamaindex.readers.pages import read_text
+from compllm_rag.llamaindex.readers.rows import read_lines
+from compllm_rag.llamaindex.readers.walk import FoundFile, Listing, as_paths, check_paths, skipped_by, walk
 
-SUFFIXES = (".txt", ".md", ".jsonl")
+__all__ = ["FileDocuments", "check_paths", "empty_corpus", "load_documents", "some"]
+
+logger = logging.getLogger(__name__)
+STDIN = "-"  # in place of a file's path
 
 
-def load_documents(paths: Iterable[str | Path]) -> Iterator[Document]:
-    """Read documents from text files, Markdown files, JSON lines and folders of them.
+@dataclass(frozen=True)
+class StdinSource:
+    """Standard input as a source of documents.
 
-    A file is a document, its path (within the folder given) its id, its first heading or its name the title. A line
-    of JSON is a document too: `{"id", "title", "text"}`. Documents of white space alone are passed over.
+    Attributes:
+        stream: Its bytes.
+        lines: They are JSON lines; else they are one text.
+        key: Id of the text; None makes one of its digest, so that another text is another document.
+        title: Title of the text.
+    """
+
+    stream: BinaryIO
+    lines: bool = False
+    key: str | None = None
+    title: str = ""
+
+
+class FileDocuments(Iterator[Document]):
+    """The documents of some paths, read as they are asked for; see `load_documents`.
+
+    Attributes:
+        skipped: What gave no document so far, and why.
+        notes: What was assumed about files that did, such as their encoding.
+        finished: Files that were read from begin to end; what is not in them any more is gone.
+        bytes_read: Of files, so far.
+        logs: Whether all that is logged too, because nobody asked to be told.
+    """
+
+    def __init__(
+        self,
+        paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+        on_skip: Callable[[SkippedFile], None] | None = None,
+        stdin: StdinSource | None = None,
+    ) -> None:
+        self.paths = as_paths(paths)
+        self.skipped: list[SkippedFile] = []
+        self.notes: list[FileNote] = []
+        self.finished: set[str] = set()
+        self.bytes_read = 0
+        self.logs = on_skip is None
+        self._on_skip, self._stdin = on_skip or _warn, stdin
+        self._listing: Listing | None = None
+        self._documents = self._read()
+
+    @property
+    def listing(self) -> Listing:
+        """The files to read; the paths are looked through on first use.
+
+        Raises:
+            CorpusPathError: A path does not exist.
+        """
+        if self._listing is None:
+            self._listing = walk(self.paths)
+            for skipped in self._listing.skipped:
+                self._skip(skipped)
+        return self._listing
+
+    @property
+    def bytes_total(self) -> int:
+        """Bytes of all files to read."""
+        return sum(found.size for found in self.listing.files)
+
+    def __next__(self) -> Document:
+        return next(self._documents)
+
+    def first_read(self) -> Self:
+        """The same documents, the first of them read already: what is wrong shows before anything slow is done.
+
+        Raises:
+            EmptyCorpusError: There is none.
+            CorpusPathError: A path does not exist.
+        """
+        first, rest = next(self._documents, None), self._documents
+        if first is None:
+            raise empty_corpus(self.skipped)
+        self._documents = _chained(first, rest)
+        return self
+
+    def _read(self) -> Iterator[Document]:
+        files = self.listing.files
+        if self._stdin is not None:
+            yield from self._read_stdin(self._stdin)
+        for found in files:
+            before, complaints = self.bytes_read, len(self.skipped)
+            yield from self._read_file(found)
+            self.bytes_read = before + found.size
+            if len(self.skipped) == complaints:
+                self.finished.add(found.file)
+
+    def _read_file(self, found: FoundFile) -> Iterator[Document]:
+        before = self.bytes_read
+        reader = reader_of(found.path)
+        if reader is None:  # the walk asked the same
+            return
+        try:
+            with _opened(found.path) as stream:
+                for piece in reader(self._source(found.path, found.file, stream)):
+                    if not stream.closed:
+                        self.bytes_read = max(self.bytes_read, before + min(stream.tell(), found.size))
+                    if piece.text.strip():
+                        yield _document(found, piece)
+        except UnreadableFileError as error:
+            self._skip(SkippedFile(shown(found.path), str(error.got), "broken", found.file))
+        except OSError as error:
+            self._skip(skipped_by(error, found.path, found.file))
+        except (RecursionError, MemoryError) as error:
+            reason = "it is nested too deeply" if isinstance(error, RecursionError) else "it does not fit the memory"
+            self._skip(SkippedFile(shown(found.path), reason, "broken", found.file))
+
+    def _read_stdin(self, given: StdinSource) -> Iterator[Document]:
+        source = self._source(Path("standard input"), STDIN, given.stream)
+        try:
+            for piece in read_lines(source) if given.lines else read_text(source):
+                if not piece.text.strip():
+                    continue
+                if given.lines:
+                    yield FileDocument.of(STDIN, piece, f"{STDIN}:{piece.line}", str(piece.key))
+                else:
+                    digest = hashlib.sha256(piece.text.encode()).hexdigest()[:12]
+                    piece = Piece(piece.text, given.title, key=given.key or f"stdin-{digest}")
+                    yield FileDocument.of(STDIN, piece, STDIN, str(piece.key))
+        except UnreadableFileError as error:
+            self._skip(SkippedFile("standard input", str(error.got), "broken", STDIN))
+
+    def _source(self, path: Path, file: str, stream: BinaryIO) -> SourceFile:
+        name = shown(path)
+        return SourceFile(
+            path,
+            stream,
+            note=lambda what: self._note(FileNote(name, what)),
+            skip=lambda reason, line: self._skip(SkippedFile(f"{name}:{line}", reason, "broken", file)),
+        )
+
+    def _note(self, note: FileNote) -> None:
+        self.notes.append(note)
+        if self.logs:
+            logger.warning("%s: %s", note.path, note.what)
+
+    def _skip(self, skipped: SkippedFile) -> None:
+        self.skipped.append(skipped)
+        self._on_skip(skipped)
+
+
+def load_documents(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    on_skip: Callable[[SkippedFile], None] | None = None,
+) -> FileDocuments:
+    """Read documents from files and folders: text, Markdown, source code, JSON lines, tables, HTML, PDF, DOCX.
+
+    A file is a document, its path (within the folder given) its id, its first heading or its name the title. Of PDFs
+    each page is one, of JSON lines each line: `{"id", "title", "text"}`. Documents of white space alone are passed
+    over. HTML, PDF and DOCX need `pip install 'compllm-rag[readers]'`.
+
+    What cannot be read is left out, and the rest goes on: it is in `skipped` of what this returns and of the report of
+    an ingest.
 
     Args:
-        paths: Files or folders; folders are read in order of name, files of other kinds in them are passed over.
+        paths: Files or folders; folders are read in order of name. Hidden folders in them, links to folders, folders
+            of programs (`node_modules`, virtual environments) and storages are left out.
+        on_skip: Called with each file that is left out; None logs a warning for those that somebody may miss.
 
-    Yields:
-        Documents with `title` and `source` in their metadata; the LLM and the embedder see the title only.
-
-    Raises:
-        CorpusPathError: A path does not exist.
-        UnreadableFileError: A file is not UTF-8 text, a line not a JSON object with `id` and `text`, or the kind of a
-            file named directly is unknown.
-        ConfigurationError: Two documents have the same id.
+    Returns:
+        An iterator over documents with `title` and `source` in their metadata; the LLM and the embedder see the title
+        only. It raises `CorpusPathError` when a path does not exist.
     """
-    seen: dict[str, str] = {}
-    for path, name in list(_files(paths)):
-        for document in _read(path, name):
-            where = str(document.metadata["source"])
-            if document.id_ in seen:
-                raise ConfigurationError(
-                    "two documents have the same id",
-                    got=f"{document.id_!r} in {seen[document.id_]} and in {where}",
-                    expected="unique ids",
-                    next_step="rename one, or ingest the folders under a common parent",
-                )
-            seen[document.id_] = where
-            if document.text.strip():
-                yield document
+    return FileDocuments(paths, on_skip)
 
 
-def check_paths(paths: Iterable[str | Path]) -> None:
-    """Refuse paths that do not exist, before anything slow is done.
+def some(documents: FileDocuments) -> FileDocuments:
+    """The same documents, the first of them read already; see `FileDocuments.first_read`."""
+    return documents.first_read()
 
-    Raises:
-        CorpusPathError: Naming the first such path.
+
+def empty_corpus(skipped: Iterable[SkippedFile] = ()) -> EmptyCorpusError:
+    """The error for a corpus without documents.
+
+    Args:
+        skipped: What was left out of it.
     """
-    for given in map(Path, paths):
-        if not given.exists():
-            raise CorpusPathError(
-                "path does not exist", got=given, expected="a file or a folder", next_step="check the spelling"
-            )
-
-
-def some(documents: Iterator[Document]) -> Iterator[Document]:
-    """The same documents, the first of them read already: what is wrong with it shows before anything slow is done.
-
-    Raises:
-        EmptyCorpusError: There is none.
-    """
-    first = next(documents, None)
-    if first is None:
-        raise empty_corpus()
-    return itertools.chain([first], documents)
-
-
-def empty_corpus() -> EmptyCorpusError:
-    """The error for a corpus without documents."""
+    left_out = list(skipped)
+    told = sorted(left_out, key=lambda one: not one.problem)[:1]
+    first = "".join(f", the first: {one.path}: {one.reason}" for one in told)
     return EmptyCorpusError(
         "there is nothing to ingest",
-        got="no document with text",
+        got=f"no document with text{f' ({len(left_out)} left out{first})' if left_out else ''}",
         expected="at least one",
-        next_step="name files or folders that hold .txt, .md or .jsonl text",
+        next_step="name files or folders that hold text, Markdown, source code, JSON lines, HTML, PDF or DOCX",
     )
 
 
-def _files(paths: Iterable[str | Path]) -> Iterator[tuple[Path, str]]:
-    asked = list(map(Path, paths))
-    check_paths(asked)
-    for given in asked:
-        if given.is_dir():
-            for root, folders, names in os.walk(given):
-                folders.sort()
-                for name in sorted(names):
-                    path = Path(root) / name
-                    if path.suffix.lower() in SUFFIXES:
-                        yield path, path.relative_to(given).as_posix()
-        elif given.suffix.lower() in SUFFIXES:
-            yield given, given.name
-        else:
-            raise UnreadableFileError(
-                "kind of file is not supported",
-                got=given,
-                expected=", ".join(SUFFIXES),
-                next_step="convert it to text first",
-            )
+def _document(found: FoundFile, piece: Piece) -> FileDocument:
+    source = shown(found.path)
+    if piece.line is not None:
+        source = f"{source}:{piece.line}"
+    key = piece.key if piece.key is not None else f"{found.name}{piece.part}"
+    return FileDocument.of(found.file, piece, source, key)
 
 
-def _read(path: Path, name: str) -> Iterator[Document]:
+def _opened(path: Path) -> BinaryIO:
+    """Open a plain file, never waiting: it may have become a pipe since it was found."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
-        if path.suffix.lower() == ".jsonl":
-            yield from _read_lines(path)
-            return
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _unreadable(path, f"byte {error.start} is not UTF-8", "save the file as UTF-8") from error
-    except UnreadableFileError:
-        raise  # an OSError too, and says more
-    except OSError as error:
-        raise _unreadable(path, error.strerror or type(error).__name__, "check its permissions") from error
-    heading = next((line[2:].strip() for line in text.splitlines() if line.startswith("# ")), "")
-    yield _document(name, heading if path.suffix.lower() == ".md" and heading else path.stem, text, str(path))
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise UnreadableFileError("file cannot be read as documents", got="no plain file any more")
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
 
 
-def _read_lines(path: Path) -> Iterator[Document]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                text, key = row["text"], row["id"]
-            except (ValueError, KeyError, TypeError) as error:
-                trouble = f"line {number}: {type(error).__name__} {error}"
-                raise _unreadable(path, trouble, 'each line must be {"id": ..., "title": ..., "text": ...}') from error
-            if not isinstance(text, str):
-                raise _unreadable(path, f"line {number}: text is {type(text).__name__}", "make it a string")
-            if not isinstance(key, str | int):
-                raise _unreadable(path, f"line {number}: id is {type(key).__name__}", "make it a string")
-            title = str(row.get("title") or "")
-            # JSON can spell half a character, which nothing downstream can encode.
-            if not _encodes(f"{key}{title}{text}"):
-                raise _unreadable(path, f"line {number}: a lone surrogate", "escape whole characters")
-            yield _document(str(key), title, text, f"{path}:{number}")
+def _chained(first: Document, rest: Iterator[Document]) -> Iterator[Document]:
+    yield first
+    yield from rest
 
 
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _document(key: str, title: str, text: str, source: str) -> Document:
-    metadata = {"title": title, "source": source}
-    return Document(
-        id_=key,
-        text=text,
-        metadata=metadata,
-        excluded_llm_metadata_keys=["source"],
-        excluded_embed_metadata_keys=["source"],
-    )
-
-
-def _unreadable(path: Path, got: str, next_step: str) -> UnreadableFileError:
-    return UnreadableFileError(
-        "file cannot be read as documents", got=f"{path}: {got}", expected="UTF-8 text", next_step=next_step
-    )
+def _warn(skipped: SkippedFile) -> None:
+    if skipped.problem:
+        logger.warning("left out: %s: %s", skipped.path, skipped.reason)

@@ -232,6 +232,7 @@ class ConceptIndex(VectorStoreIndex):
         Raises:
             ConfigurationError: `prune` without `within`.
             EmptyCorpusError: There are no documents at all; nothing is pruned then.
+            PruneRefusedError: Not every file could be looked at; what was read is kept, and nothing is deleted.
             StoreLockedError: Another process writes, or compacts.
         """
         return ingest_documents(self, documents, progress=progress, within=within, prune=prune)

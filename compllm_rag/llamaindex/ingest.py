@@ -16,16 +16,21 @@ from compllm_rag.catalog.accounts import Accounts
 from compllm_rag.catalog.kv import KeyValues
 from compllm_rag.catalog.origins import Origins
 from compllm_rag.catalog.pending import PendingChunks
-from compllm_rag.errors import ConfigurationError
+from compllm_rag.errors import ConfigurationError, PruneRefusedError
 from compllm_rag.library import ConceptLibrary
-from compllm_rag.llamaindex.documents import empty_corpus
+from compllm_rag.llamaindex.documents import FileDocuments, empty_corpus
+from compllm_rag.llamaindex.naming import Names
 from compllm_rag.llamaindex.node_parser import ConceptNodeParser
+from compllm_rag.llamaindex.pruning import prunable
+from compllm_rag.llamaindex.readers.found import FileDocument, FileNote, SkippedFile
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 from compllm_rag.models.device_memory import release_unused
 from compllm_rag.store.base import ConceptStore
 
 # Characters of the documents worked on together; bounds memory and fills the compressor's batches.
 _BATCH_CHARS = 400_000
+# The first batches are smaller, so that it soon shows how long all of them will take.
+_FIRST_BATCH_CHARS = 50_000
 # Seconds between commits: each one writes the whole FAISS index, and what lies after it is lost in a crash.
 _COMMIT_EVERY_S = 60.0
 # From so many segments on, compressing takes so long that the time to tidy memory up does not count beside it.
@@ -40,6 +45,7 @@ class IngestReport:
         documents: Documents met.
         documents_changed: Those that were new or differed.
         documents_deleted: Documents that were pruned: their files are gone, or empty.
+        documents_moved: Documents that came from a file other than before, which is not there any more.
         chunks: Chunks of all documents met.
         segments: Their segments.
         segments_compressed: Segments that went through the compressor.
@@ -47,11 +53,14 @@ class IngestReport:
         source_tokens: Tokens of all documents met.
         concepts: Concepts of all documents met.
         seconds: Wall time so far, model loading excluded.
+        skipped: Files that gave no document, and why; complete at the end, where `load_documents` read them.
+        notes: What was assumed about those that did, such as their encoding.
     """
 
     documents: int = 0
     documents_changed: int = 0
     documents_deleted: int = 0
+    documents_moved: int = 0
     chunks: int = 0
     segments: int = 0
     segments_compressed: int = 0
@@ -59,6 +68,8 @@ class IngestReport:
     source_tokens: int = 0
     concepts: int = 0
     seconds: float = 0.0
+    skipped: tuple[SkippedFile, ...] = ()
+    notes: tuple[FileNote, ...] = ()
 
     @property
     def tokens_per_s(self) -> float:
@@ -67,11 +78,14 @@ class IngestReport:
 
     def fields(self) -> dict[str, Any]:
         """Plain values, as `ingest --json` prints them."""
-        counts = "documents documents_changed documents_deleted chunks segments segments_compressed segments_reused"
-        return {name: getattr(self, name) for name in counts.split()} | {
+        counts = "chunks segments segments_compressed segments_reused"
+        documents = "documents documents_changed documents_deleted documents_moved"
+        return {name: getattr(self, name) for name in f"{documents} {counts}".split()} | {
             "source_tokens": self.source_tokens,
             "seconds": round(self.seconds, 4),
             "tokens_per_s": round(self.tokens_per_s, 2),
+            "skipped": [one.fields() for one in self.skipped],
+            "notes": [one.fields() for one in self.notes],
         }
 
 
@@ -152,34 +166,54 @@ def ingest_documents(
     Raises:
         ConfigurationError: `prune` without `within`.
         EmptyCorpusError: There are no documents at all.
+        PruneRefusedError: Not every file could be looked at; what was read is kept, and nothing is deleted.
     """
     begun = last = time.perf_counter()
-    report = IngestReport()
-    roots, met = list(within), set[str]()
+    report, refused = IngestReport(), None
+    reading = documents if isinstance(documents, FileDocuments) else None
+    roots, met = list(within), dict[str, str | None]()
     if prune and not roots:
         raise ConfigurationError(
             "nothing says where pruned documents came from", got="prune without paths", expected="the paths ingested"
         )
     index.origins = Origins(KeyValues(index.faiss.catalog), roots)
+    names = Names(index)
     with index.bulk():
-        for batch in _batches(documents):
+        for batch in _batches(names.settled(documents)):
             report = _ingest_batch(index, batch, report)
-            met.update(document.id_ for document in batch)
+            met.update((document.id_, origin_of(index, document)) for document in batch)
             now = time.perf_counter()
-            report = replace(report, seconds=now - begun)
+            report = replace(report, documents_moved=names.moved, seconds=now - begun)
             if now - last > _COMMIT_EVERY_S:
                 index.commit()
                 last = time.perf_counter()
             if progress:
                 progress(report)
         if not report.documents:
-            raise empty_corpus()  # nor is anything pruned then: a folder that is not mounted looks the same
+            # Nor is anything pruned then: a folder that is not mounted looks the same.
+            raise empty_corpus(reading.skipped if reading else ())
         if prune:
-            gone = index.origins.gone(met)
+            try:
+                gone = prunable(index.origins, met, reading, index.origins.roots)
+            except PruneRefusedError as error:  # to be told once what was read is committed
+                gone, refused = [], error
             for doc_id in gone:
                 index.delete_ref_doc(doc_id)
             report = replace(report, documents_deleted=len(gone))
+    if reading is None or reading.logs:
+        names.log()
+    if refused is not None:
+        raise refused
+    if reading is not None:
+        report = replace(report, skipped=tuple(reading.skipped), notes=(*reading.notes, *names.notes))
     return replace(report, seconds=time.perf_counter() - begun)
+
+
+def origin_of(index: Corpus, document: Document) -> str | None:
+    """The file of a document: its own, or the one that its metadata names if that is within the paths told."""
+    if isinstance(document, FileDocument) and document.file:
+        return document.file
+    return index.origins.file(str(document.metadata.get("source") or ""))
 
 
 def _ingest_batch(index: Corpus, documents: list[Document], report: IngestReport) -> IngestReport:
@@ -191,8 +225,7 @@ def _ingest_batch(index: Corpus, documents: list[Document], report: IngestReport
     nodes = index.parser.get_nodes_from_documents(changed)
     made = index.library.ensure(node.get_content(MetadataMode.NONE) for node in nodes)
     replace_documents(index, changed, nodes, later=True)  # they are there by now
-    for document in documents:
-        index.origins.record(document.id_, str(document.metadata.get("source") or ""))
+    remember_origins(index, documents, changed)
     if made.compressed >= _MANY_SEGMENTS:
         release_unused(index.library.llm.device)
     totals = [index.accounts.of_document(d.id_) for d in documents]
@@ -208,6 +241,17 @@ def _ingest_batch(index: Corpus, documents: list[Document], report: IngestReport
         source_tokens=report.source_tokens + sum(t.source_tokens for t in totals),
         concepts=report.concepts + sum(t.concepts for t in totals),
     )
+
+
+def remember_origins(index: Corpus, documents: Iterable[Document], changed: Sequence[Document]) -> None:
+    """Remember which files documents came from; one that came in by hand is no file's any more."""
+    for document in documents:
+        file = origin_of(index, document)
+        if file is not None:
+            index.origins.put(document.id_, file)
+    for document in changed:
+        if origin_of(index, document) is None:
+            index.origins.forget(document.id_)
 
 
 def replace_documents(
@@ -248,7 +292,7 @@ def _keep_embeddings(index: Corpus, going: Sequence[str], coming: Sequence[BaseN
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     batch: dict[str, Document] = {}
-    size = 0
+    size, room = 0, _FIRST_BATCH_CHARS
     for document in documents:
         if document.id_ in batch:
             # An id that comes again is a change of the document, to be made once the first is in.
@@ -256,8 +300,8 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             batch, size = {}, 0
         batch[document.id_] = document
         size += len(document.text)
-        if size >= _BATCH_CHARS:
+        if size >= room:
             yield list(batch.values())
-            batch, size = {}, 0
+            batch, size, room = {}, 0, min(2 * room, _BATCH_CHARS)
     if batch:
         yield list(batch.values())

@@ -25,7 +25,8 @@ from compllm_rag.errors import (
     StoreReadOnlyError,
     UploadQueueFullError,
 )
-from compllm_rag.llamaindex.ingest import Corpus, replace_documents
+from compllm_rag.llamaindex.ingest import Corpus, remember_origins, replace_documents
+from compllm_rag.llamaindex.naming import Names
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,8 @@ class UploadQueue:
     def put(self, documents: Iterable[Document]) -> UploadReceipt:
         """Bring documents in; they are found from now on, and read as text until their concepts are made.
 
-        All of them or, when this raises, none. Of several with the same id the last one counts.
+        All of them or, when this raises, none. Of several with the same id the last one counts; documents of
+        `load_documents` from several files are told apart, as by `ingest`.
 
         Raises:
             UploadQueueFullError: More documents would wait than `max_documents`; nothing was brought in.
@@ -129,16 +131,20 @@ class UploadQueue:
             StoreLockedError: Another process writes.
             StoreReadOnlyError: The storage was opened for reading.
         """
-        index, given = self._index, {document.id_: document for document in documents}
+        index, read = self._index, list(documents)
         with index.bulk():
+            names = Names(index)
+            given = {document.id_: document for document in names.settled(read)}
             changed = [d for d in given.values() if index.docstore.get_document_hash(d.id_) != d.hash]
             self._check_room(len(changed))
             nodes = index.parser.get_nodes_from_documents(changed)
             if changed:
                 replace_documents(index, changed, nodes, later=True)
+            remember_origins(index, given.values(), changed)
             queued = index.pending.among([node.node_id for node in nodes])
             # Still in our turn: nobody else must find room that is taken.
             self._enqueue((n.ref_doc_id or n.node_id, n.node_id) for n in nodes if n.node_id in queued)
+        names.log()
         return UploadReceipt(len(given), len(changed), len(nodes), len(queued))
 
     def _check_room(self, documents: int) -> None:

@@ -11,6 +11,7 @@ tenant could see another, be it by how long something takes, and deleting a name
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import os
 import secrets
@@ -37,6 +38,20 @@ _PARTS = (
     "vectors-[0-9]*.faiss", "vectors-[0-9]*.faiss.tmp", "concepts", "concepts.damaged[0-9]*", "backup-v[0-9]*",
     "compressor", "reader", "catalog.lock", "catalog.db-wal", "catalog.db-shm", "catalog.db",
 )  # fmt: skip
+
+
+def holds_storage(folder: Path) -> bool:
+    """Whether files of a storage lie in a folder, be it damaged or half made; perhaps beside others."""
+    parts = (CONCEPTS, "compressor", "reader", FOLDER)
+    try:
+        return (folder / CATALOG).is_file() and any((folder / part).is_dir() for part in parts)
+    except OSError:  # it may not be entered
+        return False
+
+
+def is_part(name: str) -> bool:
+    """Whether a file or folder of this name, in a folder that holds a storage, is the storage's."""
+    return name.startswith(_DELETED) or any(fnmatch.fnmatchcase(name, part) for part in (*_PARTS, FOLDER))
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from compllm_rag.cli.main import app
 from toy_embedder import save_sentence_transformer
 
 INGEST = (
-    "documents documents_changed documents_deleted chunks segments segments_compressed segments_reused source_tokens "
-    "seconds tokens_per_s"
+    "documents documents_changed documents_deleted documents_moved chunks segments segments_compressed segments_reused "
+    "source_tokens seconds tokens_per_s skipped notes"
 )
 QUERY = (
     "answer mode sources prompt_positions prefill_cost kv_bytes retrieval_s fetch_s layout_s prefill_s ttft_s total_s "
@@ -136,11 +136,11 @@ def test_errors_are_one_line(
 ) -> None:
     new, models = tmp_path / "new", ("--llm", toy_folder, "--embedder", embedder_folder)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "data.txt").write_bytes(bytes(range(256)))
     other = toy.save(tmp_path / "other-llm", seed=5)
     assert "path does not exist" in refused("ingest", tmp_path / "no", "--storage", new)
     assert "nothing to ingest" in refused("ingest", tmp_path / "empty", "--storage", new, *models)
-    assert "not UTF-8" in refused("ingest", tmp_path / "latin.txt", "--storage", new, *models)
+    assert "not UTF-8" in refused("ingest", tmp_path / "data.txt", "--storage", new, *models)
     assert "did you mean smollm2-135m-instruct" in refused("ingest", corpus, "--storage", new, "--llm", "smollm2-135m")
     assert "hub" in refused("ingest", corpus, "--storage", new, "--llm", "org/name@abc", "--offline")
     assert "revision" in refused("ingest", corpus, "--storage", new, "--llm", "org/name")
@@ -161,7 +161,7 @@ def test_errors_are_one_line(
     for rate in ("0.5", "nan"):
         assert "rate makes no sense" in refused("ingest", corpus, "--storage", new, *models, "--rate", rate)
     assert "chunk size makes no sense" in refused("ingest", corpus, "--storage", new, *models, "--chunk-size", "3")
-    assert "not a folder" in refused("ingest", corpus, "--storage", tmp_path / "latin.txt", *models)
+    assert "not a folder" in refused("ingest", corpus, "--storage", tmp_path / "data.txt", *models)
     assert "question cannot be read" in refused("query", " ", "--storage", storage)
     assert "question cannot be read" in refused("query", "caf\udce9", "--storage", storage)
     missing = tmp_path / "missing" / "demo.json"

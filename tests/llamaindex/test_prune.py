@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from llama_index.core.schema import TextNode
 
 import toy
 from compllm_rag import Compressor, ConceptIndex
-from compllm_rag.errors import ConfigurationError, EmptyCorpusError, UnreadableFileError
+from compllm_rag.errors import ConfigurationError, EmptyCorpusError, PruneRefusedError
 from compllm_rag.llamaindex.documents import load_documents
 from toy_embedder import HashEmbedder
 
@@ -84,6 +85,7 @@ def test_nothing_beyond_the_paths_given_is_pruned(index: ConceptIndex, corpus: P
     (other / "o.txt").unlink()
     (corpus / "a.md").unlink()
     (corpus / "deep" / "c.txt").unlink()
+    (corpus / "deep").rmdir()
     (other / "new.txt").write_text("New there.")
     assert ingest(index, corpus / "b.txt", prune=True).documents_deleted == 0
     assert ingest(index, other, prune=True).documents_deleted == 1
@@ -138,8 +140,17 @@ def test_nothing_is_pruned_when_something_is_wrong(index: ConceptIndex, corpus: 
     with pytest.raises(ConfigurationError, match="prune"):
         index.ingest(load_documents([corpus]), prune=True)
     (corpus / "a.md").unlink()
-    (corpus / "b.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(UnreadableFileError):
+    (corpus / "b.txt").write_bytes(bytes(range(256)))
+    with pytest.raises(PruneRefusedError, match=r"b\.txt: byte 128"):
+        ingest(index, corpus, prune=True)
+    assert held(index) == before
+    (corpus / "b.txt").unlink()
+    (corpus / "b.txt").symlink_to("b.txt")
+    with pytest.raises(PruneRefusedError, match=r"b\.txt: a link that leads to itself"):
+        ingest(index, corpus, prune=True)
+    (corpus / "b.txt").unlink()
+    (corpus / "more.jsonl").write_text('{"id": "x", "text": "still here"}\n{"id": "y"')
+    with pytest.raises(PruneRefusedError, match=r"more\.jsonl:2: no JSON"):
         ingest(index, corpus, prune=True)
     assert held(index) == before
     for path in [*corpus.rglob("*.*")]:
@@ -148,6 +159,79 @@ def test_nothing_is_pruned_when_something_is_wrong(index: ConceptIndex, corpus: 
         ingest(index, corpus, prune=True)
     assert held(index) == before
     check_references(index)
+
+
+def test_nothing_is_pruned_that_could_not_be_listed(
+    index: ConceptIndex, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ingest(index, corpus)
+    before = held(index)
+    (corpus / "a.md").unlink()
+    (corpus / "new.md").write_text("A new one comes in all the same.")
+    real = os.scandir
+
+    def listed(path: Path):
+        if Path(path).name == "deep":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", listed)
+    with pytest.raises(PruneRefusedError, match="deep: permission denied"):
+        ingest(index, corpus, prune=True)
+    assert held(index) == before | {"new.md"}
+    with pytest.raises(PruneRefusedError, match=r"c\.txt: it is there, and none"):
+        index.ingest(list(load_documents([corpus])), within=[corpus], prune=True)
+    monkeypatch.undo()
+    assert held(index) == before | {"new.md"}
+    assert ingest(index, corpus, prune=True).documents_deleted == 1
+
+
+def test_nothing_is_pruned_of_a_disk_that_is_not_mounted(index: ConceptIndex, corpus: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    (other / "below").mkdir(parents=True)
+    (other / "below" / "o.txt").write_text("Another folder.")
+    ingest(index, corpus, other)
+    before = held(index)
+    for folder in ("deep", "../other/below", "../other"):
+        file = next((corpus / folder).rglob("*.txt"))
+        kept = file.read_text()
+        file.unlink()
+        with pytest.raises(PruneRefusedError, match="is empty now|not one document"):
+            ingest(index, corpus, other, prune=True)
+        with pytest.raises(PruneRefusedError, match="is empty now|not one document"):
+            index.ingest(list(load_documents([corpus, other])), within=[corpus, other], prune=True)
+        assert held(index) == before
+        file.write_text(kept)
+    (corpus / "deep" / "c.txt").unlink()
+    (corpus / "deep").rmdir()
+    assert ingest(index, corpus, other, prune=True).documents_deleted == 1
+
+
+def test_what_is_no_corpus_any_more_stays_or_goes(
+    index: ConceptIndex, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was ingested before hidden folders and storages were left out."""
+    with monkeypatch.context() as before:
+        before.setattr("compllm_rag.llamaindex.readers.walk.holds_storage", lambda folder: False)
+        before.setattr("compllm_rag.llamaindex.readers.walk._left_out", lambda folder: None)
+        for folder in (".hidden", "s/reader"):
+            (corpus / folder).mkdir(parents=True)
+            (corpus / folder / "README.md").write_text("# A card")
+        (corpus / "s/catalog.db").write_bytes(b"")
+        ingest(index, corpus)
+    assert {".hidden/README.md", "s/reader/README.md"} <= held(index)
+    assert ingest(index, corpus, prune=True).documents_deleted == 1
+    assert ".hidden/README.md" in held(index)
+    assert "s/reader/README.md" not in held(index)
+
+
+def test_pruning_a_list_needs_files_that_are_gone(index: ConceptIndex, corpus: Path) -> None:
+    ingest(index, corpus)
+    some = [d for d in load_documents([corpus]) if d.id_ not in ("a.md", "y")]
+    with pytest.raises(PruneRefusedError, match=r"a\.md: it is there, and none"):
+        index.ingest(some, within=[corpus], prune=True)
+    (corpus / "a.md").unlink()
+    assert index.ingest(some, within=[corpus], prune=True).documents_deleted == 2  # `y` has no line any more
 
 
 def test_references_follow_every_way_in_and_out(index: ConceptIndex) -> None:
