@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from compllm_rag.errors import ConfigurationError
 
 FORMAT_VERSION = 1
-SEGMENTER_VERSION = 1
+SEGMENTER_VERSION: Literal[2] = 2
+SEGMENTER_VERSIONS = (1, 2)  # of what is made anew; what is still read
 
 DEFAULT_LLM = "smollm2-135m-instruct"
 DEFAULT_EMBEDDER = "all-minilm-l6-v2"
@@ -58,7 +59,9 @@ class CompressorConfig(Frozen):
 
     format_version: Literal[1] = 1
     segment_length: int = Field(default=20, ge=2, le=512, description="S, the most tokens of one segment")
-    segmenter_version: Literal[1] = 1
+    segmenter_version: Literal[1, 2] = Field(
+        default=SEGMENTER_VERSION, description="rules by which texts are cut; 1: those of earlier releases"
+    )
     layers: int | None = Field(default=None, ge=1, description="first L layers of the LLM; None: all of them")
     queries: Literal["anchor", "eos", "mean"] = Field(
         default="anchor", description="what a concept starts from: a token, nothing, or the mean of neighbouring tokens"

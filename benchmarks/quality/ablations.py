@@ -94,7 +94,7 @@ def _one(number: int, name: str, args: Any) -> dict[str, Any]:
     if fields["layers"] is not None:
         fields["layers"] = min(fields["layers"], depth)
     config = CompressorConfig(**fields)
-    segmenter = Segmenter(llm.tokenizer, config.segment_length)
+    segmenter = Segmenter(llm.tokenizer, config.segment_length, config.segmenter_version)
     material = Material(*Material.files_of(args.data_dir), segmenter, MaterialConfig(max_context=args.max_context))
     compressor = new_compressor(llm, config, material, choice.get("answer_weight", 2.0))
     objective = ObjectiveConfig(**choice.get("objective", {}))

@@ -7,15 +7,21 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compllm_rag.cli.terminal import can_print
 from compllm_rag.errors import CompLLMError
 
 if TYPE_CHECKING:
     from compllm_rag.cli.progress import ProgressShow
 
+# Where the storage lies when no command says it.
+STORAGE_VARIABLE = "COMPLLM_STORAGE"
+
+Storage = Annotated[Path, typer.Option("--storage", envvar=STORAGE_VARIABLE, help="Folder of the storage.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.")]
 CodecName = Annotated[
@@ -68,5 +74,6 @@ def progress_show(quiet: bool) -> ProgressShow:
 
 
 def print_json(value: object) -> None:
-    """One JSON value on standard output."""
-    typer.echo(json.dumps(value, ensure_ascii=False))
+    """One JSON value on standard output; with escapes where its encoding lacks a character."""
+    text = json.dumps(value, ensure_ascii=False)
+    typer.echo(text if can_print(text) else json.dumps(value))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from compllm_rag.cli.base import AsJson, CodecName, EntryLayer, Offline, print_json, progress_show, reported
+from compllm_rag.cli.base import AsJson, CodecName, EntryLayer, Offline, Storage, print_json, progress_show, reported
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
 from compllm_rag.errors import ConfigurationError, UnreadableFileError
 
@@ -33,7 +33,7 @@ def ingest(
     paths: Annotated[
         list[Path], typer.Argument(metavar="PATH...", help="Files or folders; - reads one text from standard input.")
     ],
-    storage: Annotated[Path, typer.Option("--storage", help="Folder of the storage.")],
+    storage: Storage,
     llm: Annotated[
         str | None, typer.Option(help=f"Target LLM: alias, folder or org/name@revision [{DEFAULT_LLM}].")
     ] = None,
@@ -48,7 +48,7 @@ def ingest(
     encoding: Annotated[
         str | None, typer.Option(help="How concepts are kept: fp16, int8 (half the bytes) or int4 (a quarter) [fp16].")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto (the checkpoint's).")] = None,
     prune: Annotated[
         bool, typer.Option("--prune", help="Delete documents ingested from these paths that are not there any more.")
     ] = False,

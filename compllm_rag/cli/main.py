@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compllm_rag.cli import bench as bench_commands
+from compllm_rag.cli import doctor as doctor_command
 from compllm_rag.cli import eval as eval_commands
 from compllm_rag.cli import ingest as ingest_commands
 from compllm_rag.cli import models as models_commands
 from compllm_rag.cli import namespace as namespace_commands
 from compllm_rag.cli import storage as storage_commands
 from compllm_rag.cli import train as train_commands
-from compllm_rag.cli.base import AsJson, CodecName, Offline, print_json, progress_show, reported
+from compllm_rag.cli.base import AsJson, CodecName, Offline, Storage, print_json, progress_show, reported
+from compllm_rag.cli.doctor import show_version
+from compllm_rag.cli.terminal import print_anything, question_of
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
 from compllm_rag.errors import ConfigurationError
 
@@ -28,14 +31,12 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     help="Retrieval-augmented generation that never pays twice for the same passage.\n\n"
     "Ingest documents once: each is cut into chunks, embedded, and compressed into concepts. Every later query feeds "
     "the retrieved concepts to the LLM in place of their text, at half or a quarter of its prefill and KV cache.\n\n"
     "Start with: compllm-rag demo",
 )
 
-Storage = Annotated[Path, typer.Option("--storage", help="Folder of the storage.")]
 TenantName = Annotated[
     str | None, typer.Option("--namespace", help="Tenant, one of several in this folder that share nothing.")
 ]
@@ -44,17 +45,26 @@ TenantName = Annotated[
 ingest_commands.register(app)
 
 
+@app.callback()
+def everywhere(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Options of the command itself; the text of `--help` is the application's own."""
+
+
 @app.command()
 @reported
 def query(
-    question: Annotated[str, typer.Argument(help="What you want to know.")],
+    question: Annotated[str, typer.Argument(help="What you want to know; - reads it from standard input.")],
     storage: Storage,
     mode: Annotated[str, typer.Option(help="Read passages as `concepts` or as `text`.")] = "concepts",
     top_k: Annotated[int, typer.Option(min=1, help="Chunks to retrieve.")] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it is made.")] = False,
     namespace: TenantName = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto (the checkpoint's).")] = None,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
@@ -68,6 +78,7 @@ def query(
         raise ConfigurationError(
             "--stream and --json exclude each other", got="both", expected="one", next_step="leave one out"
         )
+    question = question_of(question)
     # Bytes of an argument that are not UTF-8 arrive as lone surrogates.
     if not question.strip() or any("\ud800" <= c <= "\udfff" for c in question):
         raise ConfigurationError(
@@ -170,7 +181,8 @@ def demo(
 
 
 # In the order of `--help`, after those above: what a newcomer needs stands first.
-for _more in (models_commands, storage_commands, namespace_commands, eval_commands, bench_commands, train_commands):
+_GROUPS = (models_commands, storage_commands, doctor_command, namespace_commands)
+for _more in (*_GROUPS, eval_commands, bench_commands, train_commands):
     _more.register(app)
 
 
@@ -183,6 +195,7 @@ def _index(storage: Path, *, show: Any, **options: Any) -> ConceptIndex:
 def main() -> None:
     """Entry point of the `compllm-rag` command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    print_anything()
     app()
 
 

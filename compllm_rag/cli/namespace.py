@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from compllm_rag.cli.base import AsJson, print_json, reported
-
-Storage = Annotated[Path, typer.Option("--storage", help="Folder of the storage.")]
+from compllm_rag.cli.base import AsJson, Storage, print_json, reported
 
 
 def register(app: typer.Typer) -> None:

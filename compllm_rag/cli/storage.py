@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
-from compllm_rag.cli.base import AsJson, Offline, print_json, progress_show, reported
+from compllm_rag.cli.base import STORAGE_VARIABLE, AsJson, Offline, print_json, progress_show, reported
 
 UNSOUND = 1  # exit code of a verification that found something; 2 is for errors
 
-StorageFolder = Annotated[Path, typer.Argument(metavar="STORAGE", help="Folder of the storage.")]
+StorageFolder = Annotated[
+    Path, typer.Argument(metavar="STORAGE", envvar=STORAGE_VARIABLE, help="Folder of the storage.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -59,7 +61,7 @@ def repair(
         str | None, typer.Option(help="Where the target LLM lies now [the storage's own name for it].")
     ] = None,
     embedder: Annotated[str | None, typer.Option(help="The same for the embedder.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto (the checkpoint's).")] = None,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:

@@ -89,7 +89,7 @@ class Compressor:
         self.head = nn.Linear(width, width, device=llm.device, dtype=torch.float32).requires_grad_(False)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.segmenter = Segmenter(llm.tokenizer, self.config.segment_length)
+        self.segmenter = Segmenter(llm.tokenizer, self.config.segment_length, self.config.segmenter_version)
         self._fingerprint: str | None = None
         self._most_positions = max(BATCH_POSITIONS.values())  # of one forward; less once memory was short
 

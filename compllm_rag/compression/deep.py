@@ -79,7 +79,7 @@ class DeepCompressor:
         self.decoder = lower_half(llm.model, config.entry_layer)
         if config.lora_rank:
             inject_lora(self.decoder, rank=config.lora_rank, alpha=config.lora_alpha, modules=config.lora_modules)
-        self.segmenter = Segmenter(llm.tokenizer, config.segment_length)
+        self.segmenter = Segmenter(llm.tokenizer, config.segment_length, config.segmenter_version)
         self._fingerprint: str | None = None
         self._most_positions = max(_BATCH_POSITIONS.values())  # of one forward; less once memory was short
 

@@ -43,6 +43,7 @@ def load_compressor_for(
     entry_layer: int | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
     cache_dir: Path | None = None,
     offline: bool = False,
     progress: Callable[[str, float | None], None] | None = None,
@@ -59,6 +60,7 @@ def load_compressor_for(
         entry_layer: Of untrained deep concepts: L; None takes half the LLM's layers.
         dtype: See `TargetLLM.from_pretrained`.
         device: See `TargetLLM.from_pretrained`.
+        device_map: See `TargetLLM.from_pretrained`.
         cache_dir: Where fetched models lie.
         offline: Never touch the network.
         progress: See `resolve_model`.
@@ -74,7 +76,14 @@ def load_compressor_for(
         )
     own = shipped_adapter(llm, "reader") if reader == AUTO else (Path(reader) if reader is not None else None)
     target = TargetLLM.from_pretrained(
-        llm, reader=own, dtype=dtype, device=device, cache_dir=cache_dir, offline=offline, progress=progress
+        llm,
+        reader=own,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        cache_dir=cache_dir,
+        offline=offline,
+        progress=progress,
     )
     folder = Path(compressor) if compressor not in (AUTO, None) else None
     if compressor == AUTO and reader == AUTO and entry_layer is None:

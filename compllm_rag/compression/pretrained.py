@@ -161,7 +161,7 @@ def load_spec(folder: Path, llm: TargetLLM) -> ConceptSpec:
             next_step="fetch or save the compressor again",
         )
     config = CompressorConfig.model_validate(record["config"])
-    segmenter = Segmenter(llm.tokenizer, config.segment_length)
+    segmenter = Segmenter(llm.tokenizer, config.segment_length, config.segmenter_version)
     scale = state_rms(llm, config) if config.deep else embedding_rms(llm)
     return ConceptSpec(config, str(record["fingerprint"]), segmenter, llm.hidden_size, scale, llm.depth)
 

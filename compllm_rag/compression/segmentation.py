@@ -1,16 +1,14 @@
 """Text to token-exact segments, and segments to chunks.
 
-A document is tokenised once and cut between tokens: at sentence ends, with short neighbours joined and long
-sentences split evenly. A chunk is a run of whole segments. Both rules look only at the text nearby, so that an edit
-changes the segments of its sentence and at most one neighbour on each side, and the chunks around it, while all that
-comes later keeps its identity and its concepts (docs/design.md section 4). CompLLM (arXiv 2509.19228, section 3) cuts
-segments of at most S = 20 tokens; how it cuts them it leaves open.
+A document is tokenised once and cut between tokens: at sentence ends, with short neighbours joined, and long sentences
+where their content says (`cuts`; `cuts_v1` for what was made before). A chunk is a run of whole segments. Both rules
+look only at the text nearby, so that an edit changes the segments of its sentence and at most one neighbour on each
+side, and the chunks around it, while all that comes later keeps its identity and its concepts (docs/design.md section
+4). CompLLM (arXiv 2509.19228, section 3) cuts segments of at most S = 20 tokens; how it cuts them it leaves open.
 """
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,38 +17,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
-from compllm_rag.errors import UnsupportedModelError
+from compllm_rag.compression.cuts import cut
+from compllm_rag.compression.cuts_v1 import cut_v1
+from compllm_rag.compression.segments import INNER, Segment
+from compllm_rag.config import SEGMENTER_VERSION, SEGMENTER_VERSIONS
+from compllm_rag.errors import ConfigurationError, UnsupportedModelError
 from compllm_rag.models.plaintext import encode_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A sentence ends at closing punctuation followed by white space (CJK punctuation needs none), a paragraph at a blank
-# line. The match ends where the next sentence starts.
-_BREAK = re.compile(r"\n[^\S\n]*\n\s*|[.!?…][\"'”’)\]]*\s+|[。！？]+[」』”’）]*\s*")
-_LINE = re.compile(r"\n\s*")
-_PARAGRAPH, _SENTENCE, _INNER = 0, 1, 2
-
-# A "sentence" longer than this many segments is a table, a list or code: its lines are its sentences.
-_LINES_FROM = 8
-
 # Of the chunk size: how far a boundary looks for a better one, and the longest chunk. MiniLM reads 256 word pieces.
 _REACH, _MOST = 0.5, 1.2
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One unit of compression: tokens `start` to `end` of its text.
-
-    Attributes:
-        start: Index of the first token.
-        end: Index after the last token.
-        level: How the segment ends: 0 paragraph end, 1 sentence end, 2 within a sentence.
-    """
-
-    start: int
-    end: int
-    level: int
 
 
 @dataclass(frozen=True)
@@ -73,12 +51,24 @@ class Segmenter:
     Args:
         tokenizer: A fast tokenizer (character offsets are needed).
         segment_length: S, the most tokens of a segment.
+        version: Of the rules: 2, or 1 for a compressor whose configuration says so (the case of storages made before
+            version 2).
 
     Raises:
         UnsupportedModelError: The tokenizer is not a fast one.
+        ConfigurationError: There is no such version.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, segment_length: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, segment_length: int, version: int = SEGMENTER_VERSION
+    ) -> None:
+        if version not in SEGMENTER_VERSIONS:
+            raise ConfigurationError(
+                "unknown version of the segmenter",
+                got=version,
+                expected=" or ".join(map(str, SEGMENTER_VERSIONS)),
+                next_step="update compllm-rag",
+            )
         if not getattr(tokenizer, "is_fast", False):
             raise UnsupportedModelError(
                 "tokenizer gives no character offsets",
@@ -86,7 +76,7 @@ class Segmenter:
                 expected="a fast tokenizer (tokenizer.json)",
                 next_step="convert the tokenizer with transformers, or use another LLM",
             )
-        self.tokenizer, self.segment_length = tokenizer, segment_length
+        self.tokenizer, self.segment_length, self.version = tokenizer, segment_length, version
 
     def tokenize(self, text: str) -> TokenizedText:
         """Tokenise a text once and cut it into segments.
@@ -111,77 +101,9 @@ class Segmenter:
         return self.tokenize(text).segment_ids()
 
     def _cut(self, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> list[Segment]:
-        ends = np.maximum.accumulate(np.asarray([end for _, end in offsets], dtype=np.int64))
-        sentences = _sentences(text, ends, len(ids), self.segment_length)
-        gives = [self._gives(text, ends, sentence) for sentence in sentences]
-        out: list[Segment] = []
-        i = 0
-        while i < len(sentences):
-            sentence = sentences[i]
-            if not gives[i] and i + 1 < len(sentences) and gives[i + 1] and self._fit(sentence, sentences[i + 1]):
-                out.append(Segment(sentence.start, sentences[i + 1].end, sentences[i + 1].level))
-                i += 2
-                continue
-            out.extend(_split_evenly(sentence, self.segment_length))
-            i += 1
-        return out
-
-    def _fit(self, left: Segment, right: Segment) -> bool:
-        """Whether two neighbouring sentences may share a segment: of one paragraph, and at most S tokens together."""
-        return left.level != _PARAGRAPH and right.end - left.start <= self.segment_length
-
-    def _gives(self, text: str, ends: np.ndarray, sentence: Segment) -> bool:
-        """Whether a sentence is a giver, which joins the taker in front of it; decided by the sentence alone.
-
-        Filling segments greedily from the left would let one edit shift every later segment of the paragraph. Here no
-        sentence is wanted from both sides, and no decision reaches further than a pair. White space does not count:
-        a sentence has another blank in front of it, or behind it, once it is no longer the first or last of its text.
-        """
-        if sentence.end - sentence.start > self.segment_length // 2:
-            return False
-        content = text[int(ends[sentence.start - 1]) if sentence.start else 0 : int(ends[sentence.end - 1])].strip()
-        return bool(xxhash.xxh3_64_intdigest(content.encode("utf-8", "surrogatepass")) & 1)
-
-
-def _sentences(text: str, ends: np.ndarray, n_tokens: int, size: int) -> list[Segment]:
-    """Sentences as token ranges; the last one ends the text, as a paragraph does."""
-    sentences: list[Segment] = []
-    start = 0
-    for match in _BREAK.finditer(text):
-        if match.end() >= len(text):
-            break
-        # The first token that reaches past the next sentence's first character opens it (" The" carries its blank).
-        cut = int(np.searchsorted(ends, match.end(), side="right"))
-        if cut > start and cut < n_tokens:
-            level = _PARAGRAPH if "\n" in match.group().rstrip(" \t") and match.group().count("\n") > 1 else _SENTENCE
-            sentences.append(Segment(start, cut, level))
-            start = cut
-    if start < n_tokens:
-        sentences.append(Segment(start, n_tokens, _PARAGRAPH))
-    return [part for s in sentences for part in _by_lines(text, ends, s, size)]
-
-
-def _by_lines(text: str, ends: np.ndarray, sentence: Segment, size: int) -> list[Segment]:
-    if sentence.end - sentence.start <= _LINES_FROM * size:
-        return [sentence]
-    first = int(ends[sentence.start - 1]) if sentence.start else 0
-    out: list[Segment] = []
-    start = sentence.start
-    for match in _LINE.finditer(text, first, int(ends[sentence.end - 1])):
-        cut = int(np.searchsorted(ends, match.end(), side="right"))
-        if start < cut < sentence.end:
-            out.append(Segment(start, cut, _SENTENCE))
-            start = cut
-    out.append(Segment(start, sentence.end, sentence.level))
-    return out
-
-
-def _split_evenly(sentence: Segment, size: int) -> list[Segment]:
-    """Split a long sentence into equal parts; hard cuts at S would leave tails of 1-4 tokens that cost rate."""
-    n = sentence.end - sentence.start
-    parts = math.ceil(n / size)
-    cuts = [sentence.start + round(n * i / parts) for i in range(parts + 1)]
-    return [Segment(a, b, sentence.level if i == parts - 1 else _INNER) for i, (a, b) in enumerate(pairwise(cuts))]
+        if self.version == 1:
+            return cut_v1(text, offsets, self.segment_length)
+        return cut(text, ids, offsets, self.segment_length)
 
 
 def units_of(tokenized: TokenizedText, unit_length: int) -> list[list[int]]:
@@ -238,7 +160,7 @@ def _local_minima(ends: Sequence[int], ranks: Sequence[tuple[int, int]], reach: 
     out = []
     for i in range(len(ends) - 1):
         # The two ends of the text are boundaries that no other one near them can beat.
-        if ranks[i][0] == _INNER or ends[i] < reach or ends[-1] - ends[i] < reach:
+        if ranks[i][0] == INNER or ends[i] < reach or ends[-1] - ends[i] < reach:
             continue
         best, j = True, i - 1
         while best and j >= 0 and ends[i] - ends[j] <= reach:

@@ -24,7 +24,7 @@ def merge_adapter(model: Any, folder: Path) -> dict[str, str]:
     """Merge a LoRA adapter into a model's own weights, in fp32.
 
     Args:
-        model: The causal LM, in float32.
+        model: The causal LM; where it is not in float32, each weight is added up in float32 and rounded once.
         folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
 
     Returns:
@@ -57,11 +57,18 @@ def merge_adapter(model: Any, folder: Path) -> dict[str, str]:
                 expected="an adapter that leaves them as they are",
                 next_step="train the reader without this module",
             )
-    plain = LoraConfig(r=config["r"], lora_alpha=config["lora_alpha"], target_modules=names)
-    # Nothing is drawn for tensors that are replaced at once: the chance of a training run stays what it is.
-    tuner = LoraModel(model, plain, "default", low_cpu_mem_usage=True)
-    set_peft_model_state_dict(model, state, low_cpu_mem_usage=True)
-    tuner.merge_and_unload()
+    if any(modules[name].weight.dtype != torch.float32 for name in names):
+        # PEFT would add up in the weights' own dtype; all of them in float32 at once would take twice their memory.
+        for name in names:
+            weight = modules[name].weight
+            delta = state[name + _B] @ state[name + _A] * (config["lora_alpha"] / config["r"])
+            weight.data = (weight.data.float() + delta.to(weight.device)).to(weight.dtype)
+    else:
+        plain = LoraConfig(r=config["r"], lora_alpha=config["lora_alpha"], target_modules=names)
+        # Nothing is drawn for tensors that are replaced at once: the chance of a training run stays what it is.
+        tuner = LoraModel(model, plain, "default", low_cpu_mem_usage=True)
+        set_peft_model_state_dict(model, state, low_cpu_mem_usage=True)
+        tuner.merge_and_unload()
     return {name: file_digest(folder / name) for name in (_CONFIG, _WEIGHTS)}
 
 

@@ -31,6 +31,8 @@ def release_unused(device: torch.device) -> None:
     """Give memory that the allocator keeps for later back to the device, or to the system."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
     trim = _malloc_trim()
     if trim is not None:
         # Batches of many lengths leave holes behind that glibc keeps: a long ingestion would seem to leak.

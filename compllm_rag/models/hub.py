@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from compllm_rag.errors import ModelFetchError, UnknownModelError
+from compllm_rag.errors import ModelFetchError
 from compllm_rag.models.folders import check_folder, folder_digests
 
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -18,26 +18,21 @@ def resolve_hub(
 
     Args:
         name: `org/name`.
-        revision: A commit, tag or branch; the commit behind it is what gets recorded.
+        revision: A commit, tag or branch, the branch `main` where it is empty; the commit behind it is what gets
+            recorded, so that a storage names the same weights for good.
         cache_dir: Where digests of large files are remembered; the files lie in the hub library's own cache.
         offline: Take what is in that cache, or fail.
         report: Progress.
 
     Raises:
-        UnknownModelError: There is no revision.
         ModelFetchError: The hub cannot be reached, or has no such model.
         UnsafeModelError: See `check_folder`.
     """
-    if not revision:
-        raise UnknownModelError(
-            "hub id has no revision",
-            got=name,
-            expected=f"{name}@<commit>",
-            next_step="add the commit you mean, so that the same name always gives the same weights",
-        )
+    revision = revision or "main"
     report(f"fetching {name}@{revision}", None)
     path = snapshot(name, revision, _PATTERNS, offline=offline)
     check_folder(path)
+    report(f"taking {name}@{path.name}", None)
     return path, folder_digests(path, cache_dir), f"{name}@{path.name}"
 
 

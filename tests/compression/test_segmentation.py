@@ -52,8 +52,8 @@ def sentences(draw: st.DrawFn, least: int = 1, most: int = 12) -> list[str]:
     return draw(st.lists(made, min_size=least, max_size=most))
 
 
-def segment(text: str, size: int = S) -> TokenizedText:
-    return Segmenter(TOKENIZER, size).tokenize(text)
+def segment(text: str, size: int = S, version: int = 2) -> TokenizedText:
+    return Segmenter(TOKENIZER, size, version).tokenize(text)
 
 
 def plain_ids(text: str) -> list[int]:
@@ -219,10 +219,11 @@ def test_a_sentence_written_again_keeps_its_segments_wherever_it_stands() -> Non
 
 
 def test_endless_text_without_a_sentence_end_is_cut_evenly() -> None:
-    tokenized = segment("so it went on and on " * 2000)
-    sizes = {s.end - s.start for s in tokenized.segments}
-    assert max(sizes) <= S
-    assert min(sizes) >= S - 1
+    for version in (1, 2):
+        tokenized = segment("so it went on and on " * 2000, version=version)
+        sizes = [s.end - s.start for s in tokenized.segments]
+        assert max(sizes) <= S
+        assert sum(sizes) / len(sizes) >= S - 1
     bounds = chunk_bounds(tokenized, 200)
     assert max(tokenized.segments[b - 1].end - tokenized.segments[a].start for a, b in bounds) <= 240
 
@@ -242,11 +243,20 @@ def test_long_monotonous_texts_are_cut_and_chunked(text: str) -> None:
 
 @QUIET
 @given(st.integers(1, 300), st.integers(2, 40))
-def test_long_sentences_split_evenly(n_words: int, size: int) -> None:
-    sizes = [s.end - s.start for s in segment(" ".join(["boat"] * n_words), size).segments]
+def test_version_1_splits_long_sentences_evenly(n_words: int, size: int) -> None:
+    sizes = [s.end - s.start for s in segment(" ".join(["boat"] * n_words), size, version=1).segments]
     assert 2 * min(sizes) >= max(sizes)
     assert max(sizes) - min(sizes) <= 1
     assert len(sizes) == -(-sum(sizes) // size)
+
+
+@QUIET
+@given(st.lists(st.sampled_from([word for word in WORDS if word.isascii()]), min_size=1), st.integers(4, 40))
+def test_long_sentences_are_cut_in_as_few_parts_as_can_be_and_leave_no_tiny_tail(words: list[str], size: int) -> None:
+    lengths = [s.end - s.start for s in segment(" ".join(words), size).segments]
+    n = sum(lengths)
+    assert n <= size or min(lengths) >= size // 4
+    assert len(lengths) == -(-n // size) or n > 4 * size
 
 
 def test_the_lines_of_a_table_are_its_sentences() -> None:

@@ -36,8 +36,7 @@ def other_tokenizer() -> Compressor:
 
 
 def other_segmenter_version(llm: TargetLLM) -> Compressor:
-    config = CompressorConfig().model_copy(update={"segmenter_version": 2})
-    return Compressor(llm, config, information=information(llm))
+    return Compressor(llm, CompressorConfig(segmenter_version=1), information=information(llm))
 
 
 OTHERS = {

@@ -197,6 +197,18 @@ def test_live_lora_tensors_come_back_as_they_were_saved(llm: TargetLLM) -> None:
         assert torch.equal(tensor, state[name])
 
 
+def test_a_merge_into_half_precision_is_the_float32_sum_rounded_once(folder: Path) -> None:
+    half, exact = toy.model().to(torch.bfloat16), toy.model().to(torch.bfloat16).float()
+    assert merge_adapter(half, folder) == merge_adapter(exact, folder)
+    before = toy.model().to(torch.bfloat16).state_dict()
+    state, expected = half.state_dict(), exact.state_dict()
+    assert list(state) == list(expected)
+    assert any(not torch.equal(state[name], before[name]) for name in state)
+    for name, tensor in state.items():
+        assert torch.equal(tensor, expected[name].to(torch.bfloat16)), name
+    assert not hasattr(half, "peft_config")
+
+
 @pytest.mark.parametrize("damage", ["missing", "surplus", "shape"])
 def test_live_lora_tensors_that_do_not_fit_are_refused(llm: TargetLLM, damage: str) -> None:
     compressor = trained(llm)

