@@ -31,6 +31,7 @@ from compllm_rag.metrics import Metrics
 from compllm_rag.prompt import ConceptSpan
 from compllm_rag.store.base import ConceptStore
 from compllm_rag.store.codec import largest
+from compllm_rag.unicode_text import whole
 
 _REMEMBERED = 4096
 # Concepts made between two writes: bounds memory, and what an interruption can lose.
@@ -153,7 +154,8 @@ class ConceptLibrary:
         return self._compressor.get() if isinstance(self._compressor, DeferredCompressor) else self._compressor
 
     def passage(self, text: str) -> Passage:
-        """Cut a passage up; the last few thousand are remembered."""
+        """Cut a passage up; the last few thousand are remembered. Half characters count as U+FFFD."""
+        text = whole(text)
         with self._lock:
             if text in self._known:
                 self._known.move_to_end(text)

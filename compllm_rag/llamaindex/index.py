@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -12,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Self, cast
 from llama_index.core import StorageContext, VectorStoreIndex
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.data_structs.data_structs import IndexDict
-from llama_index.core.indices.vector_store.retrievers import VectorIndexRetriever
 from llama_index.core.query_engine import RetrieverQueryEngine
-from llama_index.core.schema import BaseNode, Document, MetadataMode
+from llama_index.core.schema import BaseNode, Document, ImageNode, IndexNode, MetadataMode
+from llama_index.core.utils import iter_batch
 
 from compllm_rag.catalog.accounts import Accounts
 from compllm_rag.catalog.measures import storage_families
@@ -33,6 +32,9 @@ from compllm_rag.llamaindex.node_parser import ConceptNodeParser
 from compllm_rag.llamaindex.observer import AccountsObserver
 from compllm_rag.llamaindex.opening import IndexParts, create_index, load_index
 from compllm_rag.llamaindex.reentrant_lock import ReentrantLock
+from compllm_rag.llamaindex.retriever import OPTIONS as RETRIEVER_OPTIONS
+from compllm_rag.llamaindex.retriever import ConceptRetriever
+from compllm_rag.llamaindex.sound import sound_documents, sound_nodes
 from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer
 from compllm_rag.llamaindex.uploads import UploadQueue, UploadReceipt
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
@@ -49,10 +51,6 @@ if TYPE_CHECKING:
 _SYNTHESIZER_OPTIONS = (
     "mode", "streaming", "missing", "overflow", "choose", "text_qa_template", "generation", "callback_manager",
 )  # fmt: skip
-# LlamaIndex's retriever takes any name without a word.
-_RETRIEVER_OPTIONS = set(inspect.signature(VectorIndexRetriever.__init__).parameters) - {
-    "self", "index", "kwargs", "callback_manager",
-}  # fmt: skip
 
 
 class ConceptIndex(VectorStoreIndex):
@@ -274,7 +272,7 @@ class ConceptIndex(VectorStoreIndex):
         kwargs.pop("use_async", None)
         given = kwargs.pop("response_synthesizer", None)
         postprocessors = kwargs.pop("node_postprocessors", None)
-        unheeded = sorted({*kwargs} - _RETRIEVER_OPTIONS) + ["llm"] * (llm is not None)
+        unheeded = sorted({*kwargs} - RETRIEVER_OPTIONS) + ["llm"] * (llm is not None)
         if given is not None:
             unheeded += sorted(options)  # they are for a synthesizer of ours
         if unheeded:
@@ -282,7 +280,7 @@ class ConceptIndex(VectorStoreIndex):
                 "a query engine of concepts has no such option",
                 got=", ".join(unheeded),
                 expected=", ".join(
-                    [*_SYNTHESIZER_OPTIONS, "response_synthesizer", "node_postprocessors", *sorted(_RETRIEVER_OPTIONS)]
+                    [*_SYNTHESIZER_OPTIONS, "response_synthesizer", "node_postprocessors", *sorted(RETRIEVER_OPTIONS)]
                 ),
                 next_step="leave it out"
                 if given is None
@@ -291,6 +289,15 @@ class ConceptIndex(VectorStoreIndex):
         kwargs.setdefault("similarity_top_k", 4)
         synthesizer = given or self.as_synthesizer(**options)
         return RetrieverQueryEngine(self.as_retriever(**kwargs), synthesizer, postprocessors)
+
+    def as_retriever(self, **kwargs: Any) -> ConceptRetriever:
+        """A retriever over all nodes of the index; options as of LlamaIndex's `VectorIndexRetriever`.
+
+        Raises:
+            ConfigurationError: An option that it does not have.
+        """
+        given = {"callback_manager": self._callback_manager, "object_map": self._object_map}
+        return ConceptRetriever(self, **{**given, **kwargs})
 
     def as_synthesizer(self, **options: Any) -> ConceptSynthesizer:
         """The synthesizer of this index; options as of `ConceptSynthesizer`."""
@@ -306,13 +313,16 @@ class ConceptIndex(VectorStoreIndex):
         **insert_kwargs: Any,
     ) -> None:
         """Concepts first, unless they are there already or to be made `later`; then vector and text."""
-        nodes = list({node.node_id: node for node in nodes}.values())
+        nodes = list({node.node_id: node for node in sound_nodes(nodes)}.values())
         with self.bulk():
             if nodes:
                 self.faiss.catalog.claim()  # see `ingest._ingest_batch`
             if not later:
                 self.library.ensure(node.get_content(MetadataMode.NONE) for node in nodes)
-            super()._add_nodes_to_index(index_struct, nodes, show_progress, **insert_kwargs)
+            # Not by LlamaIndex's own method: it keeps some kinds of nodes in the document store as well, where nothing
+            # deletes them, and has its retriever look among those alone from then on.
+            for batch in iter_batch(nodes, self._insert_batch_size):
+                self._vector_store.add(self._get_node_with_embedding(batch, show_progress), **insert_kwargs)
 
     async def _async_add_nodes_to_index(
         self, index_struct: IndexDict, nodes: Sequence[BaseNode], show_progress: bool = False, **insert_kwargs: Any
@@ -320,7 +330,12 @@ class ConceptIndex(VectorStoreIndex):
         await asyncio.to_thread(self._add_nodes_to_index, index_struct, nodes, show_progress, **insert_kwargs)
 
     def insert(self, document: Document, **insert_kwargs: Any) -> None:
-        """Insert a document; one of the same id is replaced."""
+        """Insert a document; one of the same id is replaced.
+
+        Raises:
+            ConfigurationError: It is no document, or cannot be kept; see `llamaindex.metadata`.
+        """
+        (document,) = sound_documents([document])
         with self.bulk():
             self._forget(document.id_)
             super().insert(document, **insert_kwargs)
@@ -331,8 +346,14 @@ class ConceptIndex(VectorStoreIndex):
 
     def delete_nodes(self, node_ids: list[str], delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
         """Delete nodes: vector and text are gone; concepts that others share stay."""
+        node_ids = [node_ids] if isinstance(node_ids, str) else node_ids
         with self.bulk():
-            super().delete_nodes(node_ids, delete_from_docstore, **delete_kwargs)
+            self._vector_store.delete_nodes(node_ids, **delete_kwargs)
+            for node_id in node_ids:
+                kept = self.docstore.get_document(node_id, raise_error=False)
+                # LlamaIndex's own methods put these two kinds there; a storage may have them from before this class.
+                if kept is not None and (delete_from_docstore or isinstance(kept, ImageNode | IndexNode)):
+                    self.docstore.delete_document(node_id, raise_error=False)
 
     async def adelete_nodes(
         self, node_ids: list[str], delete_from_docstore: bool = False, **delete_kwargs: Any
@@ -349,10 +370,21 @@ class ConceptIndex(VectorStoreIndex):
         """`delete_ref_doc` in a thread."""
         await asyncio.to_thread(self.delete_ref_doc, ref_doc_id, delete_from_docstore, **delete_kwargs)
 
+    def update_ref_doc(self, document: Document, **update_kwargs: Any) -> None:
+        """Replace a document, in one step: where the new one cannot be kept, the former one stays."""
+        (document,) = sound_documents([document])
+        with self.bulk():
+            super().update_ref_doc(document, **update_kwargs)
+
+    async def aupdate_ref_doc(self, document: Document, **update_kwargs: Any) -> None:
+        """`update_ref_doc` in a thread."""
+        await asyncio.to_thread(self.update_ref_doc, document, **update_kwargs)
+
     def refresh_ref_docs(self, documents: Sequence[Document], **update_kwargs: Any) -> list[bool]:
         """Insert new documents and replace changed ones; tells for each whether it was."""
+        sound = list(sound_documents(documents))
         with self.bulk():
-            return super().refresh_ref_docs(documents, **update_kwargs)
+            return super().refresh_ref_docs(sound, **update_kwargs)
 
     async def arefresh_ref_docs(self, documents: Sequence[Document], **update_kwargs: Any) -> list[bool]:
         """`refresh_ref_docs` in a thread."""

@@ -20,6 +20,7 @@ from compllm_rag.errors import ConfigurationError
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.documents import empty_corpus
 from compllm_rag.llamaindex.node_parser import ConceptNodeParser
+from compllm_rag.llamaindex.sound import sound_documents
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 from compllm_rag.models.device_memory import release_unused
 from compllm_rag.store.base import ConceptStore
@@ -162,7 +163,7 @@ def ingest_documents(
         )
     index.origins = Origins(KeyValues(index.faiss.catalog), roots)
     with index.bulk():
-        for batch in _batches(documents):
+        for batch in _batches(sound_documents(documents)):
             report = _ingest_batch(index, batch, report)
             met.update(document.id_ for document in batch)
             now = time.perf_counter()

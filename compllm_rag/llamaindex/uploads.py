@@ -26,6 +26,7 @@ from compllm_rag.errors import (
     UploadQueueFullError,
 )
 from compllm_rag.llamaindex.ingest import Corpus, replace_documents
+from compllm_rag.llamaindex.sound import sound_documents
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ class UploadQueue:
             StoreLockedError: Another process writes.
             StoreReadOnlyError: The storage was opened for reading.
         """
-        index, given = self._index, {document.id_: document for document in documents}
+        index, given = self._index, {document.id_: document for document in sound_documents(documents)}
         with index.bulk():
             changed = [d for d in given.values() if index.docstore.get_document_hash(d.id_) != d.hash]
             self._check_room(len(changed))

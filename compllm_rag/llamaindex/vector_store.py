@@ -33,6 +33,7 @@ from compllm_rag.errors import ConfigurationError
 from compllm_rag.llamaindex.filters import matches
 from compllm_rag.llamaindex.node_search import allowed_ids, nearest
 from compllm_rag.llamaindex.nodes import decode_node, encode_node
+from compllm_rag.llamaindex.sound import sound_nodes
 
 
 class NodeObserver(Protocol):
@@ -55,8 +56,8 @@ class FaissTextVectorStore(BasePydanticVectorStore):
     visible to other processes after `commit` (or `persist`). `close` gives uncommitted work up; a `with` block commits
     at its end, or rolls back when it ends by an exception. Safe between threads; one writer at a time.
 
-    Ids may be of any length and hold any character, NUL included; lone surrogates, which UTF-8 cannot express, are
-    refused in ids and text alike.
+    Ids may be of any length and hold any character, NUL included. Half surrogates, which UTF-8 cannot express, are
+    refused in ids and replaced by U+FFFD in text and metadata; see `sound` and `metadata`.
 
     Args:
         dim: Dimensions of every vector.
@@ -130,6 +131,7 @@ class FaissTextVectorStore(BasePydanticVectorStore):
             ConfigurationError: An embedding is missing, NaN, infinite or zero; metadata or an id cannot be kept.
             StoreLockedError, StoreReadOnlyError, StoreFullError: See `Catalog.writing`.
         """
+        nodes = sound_nodes(nodes)
         latest = list({node.node_id: node for node in nodes}.values())
         if latest:
             rows = [encode_node(node) for node in latest]
@@ -346,6 +348,7 @@ class FaissTextVectorStore(BasePydanticVectorStore):
         if node_ids is None:
             rows: Iterator[StoredNode] = node_rows.read_all(connection)
         else:
+            node_ids = [node_ids] if isinstance(node_ids, str) else node_ids  # its letters would be ids of no node
             found = node_rows.read_ids(connection, node_rows.ids_where(connection, "node_id", node_ids))
             rows = (found[id_] for id_ in sorted(found))
         return (row for row in rows if filters is None or matches(filters, row.metadata, row.ref_doc_id))
