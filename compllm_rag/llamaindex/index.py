@@ -24,6 +24,7 @@ from compllm_rag.config import GenerationConfig, IngestConfig
 from compllm_rag.errors import CompLLMError, ConfigurationError
 from compllm_rag.generation.base import Generator
 from compllm_rag.generation.local import LocalGenerator
+from compllm_rag.handles import ProcessBound
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.embedding import embedder_identity
 from compllm_rag.llamaindex.ingest import IngestReport, Progress, ingest_documents
@@ -53,7 +54,7 @@ _SYNTHESIZER_OPTIONS = (
 )  # fmt: skip
 
 
-class ConceptIndex(VectorStoreIndex):
+class ConceptIndex(ProcessBound, VectorStoreIndex):
     """Vectors, text and concepts of a corpus, kept together and committed together.
 
     Build one with `from_documents`, `create` or `load`; the constructor joins parts that are made already.
@@ -69,6 +70,8 @@ class ConceptIndex(VectorStoreIndex):
         storage_dir: Where it all lies; None when it lies in memory.
         manifest: Of the storage; None describes the parts given.
     """
+
+    _opened_by = "open it again there: ConceptIndex.load(storage_dir, read_only=True)"
 
     def __init__(
         self,

@@ -111,5 +111,3 @@ def _no_document(given: object) -> ConfigurationError:
         expected="LlamaIndex documents",
         next_step="insert nodes with `insert_nodes`" if node else "make one: Document(text=..., id_=...)",
     )
-
-

@@ -10,7 +10,7 @@ import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import fsspec  # type: ignore[import-untyped, unused-ignore]
 import numpy as np
@@ -30,6 +30,7 @@ from compllm_rag.catalog.catalog import Catalog
 from compllm_rag.catalog.flat_vectors import unit_vector
 from compllm_rag.catalog.rows import StoredNode
 from compllm_rag.errors import ConfigurationError
+from compllm_rag.handles import ProcessBound
 from compllm_rag.llamaindex.filters import matches
 from compllm_rag.llamaindex.node_search import allowed_ids, nearest
 from compllm_rag.llamaindex.nodes import decode_node, encode_node
@@ -49,7 +50,7 @@ class NodeObserver(Protocol):
         """All nodes are deleted."""
 
 
-class FaissTextVectorStore(BasePydanticVectorStore):
+class FaissTextVectorStore(ProcessBound, BasePydanticVectorStore):
     """Vectors in FAISS, nodes in SQLite, one commit for both.
 
     Scores are cosine similarities: higher is better. Changes are visible in this instance at once, and durable and
@@ -64,6 +65,7 @@ class FaissTextVectorStore(BasePydanticVectorStore):
         catalog: Where all of it lies; None keeps it in memory. See `create` and `open` for folders.
     """
 
+    _opened_by: ClassVar[str] = "open it again there: FaissTextVectorStore.open(path, read_only=True)"
     stores_text: bool = True
     is_embedding_query: bool = True
     dim: int
