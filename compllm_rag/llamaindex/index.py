@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from llama_index.core import StorageContext, VectorStoreIndex
+from llama_index.core import VectorStoreIndex
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.data_structs.data_structs import IndexDict
+from llama_index.core.indices.registry import INDEX_STRUCT_TYPE_TO_INDEX_CLASS
 from llama_index.core.query_engine import RetrieverQueryEngine
-from llama_index.core.schema import BaseNode, Document, ImageNode, IndexNode, MetadataMode
+from llama_index.core.schema import BaseNode, Document, ImageNode, IndexNode, MetadataMode, TransformComponent
+from llama_index.core.storage.docstore.types import RefDocInfo
 from llama_index.core.utils import iter_batch
 
 from compllm_rag.catalog.accounts import Accounts
@@ -27,15 +30,19 @@ from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.handles import ProcessBound
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.embedding import embedder_identity
-from compllm_rag.llamaindex.ingest import IngestReport, Progress, ingest_documents
+from compllm_rag.llamaindex.index_struct import TYPE, ConceptIndexStruct, ConceptStorageContext
+from compllm_rag.llamaindex.ingest import IngestReport, Progress, changed_documents, ingest_documents
 from compllm_rag.llamaindex.kvstore import CatalogDocumentStore, CatalogKVStore
 from compllm_rag.llamaindex.node_parser import ConceptNodeParser
 from compllm_rag.llamaindex.observer import AccountsObserver
 from compllm_rag.llamaindex.opening import IndexParts, create_index, load_index
 from compllm_rag.llamaindex.reentrant_lock import ReentrantLock
+from compllm_rag.llamaindex.ref_docs import ref_doc_info
 from compllm_rag.llamaindex.retriever import OPTIONS as RETRIEVER_OPTIONS
 from compllm_rag.llamaindex.retriever import ConceptRetriever
 from compllm_rag.llamaindex.sound import sound_documents, sound_nodes
+from compllm_rag.llamaindex.splitting import Splitting
+from compllm_rag.llamaindex.stock import StockOptions, bar, check_folder, creating, loading, refused
 from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer
 from compllm_rag.llamaindex.uploads import UploadQueue, UploadReceipt
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
@@ -95,6 +102,7 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
         self._generation = generation or self.generator.config
         self.faiss = vector_store
         self.parser = ConceptNodeParser(self.library.spec.segmenter, self.config.chunk_size)
+        self.splitting = Splitting(vector_store.catalog, self.parser)
         kvstore = CatalogKVStore(vector_store.catalog)
         values = kvstore.values
         self.accounts, self.origins, self.pending = Accounts(values), Origins(values), PendingChunks(values)
@@ -102,13 +110,21 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
         self._writing, self._kept = ReentrantLock(), Work()
         self._uploads: UploadQueue | None = None
         super().__init__(
-            nodes=[],
+            index_struct=ConceptIndexStruct(storage_dir=str(storage_dir.absolute()) if storage_dir else ""),
             embed_model=embedder,
-            storage_context=StorageContext.from_defaults(
+            storage_context=ConceptStorageContext.from_defaults(
                 vector_store=vector_store, docstore=CatalogDocumentStore(kvstore)
             ),
             transformations=[self.parser],
         )
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuse what LlamaIndex's constructor takes and this one does not, by name."""
+        known = inspect.signature(cls.__init__).parameters
+        unknown = ["nodes"] if args and isinstance(args[0], list | tuple) else [k for k in kwargs if k not in known]
+        if unknown and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            raise refused(unknown[0], set(known) - {"self"})
+        return super().__new__(cls)
 
     @classmethod
     def from_documents(  # type: ignore[override]
@@ -122,11 +138,16 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
             **options: See `create`, and `progress` of `ingest`.
 
         Raises:
+            EmptyCorpusError: There are no documents.
             StorageMismatchError: The storage exists and was made with other settings.
         """
         progress = options.pop("progress", None)
         index = cls.create(storage_dir, **options)
-        index.ingest(documents, progress=progress)
+        try:
+            index.ingest(documents, progress=progress, show_progress=bool(options.get("show_progress")))
+        except BaseException:
+            index.close()
+            raise
         return index
 
     @classmethod
@@ -146,13 +167,22 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
             namespace: Tenant; those of one folder share nothing. None takes the folder's own.
             generator: Runs the target LLM; None runs it in this process.
             resume: Go on, in the background, with uploads that an earlier process left without concepts.
-            **options: See `llamaindex.opening.create_index`, and for what it raises.
+            **options: See `llamaindex.opening.create_index`, and for what it raises; and of LlamaIndex's
+                `transformations`, `embed_model`, `insert_batch_size`, `callback_manager`, `show_progress`, `use_async`,
+                see `llamaindex.stock.StockOptions`.
+
+        Raises:
+            ConfigurationError: An option that is not heeded, such as `storage_context`.
         """
+        check_folder(storage_dir)
+        stock = creating(options)
         if storage_dir is None:
-            return cls.of(create_index(None, namespace=namespace, **options), generator=generator)
+            parts = create_index(None, namespace=namespace, **options)
+            return cls.of(parts, generator=generator)._with(stock)
         folder = namespace_folder(storage_dir, namespace)
         prepare_namespace(Path(storage_dir), folder)
-        return cls.of(create_index(folder, namespace=namespace, **options), generator=generator, resume=resume)
+        parts = create_index(folder, namespace=namespace, **options)
+        return cls.of(parts, generator=generator, resume=resume)._with(stock)
 
     @classmethod
     def load(
@@ -171,10 +201,16 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
             namespace: Tenant; None takes the folder's own.
             generator: Runs the target LLM; None runs it in this process.
             resume: Go on, in the background, with uploads that an earlier process left without concepts.
-            **options: See `llamaindex.opening.load_index`, and for what it raises.
+            **options: See `llamaindex.opening.load_index`, and for what it raises; and those of LlamaIndex's that
+                `create` takes.
+
+        Raises:
+            ConfigurationError: An option that is not heeded.
         """
+        check_folder(storage_dir)
+        stock = loading(options)
         parts = load_index(existing_namespace(storage_dir, namespace), **options)
-        return cls.of(parts, generator=generator, resume=resume)
+        return cls.of(parts, generator=generator, resume=resume)._with(stock)
 
     @classmethod
     def of(cls, parts: IndexParts, *, generator: Generator | None = None, resume: bool = False) -> Self:
@@ -200,6 +236,33 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
             UploadQueue(index)
         return index
 
+    def _with(self, stock: StockOptions) -> Self:
+        """Heed what was asked for in LlamaIndex's words."""
+        self._insert_batch_size, self._show_progress = stock.insert_batch_size, stock.show_progress
+        self._use_async = stock.use_async
+        if stock.callback_manager is not None:
+            self._callback_manager = self._embed_model.callback_manager = stock.callback_manager
+        if stock.transformations is not None:
+            self.use_transformations(stock.transformations)
+        return self
+
+    def use_transformations(self, transformations: Sequence[TransformComponent]) -> None:
+        """From now on make nodes of documents by these, in place of the `ConceptNodeParser`.
+
+        Chunks that are no runs of whole segments work as well; an edit then compresses more of them again. Documents that
+        were split otherwise count as changed when they are brought in next.
+
+        Args:
+            transformations: LlamaIndex node parsers, extractors and the like; `[index.parser]` is the default again.
+        """
+        self.splitting.use(transformations)
+        self._transformations = self.splitting.transformations
+
+    @property
+    def ref_doc_info(self) -> dict[str, RefDocInfo]:
+        """The nodes of every document, with its metadata."""
+        return ref_doc_info(self.faiss.catalog)
+
     @property
     def compressor(self) -> ConceptCompressor:
         """The compressor all concepts in the storage come from; loaded now if nothing was compressed before."""
@@ -217,6 +280,7 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
         progress: Progress | None = None,
         within: Iterable[str | Path] = (),
         prune: bool = False,
+        show_progress: bool = False,
     ) -> IngestReport:
         """Bring documents into the storage: new ones added, changed ones replaced, others left alone.
 
@@ -224,18 +288,24 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
         committed about once a minute and at the end; an interrupted run is taken up by calling this again.
 
         Args:
-            documents: A stream, consumed batch by batch.
+            documents: A stream, consumed batch by batch; or a single document.
             progress: Called with a running report after each batch.
             within: The files and folders that the documents come from, as given to `load_documents`; where each came
                 from is remembered for `prune`.
             prune: At the end, delete documents that came from within these paths and are not there any more.
+            show_progress: Show a bar on standard error.
 
         Raises:
-            ConfigurationError: `prune` without `within`.
+            ConfigurationError: `prune` without `within`, or a document that cannot be kept (see `llamaindex.metadata`).
             EmptyCorpusError: There are no documents at all; nothing is pruned then.
             StoreLockedError: Another process writes, or compacts.
         """
-        return ingest_documents(self, documents, progress=progress, within=within, prune=prune)
+        with bar(self, documents, progress, show_progress) as report:
+            return ingest_documents(self, documents, progress=report, within=within, prune=prune)
+
+    async def aingest(self, documents: Iterable[Document], **options: Any) -> IngestReport:
+        """`ingest` in a thread; options as of it."""
+        return await asyncio.to_thread(self.ingest, documents, **options)
 
     @property
     def uploads(self) -> UploadQueue:
@@ -257,6 +327,10 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
     def upload(self, documents: Iterable[Document]) -> UploadReceipt:
         """Bring documents in without waiting for their concepts; see `UploadQueue.put`."""
         return self.uploads.put(documents)
+
+    async def aupload(self, documents: Iterable[Document]) -> UploadReceipt:
+        """`upload` in a thread."""
+        return await asyncio.to_thread(self.upload, documents)
 
     def as_query_engine(self, llm: None = None, **kwargs: Any) -> RetrieverQueryEngine:  # type: ignore[override]
         """A query engine that reads concepts.
@@ -340,8 +414,12 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
         """
         (document,) = sound_documents([document])
         with self.bulk():
+            nodes = self.splitting.nodes([document], show_progress=self._show_progress)
             self._forget(document.id_)
-            super().insert(document, **insert_kwargs)
+            with self._callback_manager.as_trace("insert"):
+                self.insert_nodes(nodes, **insert_kwargs)
+            self.docstore.set_document_hash(document.id_, self.splitting.hash_of(document))
+            self.splitting.remember()
 
     async def ainsert(self, document: Document, **insert_kwargs: Any) -> None:
         """`insert` in a thread."""
@@ -385,9 +463,23 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
 
     def refresh_ref_docs(self, documents: Sequence[Document], **update_kwargs: Any) -> list[bool]:
         """Insert new documents and replace changed ones; tells for each whether it was."""
+        insert_kwargs = {**update_kwargs.pop("insert_kwargs", {}), **update_kwargs.pop("update_kwargs", {})}
+        if update_kwargs:
+            raise ConfigurationError(
+                "a refresh has no such option",
+                got=", ".join(sorted(update_kwargs)),
+                expected="insert_kwargs",
+                next_step="leave it out",
+            )
         sound = list(sound_documents(documents))
         with self.bulk():
-            return super().refresh_ref_docs(sound, **update_kwargs)
+            refreshed = []
+            for document in sound:  # one after the other: an id may come twice
+                changed = changed_documents(self, [document])
+                for each in changed:
+                    self.insert(each, **insert_kwargs)
+                refreshed.append(bool(changed))
+            return refreshed
 
     async def arefresh_ref_docs(self, documents: Sequence[Document], **update_kwargs: Any) -> list[bool]:
         """`refresh_ref_docs` in a thread."""
@@ -495,3 +587,11 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _opened(index_struct: ConceptIndexStruct, storage_context: object, **options: Any) -> ConceptIndex:
+    """What `load_index_from_storage` calls for the index of a `ConceptIndexStruct`; options as of `load`."""
+    return ConceptIndex.load(index_struct.folder(), **options)
+
+
+INDEX_STRUCT_TYPE_TO_INDEX_CLASS[TYPE] = cast(Any, _opened)

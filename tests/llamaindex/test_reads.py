@@ -33,7 +33,7 @@ def made(path: Path | None, compressor: Compressor) -> ConceptIndex:
 
 def engines(index: ConceptIndex) -> list[Any]:
     window = MetadataReplacementPostProcessor(target_metadata_key="window")
-    return [index.as_query_engine(), index.as_query_engine(node_postprocessors=[window]), citations]
+    return [index.as_query_engine(), index.as_query_engine(node_postprocessors=[window])]
 
 
 def files(folder: Path) -> dict[str, bytes]:
