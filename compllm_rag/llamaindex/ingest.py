@@ -16,13 +16,14 @@ from compllm_rag.catalog.accounts import Accounts
 from compllm_rag.catalog.kv import KeyValues
 from compllm_rag.catalog.origins import Origins
 from compllm_rag.catalog.pending import PendingChunks
-from compllm_rag.errors import ConfigurationError, PruneRefusedError
+from compllm_rag.errors import ConfigurationError, EmptyCorpusError, PruneRefusedError
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.documents import FileDocuments, empty_corpus
 from compllm_rag.llamaindex.naming import Names
-from compllm_rag.llamaindex.node_parser import ConceptNodeParser
 from compllm_rag.llamaindex.pruning import prunable
 from compllm_rag.llamaindex.readers.found import FileDocument, FileNote, SkippedFile
+from compllm_rag.llamaindex.sound import sound_documents
+from compllm_rag.llamaindex.splitting import Splitting
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 from compllm_rag.models.device_memory import release_unused
 from compllm_rag.store.base import ConceptStore
@@ -113,7 +114,7 @@ class Corpus(Protocol):
         ...
 
     @property
-    def parser(self) -> ConceptNodeParser:
+    def splitting(self) -> Splitting:
         """Cuts documents into chunks."""
         ...
 
@@ -179,7 +180,7 @@ def ingest_documents(
     index.origins = Origins(KeyValues(index.faiss.catalog), roots)
     names = Names(index)
     with index.bulk():
-        for batch in _batches(names.settled(documents)):
+        for batch in _batches(names.settled(sound_documents(documents))):
             report = _ingest_batch(index, batch, report)
             met.update((document.id_, origin_of(index, document)) for document in batch)
             now = time.perf_counter()
@@ -191,7 +192,7 @@ def ingest_documents(
                 progress(report)
         if not report.documents:
             # Nor is anything pruned then: a folder that is not mounted looks the same.
-            raise empty_corpus(reading.skipped if reading else ())
+            raise _no_documents(reading)
         if prune:
             try:
                 gone = prunable(index.origins, met, reading, index.origins.roots)
@@ -209,6 +210,17 @@ def ingest_documents(
     return replace(report, seconds=time.perf_counter() - begun)
 
 
+def _no_documents(reading: FileDocuments | None) -> EmptyCorpusError:
+    if reading is not None:
+        return empty_corpus(reading.skipped)
+    return EmptyCorpusError(
+        "there are no documents to ingest",
+        got="none",
+        expected="at least one",
+        next_step="pass some; ConceptIndex.create(storage_dir) makes an index without any",
+    )
+
+
 def origin_of(index: Corpus, document: Document) -> str | None:
     """The file of a document: its own, or the one that its metadata names if that is within the paths told."""
     if isinstance(document, FileDocument) and document.file:
@@ -217,12 +229,11 @@ def origin_of(index: Corpus, document: Document) -> str | None:
 
 
 def _ingest_batch(index: Corpus, documents: list[Document], report: IngestReport) -> IngestReport:
-    hashes = {d.id_: index.docstore.get_document_hash(d.id_) for d in documents}
-    changed = [d for d in documents if hashes[d.id_] != d.hash]
+    changed = changed_documents(index, documents)
     if changed:
         # Before anything is compressed: a compaction must not take concepts away that are about to be referred to.
         index.faiss.catalog.claim()
-    nodes = index.parser.get_nodes_from_documents(changed)
+    nodes = index.splitting.nodes(changed)
     made = index.library.ensure(node.get_content(MetadataMode.NONE) for node in nodes)
     replace_documents(index, changed, nodes, later=True)  # they are there by now
     remember_origins(index, documents, changed)
@@ -254,6 +265,16 @@ def remember_origins(index: Corpus, documents: Iterable[Document], changed: Sequ
             index.origins.forget(document.id_)
 
 
+def changed_documents(index: Corpus, documents: Iterable[Document]) -> list[Document]:
+    """Documents that are new or differ from what is there, in their text, their metadata, or how they are split.
+
+    Raises:
+        StorageMismatchError: See `Splitting.check`.
+    """
+    index.splitting.check()  # else all of them would count as changed
+    return [d for d in documents if index.docstore.get_document_hash(d.id_) != index.splitting.hash_of(d)]
+
+
 def replace_documents(
     index: Corpus, changed: Sequence[Document], nodes: Sequence[BaseNode], *, later: bool = False
 ) -> None:
@@ -275,7 +296,9 @@ def replace_documents(
     index.delete_nodes(going)
     index.insert_nodes(coming, later=later)
     for document in changed:
-        index.docstore.set_document_hash(document.id_, document.hash)
+        index.docstore.set_document_hash(document.id_, index.splitting.hash_of(document))
+    if changed:
+        index.splitting.remember()
 
 
 def _keep_embeddings(index: Corpus, going: Sequence[str], coming: Sequence[BaseNode]) -> None:

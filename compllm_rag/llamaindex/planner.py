@@ -15,6 +15,7 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, Query
 from compllm_rag.config import MissingPolicy, Mode, OverflowPolicy
 from compllm_rag.errors import PromptTooLongError
 from compllm_rag.library import ConceptLibrary, Fetched
+from compllm_rag.llamaindex.shown import hidden_keys
 from compllm_rag.prompt import (
     QUESTION,
     SLOT,
@@ -270,7 +271,8 @@ def _text(node: NodeWithScore) -> str:
 
 def shown_metadata(node: BaseNode) -> tuple[str, dict[str, Any]]:
     """Title of a node, and whatever other metadata the LLM may see."""
-    shown = {k: v for k, v in node.metadata.items() if k not in node.excluded_llm_metadata_keys}
+    hidden = hidden_keys(node)
+    shown = {k: v for k, v in node.metadata.items() if k not in hidden}
     title = shown.pop("title", None) or shown.pop("file_name", "")
     return str(title), shown
 

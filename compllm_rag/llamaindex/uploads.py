@@ -25,8 +25,9 @@ from compllm_rag.errors import (
     StoreReadOnlyError,
     UploadQueueFullError,
 )
-from compllm_rag.llamaindex.ingest import Corpus, remember_origins, replace_documents
+from compllm_rag.llamaindex.ingest import Corpus, changed_documents, remember_origins, replace_documents
 from compllm_rag.llamaindex.naming import Names
+from compllm_rag.llamaindex.sound import sound_documents
 
 logger = logging.getLogger(__name__)
 
@@ -131,13 +132,13 @@ class UploadQueue:
             StoreLockedError: Another process writes.
             StoreReadOnlyError: The storage was opened for reading.
         """
-        index, read = self._index, list(documents)
+        index, read = self._index, list(sound_documents(documents))
         with index.bulk():
             names = Names(index)
             given = {document.id_: document for document in names.settled(read)}
-            changed = [d for d in given.values() if index.docstore.get_document_hash(d.id_) != d.hash]
+            changed = changed_documents(index, given.values())
             self._check_room(len(changed))
-            nodes = index.parser.get_nodes_from_documents(changed)
+            nodes = index.splitting.nodes(changed)
             if changed:
                 replace_documents(index, changed, nodes, later=True)
             remember_origins(index, given.values(), changed)
