@@ -50,7 +50,7 @@ _SYNTHESIZER_OPTIONS = (
     "mode", "streaming", "missing", "overflow", "choose", "text_qa_template", "generation", "callback_manager",
 )  # fmt: skip
 # LlamaIndex's retriever takes any name without a word.
-_RETRIEVER_OPTIONS = set(inspect.signature(VectorIndexRetriever.__init__).parameters) - {
+_RETRIEVER_OPTIONS = {*inspect.signature(VectorIndexRetriever.__init__).parameters, "vector_store_kwargs"} - {
     "self", "index", "kwargs", "callback_manager",
 }  # fmt: skip
 
