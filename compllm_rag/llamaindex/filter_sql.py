@@ -59,7 +59,7 @@ def ids_passing(connection: sqlite3.Connection, filters: MetadataFilters) -> lis
     else:
         inner, values = _group(filters)
         condition, values = f"CASE WHEN instr(nodes.node, ?) THEN {by_row} ELSE {inner} END", [_NUL, *values]
-    query = f"SELECT nodes.id FROM nodes WHERE {condition} ORDER BY nodes.id"  # noqa: S608 - question marks
+    query = f"SELECT nodes.id FROM nodes WHERE {condition} ORDER BY nodes.id"
     return [id_ for (id_,) in connection.execute(query, values)]
 
 

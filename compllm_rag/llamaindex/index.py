@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -12,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Self, cast
 from llama_index.core import StorageContext, VectorStoreIndex
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.data_structs.data_structs import IndexDict
-from llama_index.core.indices.vector_store.retrievers import VectorIndexRetriever
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import BaseNode, Document, MetadataMode
 
 from compllm_rag.catalog.accounts import Accounts
+from compllm_rag.catalog.keywords import KeywordIndex
 from compllm_rag.catalog.measures import storage_families
 from compllm_rag.catalog.origins import Origins
 from compllm_rag.catalog.pending import PendingChunks
@@ -33,6 +32,8 @@ from compllm_rag.llamaindex.node_parser import ConceptNodeParser
 from compllm_rag.llamaindex.observer import AccountsObserver
 from compllm_rag.llamaindex.opening import IndexParts, create_index, load_index
 from compllm_rag.llamaindex.reentrant_lock import ReentrantLock
+from compllm_rag.llamaindex.retrieval import VECTOR_OPTIONS, chosen_retriever, hybrid_retriever
+from compllm_rag.llamaindex.retrievers import ConceptBM25Retriever, HybridRetriever, keyword_index
 from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer
 from compllm_rag.llamaindex.uploads import UploadQueue, UploadReceipt
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
@@ -49,10 +50,7 @@ if TYPE_CHECKING:
 _SYNTHESIZER_OPTIONS = (
     "mode", "streaming", "missing", "overflow", "choose", "text_qa_template", "generation", "callback_manager",
 )  # fmt: skip
-# LlamaIndex's retriever takes any name without a word.
-_RETRIEVER_OPTIONS = {*inspect.signature(VectorIndexRetriever.__init__).parameters, "vector_store_kwargs"} - {
-    "self", "index", "kwargs", "callback_manager",
-}  # fmt: skip
+_RETRIEVER_OPTIONS = VECTOR_OPTIONS
 
 
 class ConceptIndex(VectorStoreIndex):
@@ -100,6 +98,7 @@ class ConceptIndex(VectorStoreIndex):
         vector_store.observed_by(AccountsObserver(self.library, self.accounts, self.pending))
         self._writing, self._kept = ReentrantLock(), Work()
         self._uploads: UploadQueue | None = None
+        self._keywords: KeywordIndex | None = None
         super().__init__(
             nodes=[],
             embed_model=embedder,
@@ -264,8 +263,9 @@ class ConceptIndex(VectorStoreIndex):
             llm: Must be None: the target LLM belongs to the storage, and no other can read its concepts.
             **kwargs: Of `ConceptSynthesizer` (`mode`, `streaming`, `missing`, `overflow`, `choose`,
                 `text_qa_template`, `generation`, `callback_manager`), `response_synthesizer`, `node_postprocessors`,
-                and of LlamaIndex's `VectorIndexRetriever` (`similarity_top_k`, `filters`, ...). `use_async` is allowed
-                and changes nothing: an answer is one call of the LLM.
+                and of LlamaIndex's `VectorIndexRetriever` (`similarity_top_k`, `filters`, ...); `retrieval` (`vector`,
+                `bm25` or `hybrid`, with the options of that retriever) or `retriever`, one of your own. `use_async`
+                is allowed and changes nothing: an answer is one call of the LLM.
 
         Raises:
             ConfigurationError: An option that nothing here would heed, such as `llm` or `response_mode`.
@@ -274,6 +274,7 @@ class ConceptIndex(VectorStoreIndex):
         kwargs.pop("use_async", None)
         given = kwargs.pop("response_synthesizer", None)
         postprocessors = kwargs.pop("node_postprocessors", None)
+        retriever = chosen_retriever(self, kwargs)
         unheeded = sorted({*kwargs} - _RETRIEVER_OPTIONS) + ["llm"] * (llm is not None)
         if given is not None:
             unheeded += sorted(options)  # they are for a synthesizer of ours
@@ -290,7 +291,41 @@ class ConceptIndex(VectorStoreIndex):
             )
         kwargs.setdefault("similarity_top_k", 4)
         synthesizer = given or self.as_synthesizer(**options)
-        return RetrieverQueryEngine(self.as_retriever(**kwargs), synthesizer, postprocessors)
+        return RetrieverQueryEngine(retriever or self.as_retriever(**kwargs), synthesizer, postprocessors)
+
+    @property
+    def keywords(self) -> KeywordIndex:
+        """The words of all nodes, for BM25; made anew by the first search after the nodes have changed.
+
+        Raises:
+            ConfigurationError: bm25s is not installed.
+        """
+        if self._keywords is None:
+            self._keywords = keyword_index(self.faiss.catalog)
+        return self._keywords
+
+    def as_bm25_retriever(self, **options: Any) -> ConceptBM25Retriever:
+        """A retriever by words: for names, numbers and rare terms; no embedder is asked.
+
+        Args:
+            **options: `similarity_top_k`, `filters`, `doc_ids`, `node_ids`; see `ConceptBM25Retriever`.
+
+        Raises:
+            ConfigurationError: bm25s is not installed.
+        """
+        return ConceptBM25Retriever(self.keywords, **options)
+
+    def as_hybrid_retriever(self, **options: Any) -> HybridRetriever:
+        """A retriever by vectors and words, joined by reciprocal rank fusion; no LLM is asked.
+
+        Args:
+            **options: `similarity_top_k`, `filters`, `doc_ids`, `node_ids`; `candidates`, how many nodes each of both
+                gives (4 times `similarity_top_k`, and 20 at least); `weights`, of vectors and of words.
+
+        Raises:
+            ConfigurationError: A number makes no sense, or bm25s is not installed.
+        """
+        return hybrid_retriever(self, **options)
 
     def as_synthesizer(self, **options: Any) -> ConceptSynthesizer:
         """The synthesizer of this index; options as of `ConceptSynthesizer`."""

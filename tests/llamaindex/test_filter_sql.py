@@ -62,7 +62,6 @@ def passing(metadata: list[dict[str, Any]], filters: MetadataFilters) -> tuple[l
     connection = sqlite3.connect(":memory:")
     try:
         make_tables(connection, 4)
-        rows = [encode_node(node(f"n{i}", axis(0), doc=f"d{i % 2}", **{})) for i in range(len(metadata))]
         nodes = [node(f"n{i}", axis(0), doc=f"d{i % 2}") for i in range(len(metadata))]
         for made, held in zip(nodes, metadata, strict=True):
             made.metadata = held
