@@ -13,6 +13,7 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.data_structs.data_structs import IndexDict
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import BaseNode, Document, MetadataMode
+from llama_index.core.vector_stores.types import BasePydanticVectorStore
 
 from compllm_rag.catalog.accounts import Accounts
 from compllm_rag.catalog.keywords import KeywordIndex
@@ -31,17 +32,20 @@ from compllm_rag.llamaindex.kvstore import CatalogDocumentStore, CatalogKVStore
 from compllm_rag.llamaindex.node_parser import ConceptNodeParser
 from compllm_rag.llamaindex.observer import AccountsObserver
 from compllm_rag.llamaindex.opening import IndexParts, create_index, load_index
+from compllm_rag.llamaindex.other_store import GarbageReport, adopt, collect_garbage, parts_beside
 from compllm_rag.llamaindex.reentrant_lock import ReentrantLock
 from compllm_rag.llamaindex.retrieval import VECTOR_OPTIONS, chosen_retriever, hybrid_retriever
 from compllm_rag.llamaindex.retrievers import ConceptBM25Retriever, HybridRetriever, keyword_index
 from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer
+from compllm_rag.llamaindex.tracked_store import NodeStore, TrackedVectorStore
 from compllm_rag.llamaindex.uploads import UploadQueue, UploadReceipt
-from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 from compllm_rag.metrics import Metrics, Work, exposition
 from compllm_rag.storage.manifest import Manifest
 from compllm_rag.storage.namespaces import existing_namespace, namespace_folder, prepare_namespace
 from compllm_rag.storage.stats import stats_fields
 from compllm_rag.store.base import ConceptStore
+from compllm_rag.store.compaction import CompactReport
+from compllm_rag.store.memory import MemoryStore
 
 if TYPE_CHECKING:
     from compllm_rag.storage.compaction import StorageCompaction
@@ -74,7 +78,7 @@ class ConceptIndex(VectorStoreIndex):
         self,
         compressor: ConceptCompressor | DeferredCompressor,
         store: ConceptStore,
-        vector_store: FaissTextVectorStore,
+        vector_store: NodeStore,
         embedder: BaseEmbedding,
         *,
         config: IngestConfig | None = None,
@@ -90,7 +94,7 @@ class ConceptIndex(VectorStoreIndex):
         self.library = ConceptLibrary(compressor, store, rate=self.config.rate, namespace=self.config.namespace)
         self.generator: Generator = generator or LocalGenerator(compressor.llm, generation, halves=compressor.halves)
         self._generation = generation or self.generator.config
-        self.faiss = vector_store
+        self.faiss: NodeStore = vector_store
         self.parser = ConceptNodeParser(self.library.spec.segmenter, self.config.chunk_size)
         kvstore = CatalogKVStore(vector_store.catalog)
         values = kvstore.values
@@ -173,6 +177,40 @@ class ConceptIndex(VectorStoreIndex):
         """
         parts = load_index(existing_namespace(storage_dir, namespace), **options)
         return cls.of(parts, generator=generator, resume=resume)
+
+    @classmethod
+    def from_vector_store(  # type: ignore[override]
+        cls,
+        vector_store: BasePydanticVectorStore,
+        embed_model: str | BaseEmbedding | None = None,
+        *,
+        storage_dir: str | Path | None = None,
+        namespace: str | None = None,
+        generator: Generator | None = None,
+        resume: bool = True,
+        read_only: bool = False,
+        **options: Any,
+    ) -> Self:
+        """An index whose vectors and text lie in another vector store (Qdrant, Chroma, ...), and its concepts here.
+
+        Args:
+            vector_store: Of LlamaIndex, with nodes or without; those it has are known after `adopt`.
+            embed_model: The embedder of its vectors; None takes the default.
+            storage_dir: Folder of the concepts, made when missing; None keeps them in memory.
+            namespace: Tenant; None takes the folder's own.
+            generator: Runs the target LLM; None runs it in this process.
+            resume: Go on, in the background, with uploads that an earlier process left without concepts.
+            read_only: Write no concepts.
+            **options: See `create`.
+
+        Raises:
+            ConfigurationError: This is no vector store that concepts can be kept beside.
+            StorageMismatchError: The storage was made for another kind of store, or with other settings.
+        """
+        parts = parts_beside(
+            vector_store, storage_dir, embed_model=embed_model, namespace=namespace, read_only=read_only, **options
+        )
+        return cls.of(parts, generator=generator, resume=resume and storage_dir is not None)
 
     @classmethod
     def of(cls, parts: IndexParts, *, generator: Generator | None = None, resume: bool = False) -> Self:
@@ -300,6 +338,12 @@ class ConceptIndex(VectorStoreIndex):
         Raises:
             ConfigurationError: bm25s is not installed.
         """
+        if isinstance(self.faiss, TrackedVectorStore):
+            raise ConfigurationError(
+                "words are searched in text that lies in the storage",
+                got=f"text in {type(self.faiss.client).__name__}",
+                next_step="use that store's own search by words, or your retriever: as_query_engine(retriever=...)",
+            )
         if self._keywords is None:
             self._keywords = keyword_index(self.faiss.catalog)
         return self._keywords
@@ -450,6 +494,29 @@ class ConceptIndex(VectorStoreIndex):
         from compllm_rag.storage.compaction import compact_storage
 
         return compact_storage(self._folder(), progress=progress)
+
+    def collect_garbage(self, *, progress: Callable[[str, float | None], None] | None = None) -> GarbageReport:
+        """Drop the concepts that no node refers to, nodes included that were deleted in another vector store directly.
+
+        Raises:
+            ConfigurationError: That store cannot list its nodes.
+            StoreLockedError: There is uncommitted work, here or elsewhere.
+        """
+        return collect_garbage(self, progress)
+
+    def adopt(self, *, progress: Callable[[str, float | None], None] | None = None) -> int:
+        """Make the concepts of nodes that others brought into the vector store; tells how many there were.
+
+        Raises:
+            ConfigurationError: The vectors lie in the storage, or their store cannot list its nodes or keeps no text.
+        """
+        return adopt(self, progress)
+
+    def reclaim(self, progress: Callable[[str, float | None], None] | None = None) -> CompactReport:
+        """Drop concepts that nothing refers to, on the disk (see `compact`) or in memory."""
+        if isinstance(self.store, MemoryStore):
+            return self.store.compact(self.accounts.references.live, progress=progress)
+        return self.compact(progress=progress).concepts
 
     def _folder(self) -> Path:
         if self.storage_dir is None:
