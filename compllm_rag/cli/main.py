@@ -13,6 +13,7 @@ import typer
 
 from compllm_rag.cli import bench as bench_commands
 from compllm_rag.cli import eval as eval_commands
+from compllm_rag.cli import import_index as import_commands
 from compllm_rag.cli import models as models_commands
 from compllm_rag.cli import namespace as namespace_commands
 from compllm_rag.cli import storage as storage_commands
@@ -255,7 +256,15 @@ def demo(
 
 
 # In the order of `--help`, after those above: what a newcomer needs stands first.
-for _more in (models_commands, storage_commands, namespace_commands, eval_commands, bench_commands, train_commands):
+for _more in (
+    models_commands,
+    import_commands,
+    storage_commands,
+    namespace_commands,
+    eval_commands,
+    bench_commands,
+    train_commands,
+):
     _more.register(app)
 
 

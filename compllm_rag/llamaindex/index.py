@@ -179,7 +179,7 @@ class ConceptIndex(VectorStoreIndex):
         return cls.of(parts, generator=generator, resume=resume)
 
     @classmethod
-    def from_vector_store(  # type: ignore[override]
+    def from_vector_store(
         cls,
         vector_store: BasePydanticVectorStore,
         embed_model: str | BaseEmbedding | None = None,
