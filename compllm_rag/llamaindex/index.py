@@ -17,8 +17,10 @@ from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import BaseNode, Document, ImageNode, IndexNode, MetadataMode, TransformComponent
 from llama_index.core.storage.docstore.types import RefDocInfo
 from llama_index.core.utils import iter_batch
+from llama_index.core.vector_stores.types import BasePydanticVectorStore
 
 from compllm_rag.catalog.accounts import Accounts
+from compllm_rag.catalog.keywords import KeywordIndex
 from compllm_rag.catalog.measures import storage_families
 from compllm_rag.catalog.origins import Origins
 from compllm_rag.catalog.pending import PendingChunks
@@ -37,21 +39,26 @@ from compllm_rag.llamaindex.kvstore import CatalogDocumentStore, CatalogKVStore
 from compllm_rag.llamaindex.node_parser import ConceptNodeParser
 from compllm_rag.llamaindex.observer import AccountsObserver
 from compllm_rag.llamaindex.opening import IndexParts, create_index, load_index
+from compllm_rag.llamaindex.other_store import GarbageReport, adopt, collect_garbage, parts_beside
 from compllm_rag.llamaindex.reentrant_lock import ReentrantLock
 from compllm_rag.llamaindex.ref_docs import ref_doc_info
+from compllm_rag.llamaindex.retrieval import chosen_retriever, hybrid_retriever
 from compllm_rag.llamaindex.retriever import OPTIONS as RETRIEVER_OPTIONS
 from compllm_rag.llamaindex.retriever import ConceptRetriever
+from compllm_rag.llamaindex.retrievers import ConceptBM25Retriever, HybridRetriever, keyword_index
 from compllm_rag.llamaindex.sound import sound_documents, sound_nodes
 from compllm_rag.llamaindex.splitting import Splitting
 from compllm_rag.llamaindex.stock import StockOptions, bar, check_folder, creating, loading, refused
 from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer
+from compllm_rag.llamaindex.tracked_store import NodeStore, TrackedVectorStore
 from compllm_rag.llamaindex.uploads import UploadQueue, UploadReceipt
-from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 from compllm_rag.metrics import Metrics, Work, exposition
 from compllm_rag.storage.manifest import Manifest
 from compllm_rag.storage.namespaces import existing_namespace, namespace_folder, prepare_namespace
 from compllm_rag.storage.stats import stats_fields
 from compllm_rag.store.base import ConceptStore
+from compllm_rag.store.compaction import CompactReport
+from compllm_rag.store.memory import MemoryStore
 
 if TYPE_CHECKING:
     from compllm_rag.storage.compaction import StorageCompaction
@@ -85,7 +92,7 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
         self,
         compressor: ConceptCompressor | DeferredCompressor,
         store: ConceptStore,
-        vector_store: FaissTextVectorStore,
+        vector_store: NodeStore,
         embedder: BaseEmbedding,
         *,
         config: IngestConfig | None = None,
@@ -101,7 +108,7 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
         self.library = ConceptLibrary(compressor, store, rate=self.config.rate, namespace=self.config.namespace)
         self.generator: Generator = generator or LocalGenerator(compressor.llm, generation, halves=compressor.halves)
         self._generation = generation or self.generator.config
-        self.faiss = vector_store
+        self.faiss: NodeStore = vector_store
         self.parser = ConceptNodeParser(self.library.spec.segmenter, self.config.chunk_size)
         self.splitting = Splitting(vector_store.catalog, self.parser)
         kvstore = CatalogKVStore(vector_store.catalog)
@@ -111,6 +118,7 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
         self._writing, self._kept = ReentrantLock(), Work()
         self._texts = EmbeddingTexts(embedder)
         self._uploads: UploadQueue | None = None
+        self._keywords: KeywordIndex | None = None
         super().__init__(
             index_struct=ConceptIndexStruct(storage_dir=str(storage_dir.absolute()) if storage_dir else ""),
             embed_model=embedder,
@@ -215,6 +223,41 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
         return cls.of(parts, generator=generator, resume=resume)._with(stock)
 
     @classmethod
+    def from_vector_store(
+        cls,
+        vector_store: BasePydanticVectorStore,
+        embed_model: str | BaseEmbedding | None = None,
+        *,
+        storage_dir: str | Path | None = None,
+        namespace: str | None = None,
+        generator: Generator | None = None,
+        resume: bool = True,
+        read_only: bool = False,
+        **options: Any,
+    ) -> Self:
+        """An index whose vectors and text lie in another vector store (Qdrant, Chroma, ...), and its concepts here.
+
+        Args:
+            vector_store: Of LlamaIndex, with nodes or without; those it has are known after `adopt`.
+            embed_model: The embedder of its vectors; None takes the default.
+            storage_dir: Folder of the concepts, made when missing; None keeps them in memory.
+            namespace: Tenant; None takes the folder's own.
+            generator: Runs the target LLM; None runs it in this process.
+            resume: Go on, in the background, with uploads that an earlier process left without concepts.
+            read_only: Write no concepts.
+            **options: See `create`.
+
+        Raises:
+            ConfigurationError: This is no vector store that concepts can be kept beside, or an option is not heeded.
+            StorageMismatchError: The storage was made for another kind of store, or with other settings.
+        """
+        if embed_model is not None:
+            options["embed_model"] = embed_model
+        stock = creating(options)
+        parts = parts_beside(vector_store, storage_dir, namespace=namespace, read_only=read_only, **options)
+        return cls.of(parts, generator=generator, resume=resume and storage_dir is not None)._with(stock)
+
+    @classmethod
     def of(cls, parts: IndexParts, *, generator: Generator | None = None, resume: bool = False) -> Self:
         """Join parts that are open.
 
@@ -263,6 +306,8 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
     @property
     def ref_doc_info(self) -> dict[str, RefDocInfo]:
         """The nodes of every document, with its metadata."""
+        if isinstance(self.faiss, TrackedVectorStore):
+            return self.faiss.ref_doc_info()
         return ref_doc_info(self.faiss.catalog)
 
     @property
@@ -342,8 +387,9 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
             llm: Must be None: the target LLM belongs to the storage, and no other can read its concepts.
             **kwargs: Of `ConceptSynthesizer` (`mode`, `streaming`, `missing`, `overflow`, `choose`,
                 `text_qa_template`, `generation`, `callback_manager`), `response_synthesizer`, `node_postprocessors`,
-                and of LlamaIndex's `VectorIndexRetriever` (`similarity_top_k`, `filters`, ...). `use_async` is allowed
-                and changes nothing: an answer is one call of the LLM.
+                and of LlamaIndex's `VectorIndexRetriever` (`similarity_top_k`, `filters`, ...); `retrieval` (`vector`,
+                `bm25` or `hybrid`, with the options of that retriever) or `retriever`, one of your own. `use_async`
+                is allowed and changes nothing: an answer is one call of the LLM.
 
         Raises:
             ConfigurationError: An option that nothing here would heed, such as `llm` or `response_mode`.
@@ -352,6 +398,7 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
         kwargs.pop("use_async", None)
         given = kwargs.pop("response_synthesizer", None)
         postprocessors = kwargs.pop("node_postprocessors", None)
+        retriever = chosen_retriever(self, kwargs)
         unheeded = sorted({*kwargs} - RETRIEVER_OPTIONS) + ["llm"] * (llm is not None)
         if given is not None:
             unheeded += sorted(options)  # they are for a synthesizer of ours
@@ -368,7 +415,47 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
             )
         kwargs.setdefault("similarity_top_k", 4)
         synthesizer = given or self.as_synthesizer(**options)
-        return RetrieverQueryEngine(self.as_retriever(**kwargs), synthesizer, postprocessors)
+        return RetrieverQueryEngine(retriever or self.as_retriever(**kwargs), synthesizer, postprocessors)
+
+    @property
+    def keywords(self) -> KeywordIndex:
+        """The words of all nodes, for BM25; made anew by the first search after the nodes have changed.
+
+        Raises:
+            ConfigurationError: bm25s is not installed.
+        """
+        if isinstance(self.faiss, TrackedVectorStore):
+            raise ConfigurationError(
+                "words are searched in text that lies in the storage",
+                got=f"text in {type(self.faiss.client).__name__}",
+                next_step="use that store's own search by words, or your retriever: as_query_engine(retriever=...)",
+            )
+        if self._keywords is None:
+            self._keywords = keyword_index(self.faiss.catalog)
+        return self._keywords
+
+    def as_bm25_retriever(self, **options: Any) -> ConceptBM25Retriever:
+        """A retriever by words: for names, numbers and rare terms; no embedder is asked.
+
+        Args:
+            **options: `similarity_top_k`, `filters`, `doc_ids`, `node_ids`; see `ConceptBM25Retriever`.
+
+        Raises:
+            ConfigurationError: bm25s is not installed.
+        """
+        return ConceptBM25Retriever(self.keywords, **options)
+
+    def as_hybrid_retriever(self, **options: Any) -> HybridRetriever:
+        """A retriever by vectors and words, joined by reciprocal rank fusion; no LLM is asked.
+
+        Args:
+            **options: `similarity_top_k`, `filters`, `doc_ids`, `node_ids`; `candidates`, how many nodes each of both
+                gives (4 times `similarity_top_k`, and 20 at least); `weights`, of vectors and of words.
+
+        Raises:
+            ConfigurationError: A number makes no sense, or bm25s is not installed.
+        """
+        return hybrid_retriever(self, **options)
 
     def as_retriever(self, **kwargs: Any) -> ConceptRetriever:
         """A retriever over all nodes of the index; options as of LlamaIndex's `VectorIndexRetriever`.
@@ -554,6 +641,29 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
         from compllm_rag.storage.compaction import compact_storage
 
         return compact_storage(self._folder(), progress=progress)
+
+    def collect_garbage(self, *, progress: Callable[[str, float | None], None] | None = None) -> GarbageReport:
+        """Drop the concepts that no node refers to, nodes included that were deleted in another vector store directly.
+
+        Raises:
+            ConfigurationError: That store cannot list its nodes.
+            StoreLockedError: There is uncommitted work, here or elsewhere.
+        """
+        return collect_garbage(self, progress)
+
+    def adopt(self, *, progress: Callable[[str, float | None], None] | None = None) -> int:
+        """Make the concepts of nodes that others brought into the vector store; tells how many there were.
+
+        Raises:
+            ConfigurationError: The vectors lie in the storage, or their store cannot list its nodes or keeps no text.
+        """
+        return adopt(self, progress)
+
+    def reclaim(self, progress: Callable[[str, float | None], None] | None = None) -> CompactReport:
+        """Drop concepts that nothing refers to, on the disk (see `compact`) or in memory."""
+        if isinstance(self.store, MemoryStore):
+            return self.store.compact(self.accounts.references.live, progress=progress)
+        return self.compact(progress=progress).concepts
 
     def _folder(self) -> Path:
         if self.storage_dir is None:

@@ -24,7 +24,7 @@ from compllm_rag.llamaindex.pruning import prunable
 from compllm_rag.llamaindex.readers.found import FileDocument, FileNote, SkippedFile
 from compllm_rag.llamaindex.sound import sound_documents
 from compllm_rag.llamaindex.splitting import Splitting
-from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
+from compllm_rag.llamaindex.tracked_store import NodeStore
 from compllm_rag.models.device_memory import release_unused
 from compllm_rag.store.base import ConceptStore
 
@@ -99,7 +99,7 @@ class Corpus(Protocol):
     origins: Origins
 
     @property
-    def faiss(self) -> FaissTextVectorStore:
+    def faiss(self) -> NodeStore:
         """Vectors and text."""
         ...
 
