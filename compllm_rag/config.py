@@ -106,6 +106,11 @@ class CompressorConfig(Frozen):
         return self.entry_layer > 0
 
     @property
+    def trained(self) -> bool:
+        """Whether there is anything learned in it: a LoRA that writes or reads, or a head (its scale is then set)."""
+        return self.lora_rank > 0 or self.read_rank > 0 or self.scale != 1.0
+
+    @property
     def longest_unit(self) -> int:
         """Most tokens of what is compressed at once: of a segment, or of a unit of deep concepts."""
         return self.unit_length if self.deep else self.segment_length

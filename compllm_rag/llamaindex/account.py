@@ -118,6 +118,23 @@ class PlannedPrompt:
         }
 
 
+@dataclass(frozen=True)
+class Reading:
+    """The last prompt of an answer, and what came before it.
+
+    Attributes:
+        planned: The prompt that the answer is still to be generated from.
+        nodes: Those of all prompts, in the order in which they are read.
+        account: Of all prompts; completed when the answer ends.
+        earlier: Completed accounts of the prompts before the last.
+    """
+
+    planned: PlannedPrompt
+    nodes: list[NodeWithScore]
+    account: dict[str, Any]
+    earlier: list[dict[str, Any]]
+
+
 def empty_account() -> dict[str, Any]:
     """The account of an answer that no prompt was made for: nothing was retrieved, or nothing was to be answered."""
     times = dict.fromkeys(("fetch_s", "compress_s", "layout_s", "prefill_s", "decode_s", "ttft_s"), 0.0)

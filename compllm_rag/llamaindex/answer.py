@@ -46,7 +46,7 @@ def answer(
     found = list(nodes) if nodes is not None else retrieve(index, question, top_k)
     retrieval_s = time.perf_counter() - begun if nodes is None else 0.0
     response = index.as_synthesizer(mode=mode, streaming=True).synthesize(QueryBundle(question), found)
-    if not isinstance(response, StreamingResponse) or response.metadata is None:
+    if not isinstance(response, StreamingResponse) or not (response.metadata or {})["compllm"]["prompts"]:
         # Only an empty retrieval answers without having read anything.
         return _empty(mode, retrieval_s)
     for piece in response.response_gen:

@@ -29,6 +29,7 @@ from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.embedding import embedder_identity
 from compllm_rag.llamaindex.ingest import IngestReport, Progress, ingest_documents
 from compllm_rag.llamaindex.kvstore import CatalogDocumentStore, CatalogKVStore
+from compllm_rag.llamaindex.llm import ConceptLLM
 from compllm_rag.llamaindex.node_parser import ConceptNodeParser
 from compllm_rag.llamaindex.observer import AccountsObserver
 from compllm_rag.llamaindex.opening import IndexParts, create_index, load_index
@@ -43,11 +44,14 @@ from compllm_rag.storage.stats import stats_fields
 from compllm_rag.store.base import ConceptStore
 
 if TYPE_CHECKING:
+    from llama_index.core.llms.llm import LLM
+
     from compllm_rag.storage.compaction import StorageCompaction
     from compllm_rag.storage.verification import StorageCheck
 
 _SYNTHESIZER_OPTIONS = (
-    "mode", "streaming", "missing", "overflow", "choose", "text_qa_template", "generation", "callback_manager",
+    "mode", "streaming", "missing", "overflow", "choose", "text_qa_template", "refine_template", "response_mode",
+    "output_cls", "generation", "callback_manager",
 )  # fmt: skip
 # LlamaIndex's retriever takes any name without a word.
 _RETRIEVER_OPTIONS = set(inspect.signature(VectorIndexRetriever.__init__).parameters) - {
@@ -257,19 +261,28 @@ class ConceptIndex(VectorStoreIndex):
         """Bring documents in without waiting for their concepts; see `UploadQueue.put`."""
         return self.uploads.put(documents)
 
-    def as_query_engine(self, llm: None = None, **kwargs: Any) -> RetrieverQueryEngine:  # type: ignore[override]
+    @property
+    def llm(self) -> ConceptLLM:
+        """The target LLM of the storage as a LlamaIndex LLM, for components that want one."""
+        return ConceptLLM(self.generator)
+
+    def as_query_engine(self, llm: LLM | None = None, **kwargs: Any) -> RetrieverQueryEngine:  # type: ignore[override]
         """A query engine that reads concepts.
 
         Args:
-            llm: Must be None: the target LLM belongs to the storage, and no other can read its concepts.
+            llm: None or the index's own `llm`: no other can read its concepts.
             **kwargs: Of `ConceptSynthesizer` (`mode`, `streaming`, `missing`, `overflow`, `choose`,
-                `text_qa_template`, `generation`, `callback_manager`), `response_synthesizer`, `node_postprocessors`,
-                and of LlamaIndex's `VectorIndexRetriever` (`similarity_top_k`, `filters`, ...). `use_async` is allowed
-                and changes nothing: an answer is one call of the LLM.
+                `text_qa_template`, `refine_template`, `response_mode`, `output_cls`, `generation`, `callback_manager`),
+                `response_synthesizer`, `node_postprocessors`, and of LlamaIndex's `VectorIndexRetriever`
+                (`similarity_top_k`, `filters`, ...). `use_async` is allowed and changes nothing: prompts of one answer
+                are read one after the other.
 
         Raises:
-            ConfigurationError: An option that nothing here would heed, such as `llm` or `response_mode`.
+            ConfigurationError: An option that nothing here would heed, such as another `llm`, or a response mode that
+                concepts cannot be read in.
         """
+        if isinstance(llm, ConceptLLM) and llm.generator is self.generator:
+            llm = None
         options = {name: kwargs.pop(name) for name in _SYNTHESIZER_OPTIONS if name in kwargs}
         kwargs.pop("use_async", None)
         given = kwargs.pop("response_synthesizer", None)

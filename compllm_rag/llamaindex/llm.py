@@ -40,6 +40,11 @@ class ConceptLLM(LLM):
         super().__init__(**kwargs)
         self._generator = generator
 
+    @property
+    def generator(self) -> Generator:
+        """What runs the LLM."""
+        return self._generator
+
     @classmethod
     def class_name(cls) -> str:
         """Name in LlamaIndex's serialised form."""

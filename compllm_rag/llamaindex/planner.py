@@ -92,6 +92,7 @@ class Planner:
         *,
         existing: str | None = None,
         bodies: Sequence[NodeBody] | None = None,
+        overflow: OverflowPolicy | None = None,
     ) -> PlannedPrompt:
         """Plan one prompt: every node that fits what those before it left, in the order given.
 
@@ -101,6 +102,7 @@ class Planner:
             budget: Positions the prompt may take.
             existing: An answer to refine; None for a first answer.
             bodies: What stands for each node, if that was found out before.
+            overflow: For this prompt; None takes the planner's.
 
         Raises:
             PromptTooLongError: The question alone does not fit, or no passage does, or not all of them do and
@@ -112,7 +114,7 @@ class Planner:
         bundle = QueryBundle(query) if isinstance(query, str) else query
         template = self.text_qa_template if existing is None else self.refine_template
         if self._text_alone and wants_text(template, self.llm, existing=existing):
-            return self._plan_text(bundle, nodes, budget, existing)
+            return self._plan_text(bundle, nodes, budget, existing, overflow)
         messages = self._messages(template, bundle, existing)
         left = self._room(messages, budget)
         prompt = _Passages([], [], [], [])
@@ -135,12 +137,19 @@ class Planner:
                 continue
             left -= extent
             prompt.add(node, self._facts(node, body, sum(map(len, passage))), body, passage)
-        self._check_dropped(prompt.nodes, dropped, budget)
+        self.check_dropped(prompt.nodes, dropped, budget, overflow)
+        if bodies is not None:  # their time belongs to this answer, too
+            begun -= fetch_s + compress_s
         plan = PromptPlan(tuple(self.template.spans(messages, prompt.spans)))
         return self._planned(plan, prompt, dropped, begun, fetch_s, compress_s)
 
     def _plan_text(
-        self, query: QueryBundle, nodes: Sequence[NodeWithScore], budget: int, existing: str | None
+        self,
+        query: QueryBundle,
+        nodes: Sequence[NodeWithScore],
+        budget: int,
+        existing: str | None,
+        overflow: OverflowPolicy | None,
     ) -> PlannedPrompt:
         """The same where functions of the template look at the passages' text, or change it.
 
@@ -163,7 +172,7 @@ class Planner:
                 if longer.extent <= budget:
                     read, plan = [*read, node], longer
         dropped = [node for node in nodes if not any(node is other for other in read)]
-        self._check_dropped(read, dropped, budget)
+        self.check_dropped(read, dropped, budget, overflow)
         prompt = _Passages([], [], [], [])
         for number, node in enumerate(read, 1):
             body = NodeBody([TextSpan(self.library.passage(text_of_node(node.node)).ids, number - 1)])
@@ -197,11 +206,20 @@ class Planner:
             )
         return left
 
-    def _check_dropped(
-        self, read: Sequence[NodeWithScore], dropped: Sequence[NodeWithScore], budget: int
+    def check_dropped(
+        self,
+        read: Sequence[NodeWithScore],
+        dropped: Sequence[NodeWithScore],
+        budget: int,
+        overflow: OverflowPolicy | None = None,
     ) -> None:
-        """Refuse to answer from nothing, and, if so asked, from less than all."""
-        if not dropped or (read and self.overflow == "drop"):
+        """Refuse to answer from nothing, and, if so asked, from less than all.
+
+        Raises:
+            PromptTooLongError: Nothing was read although there were nodes; or nodes were left out and `overflow` (None:
+                the planner's) is "error".
+        """
+        if not dropped or (read and (overflow or self.overflow) == "drop"):
             return
         names = ", ".join(node.node.node_id for node in dropped)
         raise PromptTooLongError(
@@ -237,6 +255,11 @@ class Planner:
             PromptCost.of(plan, prompt.facts, self.library),
             prompt.bodies,
         )
+
+    def cut(self, answer: str, limit: int) -> str:
+        """An answer so far, cut to so many tokens where spelling it anew takes more than generating it did."""
+        ids = self.template.plain(answer)
+        return answer if len(ids) <= limit else str(self.template.tokenizer.decode(ids[:limit]))
 
     def mode_of(self, query: QueryBundle, node: NodeWithScore) -> Mode:
         """How a node enters; a planner of your own may decide by the query."""
