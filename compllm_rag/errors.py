@@ -61,6 +61,14 @@ class UnsupportedDtypeError(ConfigurationError):
     """The compute dtype is not one the device and this package support."""
 
 
+class MissingExtraError(CompLLMError, ImportError):
+    """A package is not installed that only an extra of this one brings."""
+
+
+class StructuredAnswerError(CompLLMError, ValueError):
+    """An answer is not the object that was asked for: cut off by the length limit, or refused by its own rules."""
+
+
 class UnknownModelError(CompLLMError, LookupError):
     """No alias, folder or hub id answers to this name."""
 

@@ -1,4 +1,4 @@
-"""Generation in this process with transformers: prefill from embeddings, KV cache, greedy decoding.
+"""Generation in this process with transformers: prefill from embeddings, KV cache, decoding.
 
 `generate()` of transformers is not used: with a prefilled cache it needs the full embeddings again and answers
 wrongly without a word when given only the rest, and it offers no hook between prefill and the first token.
@@ -20,6 +20,8 @@ from compllm_rag.errors import ConfigurationError, DeviceMemoryError, PromptTooL
 from compllm_rag.generation.base import FinishReason, Generation
 from compllm_rag.generation.forward import Forward, WholeForward, as_rows
 from compllm_rag.generation.halves import SplitForward, split_rows
+from compllm_rag.generation.sampling import Choice
+from compllm_rag.generation.structured import SchemaConstraint
 from compllm_rag.generation.text import Detokenizer
 from compllm_rag.models.device_memory import room_for
 from compllm_rag.models.halves import Halves
@@ -120,7 +122,7 @@ class LocalGenerator:
         ids: list[list[int]] = [[] for _ in plans]
         reasons: list[FinishReason | None] = [None for _ in plans]
         stop, first = self.llm.stop_ids(), laid_out
-        for step, tokens in enumerate(self._tokens(forward, plans, config.max_new_tokens)):
+        for step, tokens in enumerate(self._tokens(forward, plans, config)):
             first = time.perf_counter() if step == 0 else first
             for row, token in enumerate(tokens):
                 if reasons[row] is not None:
@@ -183,16 +185,20 @@ class LocalGenerator:
         """Read prompts; logits (batch, vocab_size) of the first new token of each."""
         return forward.prefill()
 
-    def _tokens(self, forward: Forward, plans: Sequence[PromptPlan], limit: int) -> Iterator[list[int]]:
-        """Greedy tokens of the whole batch, step by step; the caller decides when to stop.
+    def _tokens(self, forward: Forward, plans: Sequence[PromptPlan], config: GenerationConfig) -> Iterator[list[int]]:
+        """Tokens of the whole batch, step by step; the caller decides when to stop.
 
         Raises:
             DeviceMemoryError: There is no memory for the next step.
         """
+        limit, constraint = config.max_new_tokens, None
+        if config.json_schema is not None:
+            constraint = SchemaConstraint(self.llm, config.json_schema, len(plans))
+        choose = Choice(config, len(plans), constraint)
         with self._room_for(plans):
             logits = self.begin(forward)  # (batch, vocab_size)
             for step in range(limit):
-                tokens = logits.argmax(-1).tolist()
+                tokens = choose(logits)
                 yield tokens
                 if step + 1 < limit:
                     logits = forward.extend(as_rows(tokens, self.llm.device))[:, -1]
@@ -225,7 +231,7 @@ class LocalStream:
         self._layout_s = laid_out - begun
         stop, first = self._generator.llm.stop_ids(), 0.0
         reason: FinishReason = "length"
-        for [token] in self._generator._tokens(forward, [self._plan], self._config.max_new_tokens):
+        for [token] in self._generator._tokens(forward, [self._plan], self._config):
             now = time.perf_counter()
             if not first:
                 first, self._prefill_s = now, now - laid_out

@@ -129,7 +129,8 @@ TEMPLATES = {
     "partial": PromptTemplate("{tone} {context_str} {query_str}").partial_format(tone="Kindly"),
     "rich": RichPromptTemplate("{{ context_str }} {{ query_str }}"),
     "rich chat": RichPromptTemplate(
-        "{% chat role='system' %}Short.{% endchat %}{% chat role='user' %}{{ context_str }} {{ query_str }}{% endchat %}"
+        "{% chat role='system' %}Short.{% endchat %}"
+        "{% chat role='user' %}{{ context_str }} {{ query_str }}{% endchat %}"
     ),
     "chat": ChatPromptTemplate.from_messages([("system", "Short."), ("user", "{context_str} {query_str}")]),
     "selector": SelectorPromptTemplate(PromptTemplate("{context_str} {query_str}")),
