@@ -5,19 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from collections.abc import Generator as TextStream
 from typing import Any
 
-from llama_index.core.base.llms.types import CompletionResponse
 from llama_index.core.base.response.schema import RESPONSE_TYPE, AsyncStreamingResponse, Response, StreamingResponse
 from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.callbacks.schema import CBEventType, EventPayload
-from llama_index.core.instrumentation.events.llm import (
-    LLMCompletionEndEvent,
-    LLMCompletionInProgressEvent,
-    LLMCompletionStartEvent,
-)
 from llama_index.core.instrumentation.events.synthesis import (
     GetResponseStartEvent,
     SynthesizeEndEvent,
@@ -28,21 +22,21 @@ from llama_index.core.response_synthesizers.base import BaseSynthesizer, QueryTe
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index_instrumentation import get_dispatcher
-from llama_index_instrumentation.dispatcher import Dispatcher
-from llama_index_instrumentation.event_handlers.null import NullEventHandler
 
 from compllm_rag.config import GenerationConfig, MissingPolicy, Mode, OverflowPolicy
 from compllm_rag.generation.base import Generation, Generator, TokenStream
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import ConceptLibrary
+from compllm_rag.llamaindex.callbacks import FollowsSettings
 from compllm_rag.llamaindex.llm import ConceptLLM
 from compllm_rag.llamaindex.planner import DEFAULT_TEMPLATE, Chooser, PlannedPrompt, Planner, Queued
 from compllm_rag.llamaindex.streams import in_thread
+from compllm_rag.llamaindex.tracing import LLMCall, traced_plan
 
 dispatcher = get_dispatcher(__name__)
 
 
-class ConceptSynthesizer(BaseSynthesizer):
+class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
     """Answers a query from retrieved nodes, read as concepts.
 
     `response.metadata` holds, beside the nodes' own metadata, the entry `compllm` with what each node was read as,
@@ -59,7 +53,7 @@ class ConceptSynthesizer(BaseSynthesizer):
         queued: Tells which of some node ids have concepts in the making; those are read as text meanwhile.
         streaming: Give out a stream.
         generation: Limits of the answer; None takes the generator's.
-        callback_manager: LlamaIndex's.
+        callback_manager: LlamaIndex's; None takes that of `Settings`, whichever it is at the time.
     """
 
     def __init__(
@@ -174,7 +168,7 @@ class ConceptSynthesizer(BaseSynthesizer):
         return await asyncio.to_thread(self._generate, planned, account)
 
     def _plan(self, query: QueryBundle, nodes: Sequence[NodeWithScore]) -> PlannedPrompt:
-        planned = self._planner.plan(query, nodes, self._generator.window - self._generation.max_new_tokens)
+        planned = traced_plan(self._planner, query, nodes, self._generator.window - self._generation.max_new_tokens)
         texts = [node.node.get_content() for node in planned.nodes]
         dispatcher.event(GetResponseStartEvent(query_str=query.query_str, text_chunks=texts))
         return planned
@@ -199,50 +193,39 @@ class ConceptSynthesizer(BaseSynthesizer):
         return response
 
     def _generate(self, planned: PlannedPrompt, account: dict[str, Any]) -> str:
-        for _ in (stream := self._pieces(planned, account)):
+        for _ in (stream := self._stream(planned, account)):
             pass
         stream.close()
         return str(account["answer"])
 
     def _stream(self, planned: PlannedPrompt, account: dict[str, Any]) -> TextStream[str, None, None]:
-        yield from self._pieces(planned, account)
+        return self._pieces(planned, account, self._call())
 
-    async def _astream(self, planned: PlannedPrompt, account: dict[str, Any]) -> AsyncGenerator[str, None]:
-        pieces = in_thread(self._pieces(planned, account))
-        try:
-            async for piece in pieces:
-                yield piece
-        finally:
-            await pieces.aclose()
+    def _astream(self, planned: PlannedPrompt, account: dict[str, Any]) -> AsyncGenerator[str, None]:
+        return in_thread(self._stream(planned, account))
 
-    def _pieces(self, planned: PlannedPrompt, account: dict[str, Any]) -> TextStream[str, None, None]:
+    def _call(self) -> LLMCall:
+        """A call whose span belongs to the span of now, whenever its pieces are wanted."""
+        return LLMCall(self._llm, self._callback_manager, self._generation)
+
+    def _pieces(self, planned: PlannedPrompt, account: dict[str, Any], call: LLMCall) -> TextStream[str, None, None]:
         """Generate, telling LlamaIndex's instrumentation, and complete the account however it ends."""
         begun = time.perf_counter()
-        # To spell a prompt out takes as long as to lay it out: only for those who listen.
-        prompt = self._readable(planned) if self._callback_manager.handlers or _is_heard(dispatcher) else ""
+        prompt = self._readable(planned) if call.is_heard else ""
         cancel = threading.Event()
         stream = self._generator.stream(planned.plan, self._generation, cancel)
-        with self._callback_manager.event(CBEventType.LLM, payload={EventPayload.PROMPT: prompt}) as event:
-            dispatcher.event(
-                LLMCompletionStartEvent(prompt=prompt, additional_kwargs={}, model_dict=self._llm.to_dict())
-            )
-            waited_s = time.perf_counter() - begun
-            try:
-                yield from self._announced(prompt, iter(stream))
-            finally:
-                cancel.set()
-                made = CompletionResponse(text=stream.result.text)
-                _complete(account, planned, stream, waited_s)
-                dispatcher.event(LLMCompletionEndEvent(prompt=prompt, response=made))
-                event.on_end(payload={EventPayload.PROMPT: prompt, EventPayload.COMPLETION: made})
-
-    def _announced(self, prompt: str, pieces: Iterator[str]) -> Iterator[str]:
-        text = ""
-        for piece in pieces:
-            text += piece
-            partial = CompletionResponse(text=text, delta=piece)
-            dispatcher.event(LLMCompletionInProgressEvent(prompt=prompt, response=partial))
-            yield piece
+        call.start(prompt)
+        waited_s = time.perf_counter() - begun
+        error: BaseException | None = None
+        try:
+            yield from call.pieces(iter(stream))
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            cancel.set()
+            _complete(account, planned, stream, waited_s)
+            call.end(stream.result, account, error)
 
     def _readable(self, planned: PlannedPrompt) -> str:
         """What instrumentation shows: text as text, concepts as a note of their number."""
@@ -252,16 +235,6 @@ class ConceptSynthesizer(BaseSynthesizer):
             decode(list(i)) if i is not None else f"<{len(span)} concepts>"
             for i, span in zip(ids, planned.plan.spans, strict=True)
         )
-
-
-def _is_heard(dispatcher: Dispatcher) -> bool:
-    """Whether an event of a dispatcher reaches anybody."""
-    at = dispatcher
-    while all(isinstance(handler, NullEventHandler) for handler in at.event_handlers):
-        if not at.propagate:
-            return False
-        at = at.parent
-    return True
 
 
 def _complete(account: dict[str, Any], planned: PlannedPrompt, stream: TokenStream, waited_s: float) -> None:
