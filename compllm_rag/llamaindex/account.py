@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from llama_index.core.schema import NodeWithScore
@@ -100,7 +100,7 @@ class PlannedPrompt:
     layout_s: float
     seconds: float
     cost: PromptCost
-    bodies: list[NodeBody] = field(default_factory=list)
+    bodies: list[NodeBody]
 
     def account(self) -> dict[str, Any]:
         """The account as plain values."""

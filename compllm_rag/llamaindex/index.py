@@ -26,6 +26,7 @@ from compllm_rag.errors import CompLLMError, ConfigurationError
 from compllm_rag.generation.base import Generator
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import ConceptLibrary
+from compllm_rag.llamaindex.callbacks import ConceptQueryEngine
 from compllm_rag.llamaindex.embedding import embedder_identity
 from compllm_rag.llamaindex.ingest import IngestReport, Progress, ingest_documents
 from compllm_rag.llamaindex.kvstore import CatalogDocumentStore, CatalogKVStore
@@ -35,6 +36,7 @@ from compllm_rag.llamaindex.observer import AccountsObserver
 from compllm_rag.llamaindex.opening import IndexParts, create_index, load_index
 from compllm_rag.llamaindex.reentrant_lock import ReentrantLock
 from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer
+from compllm_rag.llamaindex.tracing import traced_ensure
 from compllm_rag.llamaindex.uploads import UploadQueue, UploadReceipt
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 from compllm_rag.metrics import Metrics, Work, exposition
@@ -303,7 +305,7 @@ class ConceptIndex(VectorStoreIndex):
             )
         kwargs.setdefault("similarity_top_k", 4)
         synthesizer = given or self.as_synthesizer(**options)
-        return RetrieverQueryEngine(self.as_retriever(**kwargs), synthesizer, postprocessors)
+        return ConceptQueryEngine(self.as_retriever(**kwargs), synthesizer, postprocessors)
 
     def as_synthesizer(self, **options: Any) -> ConceptSynthesizer:
         """The synthesizer of this index; options as of `ConceptSynthesizer`."""
@@ -324,7 +326,7 @@ class ConceptIndex(VectorStoreIndex):
             if nodes:
                 self.faiss.catalog.claim()  # see `ingest._ingest_batch`
             if not later:
-                self.library.ensure(node.get_content(MetadataMode.NONE) for node in nodes)
+                traced_ensure(self.library, (node.get_content(MetadataMode.NONE) for node in nodes))
             super()._add_nodes_to_index(index_struct, nodes, show_progress, **insert_kwargs)
 
     async def _async_add_nodes_to_index(

@@ -20,6 +20,7 @@ from compllm_rag.errors import ConfigurationError
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.documents import empty_corpus
 from compllm_rag.llamaindex.node_parser import ConceptNodeParser
+from compllm_rag.llamaindex.tracing import traced_ensure
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 from compllm_rag.models.device_memory import release_unused
 from compllm_rag.store.base import ConceptStore
@@ -189,7 +190,7 @@ def _ingest_batch(index: Corpus, documents: list[Document], report: IngestReport
         # Before anything is compressed: a compaction must not take concepts away that are about to be referred to.
         index.faiss.catalog.claim()
     nodes = index.parser.get_nodes_from_documents(changed)
-    made = index.library.ensure(node.get_content(MetadataMode.NONE) for node in nodes)
+    made = traced_ensure(index.library, (node.get_content(MetadataMode.NONE) for node in nodes))
     replace_documents(index, changed, nodes, later=True)  # they are there by now
     for document in documents:
         index.origins.record(document.id_, str(document.metadata.get("source") or ""))

@@ -22,8 +22,9 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.llm import LLM
 
 from compllm_rag.config import GenerationConfig
-from compllm_rag.generation.base import Generator
+from compllm_rag.generation.base import Generation, Generator
 from compllm_rag.llamaindex.streams import in_thread
+from compllm_rag.llamaindex.tracing import raw_of
 from compllm_rag.prompt import Message, PromptPlan, PromptTemplate
 
 
@@ -60,6 +61,10 @@ class ConceptLLM(LLM):
             model_name=self._generator.name,
         )
 
+    def to_payload(self) -> dict[str, Any]:
+        """What observers are told of this LLM: name, window and settings."""
+        return {**super().to_payload(), **self._generator.config.model_dump()}
+
     def _plan(self, messages: Sequence[ChatMessage]) -> PromptPlan:
         turns = [Message(m.role.value, (m.content or "",)) for m in messages]
         return PromptPlan(tuple(PromptTemplate(self._generator.tokenizer).spans(turns, [])))
@@ -72,17 +77,19 @@ class ConceptLLM(LLM):
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation."""
         [made] = self._generator.generate([self._plan(messages)], self._config(kwargs))
-        return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=made.text))
+        return self._chat_response(made)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """Answer a conversation, piece by piece."""
+        stream = self._generator.stream(self._plan(messages), self._config(kwargs))
 
         def pieces() -> ChatResponseGen:
             text = ""
-            for piece in self._generator.stream(self._plan(messages), self._config(kwargs)):
+            for piece in stream:
                 text += piece
                 yield ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=text), delta=piece)
+            yield self._chat_response(stream.result, delta="")  # says what the answer took
 
         return pieces()
 
@@ -90,19 +97,26 @@ class ConceptLLM(LLM):
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer a prompt, sent as one user turn."""
         [made] = self._generator.generate([self._user(prompt)], self._config(kwargs))
-        return CompletionResponse(text=made.text)
+        return CompletionResponse(text=made.text, raw=raw_of(made, self._generator.name))
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """Answer a prompt, piece by piece."""
+        stream = self._generator.stream(self._user(prompt), self._config(kwargs))
 
         def pieces() -> CompletionResponseGen:
             text = ""
-            for piece in self._generator.stream(self._user(prompt), self._config(kwargs)):
+            for piece in stream:
                 text += piece
                 yield CompletionResponse(text=text, delta=piece)
+            made = stream.result
+            yield CompletionResponse(text=made.text, delta="", raw=raw_of(made, self._generator.name))
 
         return pieces()
+
+    def _chat_response(self, made: Generation, delta: str | None = None) -> ChatResponse:
+        message = ChatMessage(role=MessageRole.ASSISTANT, content=made.text)
+        return ChatResponse(message=message, delta=delta, raw=raw_of(made, self._generator.name))
 
     def _user(self, prompt: str) -> PromptPlan:
         return self._plan([ChatMessage(role=MessageRole.USER, content=prompt)])
@@ -111,7 +125,7 @@ class ConceptLLM(LLM):
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """`chat` in a thread."""
         [made] = await asyncio.to_thread(self._generator.generate, [self._plan(messages)], self._config(kwargs))
-        return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=made.text))
+        return self._chat_response(made)
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
@@ -123,6 +137,7 @@ class ConceptLLM(LLM):
             async for piece in in_thread(stream):
                 text += piece
                 yield ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=text), delta=piece)
+            yield self._chat_response(stream.result, delta="")
 
         return pieces()
 
@@ -130,7 +145,7 @@ class ConceptLLM(LLM):
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """`complete` in a thread."""
         [made] = await asyncio.to_thread(self._generator.generate, [self._user(prompt)], self._config(kwargs))
-        return CompletionResponse(text=made.text)
+        return CompletionResponse(text=made.text, raw=raw_of(made, self._generator.name))
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
@@ -142,5 +157,7 @@ class ConceptLLM(LLM):
             async for piece in in_thread(stream):
                 text += piece
                 yield CompletionResponse(text=text, delta=piece)
+            made = stream.result
+            yield CompletionResponse(text=made.text, delta="", raw=raw_of(made, self._generator.name))
 
         return pieces()

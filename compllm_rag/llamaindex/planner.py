@@ -115,7 +115,7 @@ class Planner:
         template = self.text_qa_template if existing is None else self.refine_template
         if self._text_alone and wants_text(template, self.llm, existing=existing):
             return self._plan_text(bundle, nodes, budget, existing, overflow)
-        messages = self._messages(template, bundle, existing)
+        messages = self.messages(bundle.query_str, existing=existing)
         left = self._room(messages, budget)
         prompt = _Passages([], [], [], [])
         dropped: list[NodeWithScore] = []
@@ -156,11 +156,11 @@ class Planner:
         How long the prompt is, only they know: all nodes are tried, and if that is too long, one more at a time.
         """
         begun = time.perf_counter()
-        template = self.text_qa_template if existing is None else self.refine_template
 
         def laid_out(tried: Sequence[NodeWithScore]) -> PromptPlan:
             text = "".join(self._readable(number, node) for number, node in enumerate(tried, 1))
-            return PromptPlan(tuple(self.template.spans(self._messages(template, query, existing, text), [])))
+            messages = self.messages(query.query_str, existing=existing, passages=text)
+            return PromptPlan(tuple(self.template.spans(messages, [])))
 
         self._room([Message("user", (query.query_str,))], budget)
         read: list[NodeWithScore] = list(nodes)
@@ -186,10 +186,16 @@ class Planner:
         decode = self.template.tokenizer.decode
         return f"{decode(list(before.ids))}{text_of_node(node.node)}{decode(list(after.ids))}"  # type: ignore[union-attr]
 
-    def _messages(
-        self, template: BasePromptTemplate, query: QueryBundle, existing: str | None, passages: str | None = None
-    ) -> list[Message]:
-        messages = messages_of(template, self.llm, query.query_str, existing=existing, passages=passages)
+    def messages(self, query: str, *, existing: str | None = None, passages: str | None = None) -> list[Message]:
+        """The turns of the prompt; a planner of your own may add earlier turns.
+
+        Args:
+            query: What is asked.
+            existing: An answer to refine; None for a first answer.
+            passages: Their text, to stand in the prompt; None leaves a slot for them.
+        """
+        template = self.text_qa_template if existing is None else self.refine_template
+        messages = messages_of(template, self.llm, query, existing=existing, passages=passages)
         if self.instructions:
             last = messages[-1]
             messages[-1] = Message(last.role, (*last.content, self.instructions))

@@ -11,6 +11,7 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from compllm_rag.errors import ConfigurationError, PromptTooLongError
 from compllm_rag.llamaindex.account import PlannedPrompt
 from compllm_rag.llamaindex.planner import Planner
+from compllm_rag.llamaindex.tracing import traced_plan
 
 ResponseMode = Literal["simple_summarize", "compact", "refine", "no_text", "context_only"]
 DEFAULT_MODE: ResponseMode = "simple_summarize"
@@ -72,7 +73,7 @@ def allot(
         PromptTooLongError: No node fits, or not all of them do and the planner's `overflow` is "error".
     """
     if mode == "simple_summarize":
-        planned = planner.plan(query, nodes, budget)
+        planned = traced_plan(planner, query, nodes, budget)
         return [planned], planned.dropped
     prompts: list[PlannedPrompt] = []
     waiting = [[node] for node in nodes] if mode == "refine" else [list(nodes)]
@@ -81,9 +82,9 @@ def allot(
         group = waiting.pop(0)
         try:
             made = (
-                planner.plan(query, group, budget - answer_room, existing="", overflow="drop")
+                traced_plan(planner, query, group, budget - answer_room, existing="", overflow="drop")
                 if prompts
-                else planner.plan(query, group, budget, overflow="drop")
+                else traced_plan(planner, query, group, budget, overflow="drop")
             )
         except PromptTooLongError:
             dropped += group

@@ -5,19 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from collections.abc import Generator as TextStream
 from typing import Any
 
-from llama_index.core.base.llms.types import CompletionResponse
 from llama_index.core.base.response.schema import RESPONSE_TYPE, AsyncStreamingResponse, Response, StreamingResponse
 from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.callbacks.schema import CBEventType, EventPayload
-from llama_index.core.instrumentation.events.llm import (
-    LLMCompletionEndEvent,
-    LLMCompletionInProgressEvent,
-    LLMCompletionStartEvent,
-)
 from llama_index.core.instrumentation.events.synthesis import (
     GetResponseStartEvent,
     SynthesizeEndEvent,
@@ -28,24 +22,24 @@ from llama_index.core.response_synthesizers.base import BaseSynthesizer, QueryTe
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index_instrumentation import get_dispatcher
-from llama_index_instrumentation.dispatcher import Dispatcher
-from llama_index_instrumentation.event_handlers.null import NullEventHandler
 
 from compllm_rag.config import GenerationConfig, MissingPolicy, Mode, OverflowPolicy
 from compllm_rag.generation.base import Generation, Generator, TokenStream
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.account import PlannedPrompt, Reading, add_earlier, empty_account, joined_account
+from compllm_rag.llamaindex.callbacks import FollowsSettings
 from compllm_rag.llamaindex.llm import ConceptLLM
 from compllm_rag.llamaindex.planner import Chooser, Planner, Queued
 from compllm_rag.llamaindex.response_modes import ResponseMode, StockMode, allot, checked_mode, silent_answer
 from compllm_rag.llamaindex.streams import aiter_once, in_thread, iter_once
 from compllm_rag.llamaindex.templates import DEFAULT_REFINE_TEMPLATE, DEFAULT_TEMPLATE
+from compllm_rag.llamaindex.tracing import LLMCall
 
 dispatcher = get_dispatcher(__name__)
 
 
-class ConceptSynthesizer(BaseSynthesizer):
+class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
     """Answers a query from retrieved nodes, read as concepts.
 
     `response.metadata` holds, beside the nodes' own metadata, the entry `compllm` with what each node was read as,
@@ -63,7 +57,7 @@ class ConceptSynthesizer(BaseSynthesizer):
         queued: Tells which of some node ids have concepts in the making; those are read as text meanwhile.
         streaming: Give out a stream.
         generation: Limits of the answer; None takes the generator's.
-        callback_manager: LlamaIndex's.
+        callback_manager: LlamaIndex's; None takes that of `Settings`, whichever it is at the time.
         response_mode: `simple_summarize` (the default): one prompt. `compact`: as many prompts as the passages fill,
             each making the answer of the one before it better. `refine`: a prompt for each passage. `no_text` and
             `context_only`: the nodes, or their text, without running the LLM.
@@ -140,8 +134,7 @@ class ConceptSynthesizer(BaseSynthesizer):
             CBEventType.SYNTHESIZE, payload={EventPayload.QUERY_STR: bundle.query_str}
         ) as event:
             reading = self._plan(bundle, nodes)
-            text = self._stream(reading) if self._streaming else self._answer(reading)
-            response = self._output(text, reading, additional_source_nodes or [])
+            response = self._respond(reading, additional_source_nodes or [])
             event.on_end(payload={EventPayload.RESPONSE: response})
         dispatcher.event(SynthesizeEndEvent(query=bundle, response=response))
         return response
@@ -229,6 +222,10 @@ class ConceptSynthesizer(BaseSynthesizer):
         account = joined_account(prompts, dropped) | self._facts
         return Reading(prompts[-1], [node for planned in prompts for node in planned.nodes], account, earlier)
 
+    def _respond(self, reading: Reading, additional: Sequence[NodeWithScore]) -> RESPONSE_TYPE:
+        text = self._stream(reading) if self._streaming else self._answer(reading)
+        return self._output(text, reading, additional)
+
     def _output(self, text: RESPONSE_TEXT_TYPE, reading: Reading, additional: Sequence[NodeWithScore]) -> RESPONSE_TYPE:
         response = self._prepare_response_output(text, [*reading.nodes, *additional])
         # The dictionary itself, not a copy: a stream fills in its timings when it ends.
@@ -239,52 +236,41 @@ class ConceptSynthesizer(BaseSynthesizer):
         return self._generate(reading)
 
     def _generate(self, reading: Reading) -> str:
-        for _ in (stream := self._pieces(reading)):
+        for _ in (stream := self._stream(reading)):
             pass
         stream.close()
         return str(reading.account["answer"])
 
     def _stream(self, reading: Reading) -> TextStream[str, None, None]:
-        yield from self._pieces(reading)
+        return self._pieces(reading, self._call())
 
-    async def _astream(self, reading: Reading) -> AsyncGenerator[str, None]:
-        pieces = in_thread(self._pieces(reading))
-        try:
-            async for piece in pieces:
-                yield piece
-        finally:
-            await pieces.aclose()
+    def _astream(self, reading: Reading) -> AsyncGenerator[str, None]:
+        return in_thread(self._stream(reading))
 
-    def _pieces(self, reading: Reading) -> TextStream[str, None, None]:
+    def _call(self) -> LLMCall:
+        """A call whose span belongs to the span of now, whenever its pieces are wanted."""
+        return LLMCall(self._llm, self._callback_manager, self._generation)
+
+    def _pieces(self, reading: Reading, call: LLMCall) -> TextStream[str, None, None]:
         """Generate, telling LlamaIndex's instrumentation, and complete the account however it ends."""
         begun = time.perf_counter()
         planned, account = reading.planned, reading.account
-        # To spell a prompt out takes as long as to lay it out: only for those who listen.
-        prompt = self._readable(planned) if self._callback_manager.handlers or _is_heard(dispatcher) else ""
+        prompt = self._readable(planned) if call.is_heard else ""
         cancel = threading.Event()
         stream = self._generator.stream(planned.plan, self._generation, cancel)
-        with self._callback_manager.event(CBEventType.LLM, payload={EventPayload.PROMPT: prompt}) as event:
-            dispatcher.event(
-                LLMCompletionStartEvent(prompt=prompt, additional_kwargs={}, model_dict=self._llm.to_dict())
-            )
-            waited_s = time.perf_counter() - begun
-            try:
-                yield from self._announced(prompt, iter(stream))
-            finally:
-                cancel.set()
-                made = CompletionResponse(text=stream.result.text)
-                _complete(account, planned, stream, waited_s)
-                add_earlier(account, reading.earlier)
-                dispatcher.event(LLMCompletionEndEvent(prompt=prompt, response=made))
-                event.on_end(payload={EventPayload.PROMPT: prompt, EventPayload.COMPLETION: made})
-
-    def _announced(self, prompt: str, pieces: Iterator[str]) -> Iterator[str]:
-        text = ""
-        for piece in pieces:
-            text += piece
-            partial = CompletionResponse(text=text, delta=piece)
-            dispatcher.event(LLMCompletionInProgressEvent(prompt=prompt, response=partial))
-            yield piece
+        call.start(prompt)
+        waited_s = time.perf_counter() - begun
+        error: BaseException | None = None
+        try:
+            yield from call.pieces(iter(stream))
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            cancel.set()
+            _complete(account, planned, stream, waited_s)
+            add_earlier(account, reading.earlier)
+            call.end(stream.result, account, error)
 
     def _readable(self, planned: PlannedPrompt) -> str:
         """What instrumentation shows: text as text, concepts as a note of their number."""
@@ -294,16 +280,6 @@ class ConceptSynthesizer(BaseSynthesizer):
             decode(list(i)) if i is not None else f"<{len(span)} concepts>"
             for i, span in zip(ids, planned.plan.spans, strict=True)
         )
-
-
-def _is_heard(dispatcher: Dispatcher) -> bool:
-    """Whether an event of a dispatcher reaches anybody."""
-    at = dispatcher
-    while all(isinstance(handler, NullEventHandler) for handler in at.event_handlers):
-        if not at.propagate:
-            return False
-        at = at.parent
-    return True
 
 
 def _complete(account: dict[str, Any], planned: PlannedPrompt, stream: TokenStream, waited_s: float) -> None:
