@@ -186,7 +186,7 @@ class Planner:
         """
         begun = time.perf_counter()
         bundle = QueryBundle(query) if isinstance(query, str) else query
-        messages = messages_of(self.text_qa_template, self.llm, bundle.query_str)
+        messages = self.messages(bundle.query_str)
         left = budget - sum(map(len, self.template.spans(messages, [])))
         if left < 0:
             raise PromptTooLongError(
@@ -226,6 +226,10 @@ class Planner:
         cost = PromptCost.of(plan, facts, self.library)
         used = list(nodes[: len(facts)])
         return PlannedPrompt(plan, used, facts, dropped, fetch_s, compress_s, layout_s, seconds, cost)
+
+    def messages(self, query: str) -> list[Message]:
+        """The turns of the prompt, with a slot for the passages; a planner of your own may add earlier turns."""
+        return messages_of(self.text_qa_template, self.llm, query)
 
     def mode_of(self, query: QueryBundle, node: NodeWithScore) -> Mode:
         """How a node enters; a planner of your own may decide by the query."""

@@ -277,6 +277,7 @@ def _complete(account: dict[str, Any], planned: PlannedPrompt, stream: TokenStre
     account["answer"] = made.text
     account["finish_reason"] = made.finish_reason
     account["new_tokens"] = len(made.token_ids)
+    account["reused_positions"] = made.reused_positions
     account["layout_s"] = planned.layout_s + made.layout_s
     account["prefill_s"] = made.prefill_s
     account["decode_s"] = made.decode_s
