@@ -180,7 +180,7 @@ class ConceptChatEngine(BaseChatEngine):
     ) -> tuple[Turn, list[NodeWithScore]]:
         checked_question(message)
         if chat_history is not None:
-            self._memory.set(chat_history)
+            self._memory.set(list(chat_history))
         before = n_turns(self._memory.get_all())
         history = self._memory.get(input=message)
         begun = time.perf_counter()
@@ -198,7 +198,7 @@ class ConceptChatEngine(BaseChatEngine):
     ) -> tuple[Turn, list[NodeWithScore]]:
         checked_question(message)
         if chat_history is not None:
-            await self._memory.aset(chat_history)
+            await self._memory.aset(list(chat_history))
         before = n_turns(await self._memory.aget_all())
         history = await self._memory.aget(input=message)
         begun = time.perf_counter()

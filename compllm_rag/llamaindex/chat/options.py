@@ -10,7 +10,7 @@ from llama_index.core.chat_engine.condense_plus_context import DEFAULT_CONDENSE_
 from llama_index.core.chat_engine.condense_question import DEFAULT_TEMPLATE
 from llama_index.core.chat_engine.types import BaseChatEngine
 from llama_index.core.llms.llm import LLM
-from llama_index.core.memory import BaseMemory, Memory
+from llama_index.core.memory import BaseMemory, ChatMemoryBuffer
 from llama_index.core.prompts import BasePromptTemplate, ChatPromptTemplate, PromptTemplate
 
 from compllm_rag.errors import ConfigurationError
@@ -96,12 +96,10 @@ def _refuse(mode: str, unheeded: Collection[str], known: Collection[str]) -> Non
 
 def _made(index: ConceptIndex, mode: str, options: dict[str, Any]) -> ConceptChatEngine:
     generation = options.pop("generation", None) or index.generation
-    window = index.generator.window - generation.max_new_tokens
-    top_k = options.setdefault("similarity_top_k", 4) if mode != "simple" else 0
-    # What passages take, near enough: chunks may be a fifth longer than asked for, and have a marker each.
-    passages = int(top_k * (1.2 * index.config.chunk_size + 20))
+    if mode != "simple":
+        options.setdefault("similarity_top_k", 4)
     count = _counter(index)
-    memory = _memory(options, max(window - passages, window // 4), count)
+    memory = _memory(index, options, count)
     context_prompt = _context_prompt(options)
     condenser = _condenser(index, mode, options, count)
     callback_manager = options.pop("callback_manager", None)
@@ -129,16 +127,15 @@ def _counter(index: ConceptIndex) -> Callable[[str], int]:
     return lambda text: len(encode_plain(tokenizer, text)["input_ids"])
 
 
-def _memory(options: dict[str, Any], limit: int, count: Callable[[str], int]) -> BaseMemory:
+def _memory(index: ConceptIndex, options: dict[str, Any], count: Callable[[str], int]) -> BaseMemory:
+    """The conversation: the memory given, or one that keeps all; what of it a prompt holds, its planner decides."""
     memory, history = options.pop("memory", None), options.pop("chat_history", None)
     if memory is None:
-        return Memory.from_defaults(
-            chat_history=history,
-            token_limit=max(limit, 1),
-            tokenizer_fn=lambda text: [0] * count(text),  # a memory counts only
-            chat_history_token_ratio=0.9,
+        memory = ChatMemoryBuffer.from_defaults(
+            token_limit=index.generator.window,
+            tokenizer_fn=lambda text: [0] * count(text),  # counted only
         )
-    if not isinstance(memory, BaseMemory):
+    elif not isinstance(memory, BaseMemory):
         raise ConfigurationError(
             "memory is none of LlamaIndex's",
             got=type(memory).__name__,
@@ -146,7 +143,7 @@ def _memory(options: dict[str, Any], limit: int, count: Callable[[str], int]) ->
             next_step="pass an object, not its class",
         )
     if history is not None:
-        memory.set(history)
+        memory.set(list(history))  # its own list: some memories add to the one they are given
     return memory
 
 

@@ -18,6 +18,8 @@ from compllm_rag.llamaindex.chat.turns import most_that_fit
 from compllm_rag.llamaindex.planner import PlannedPrompt, Planner, messages_of, shown_metadata
 from compllm_rag.prompt import QUESTION, SLOT, Message
 
+_STEP = 4  # turns that are given up together
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -87,7 +89,7 @@ class ChatPlanner(Planner):
         bundle = QueryBundle(query) if isinstance(query, str) else query
         self._passages = bool(nodes)
         extents = [self._extent(bundle, node, i) for i, node in enumerate(nodes)]
-        n = most_that_fit(len(self.turn.turns), lambda n: self._fits(n, sum(extents), budget))
+        n = self._in_steps(most_that_fit(len(self.turn.turns), lambda n: self._fits(n, sum(extents), budget)))
         if not n and self.turn.turns and self.overflow == "drop" and self._fits(1, sum(extents[:1]), budget):
             n = 1  # what was just said is worth more than the last passages
         self._n_turns = n
@@ -99,6 +101,13 @@ class ChatPlanner(Planner):
             "turns_dropped": self.turn.turns_before - n,
         }
         return PlannedTurn(**{f.name: getattr(planned, f.name) for f in fields(planned)}, conversation=conversation)
+
+    def _in_steps(self, n: int) -> int:
+        """Turns to keep of `n` that fit: some are given up together, so that the beginning then stays for a while."""
+        given_up = self.turn.turns_before - n
+        if n == len(self.turn.turns):
+            return n
+        return max(min(n, 1), self.turn.turns_before - -(-given_up // _STEP) * _STEP)
 
     def _messages(self, n_turns: int) -> list[Message]:
         kept = self.turn.turns[len(self.turn.turns) - n_turns :]
