@@ -153,7 +153,8 @@ def test_turns_are_given_up_some_together_so_that_the_rest_is_reused() -> None:
         assert {0, 4, 8} <= {*given_up} <= {0, 4, 8, 12} and given_up == sorted(given_up)
         for before, now in zip(accounts, accounts[1:], strict=False):
             kept = now["turns_dropped"] == before["turns_dropped"]
-            assert (now["reused_positions"] > 60) == (kept and before["turns"] > 0)
+            more_than_the_opening = now["reused_positions"] > accounts[1]["reused_positions"] + 3
+            assert more_than_the_opening == (kept and before["turns"] > 0)
 
 
 def test_a_memory_of_llama_index_that_archives() -> None:
