@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compllm_rag.cli import bench as bench_commands
+from compllm_rag.cli import chat as chat_commands
 from compllm_rag.cli import eval as eval_commands
 from compllm_rag.cli import models as models_commands
 from compllm_rag.cli import namespace as namespace_commands
@@ -237,7 +238,15 @@ def demo(
 
 
 # In the order of `--help`, after those above: what a newcomer needs stands first.
-for _more in (models_commands, storage_commands, namespace_commands, eval_commands, bench_commands, train_commands):
+for _more in (
+    chat_commands,
+    models_commands,
+    storage_commands,
+    namespace_commands,
+    eval_commands,
+    bench_commands,
+    train_commands,
+):
     _more.register(app)
 
 

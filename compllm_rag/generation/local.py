@@ -20,6 +20,7 @@ from compllm_rag.errors import ConfigurationError, DeviceMemoryError, PromptTooL
 from compllm_rag.generation.base import FinishReason, Generation
 from compllm_rag.generation.forward import Forward, WholeForward, as_rows
 from compllm_rag.generation.halves import SplitForward, split_rows
+from compllm_rag.generation.reuse import PrefixCache, ReusingForward, reused_of
 from compllm_rag.generation.sampling import Choice
 from compllm_rag.generation.structured import SchemaConstraint
 from compllm_rag.generation.text import Detokenizer
@@ -36,10 +37,21 @@ class LocalGenerator:
         llm: The target LLM.
         config: Used where a call gives none.
         halves: The LLM in two halves, to read deep concepts with; `halves` of their compressor or library.
+        prefixes: Keeps KV caches, so that a prompt is read from where it differs from one that was read before; None
+            reads each from its start. An attribute of the same name may be set anew at any time. Prompts of a batch
+            neither find nor leave anything there.
     """
 
-    def __init__(self, llm: TargetLLM, config: GenerationConfig | None = None, *, halves: Halves | None = None) -> None:
+    def __init__(
+        self,
+        llm: TargetLLM,
+        config: GenerationConfig | None = None,
+        *,
+        halves: Halves | None = None,
+        prefixes: PrefixCache | None = None,
+    ) -> None:
         self.llm, self._config, self._halves = llm, config or GenerationConfig(), halves
+        self.prefixes = prefixes
 
     @functools.cached_property
     def halves(self) -> Halves | None:
@@ -139,7 +151,16 @@ class LocalGenerator:
         for text in texts:
             text.finish()
         return [
-            Generation(t.text, i, r or "length", p.positions, laid_out - begun, first - laid_out, ended - first)
+            Generation(
+                t.text,
+                i,
+                r or "length",
+                p.positions,
+                laid_out - begun,
+                first - laid_out,
+                ended - first,
+                reused_of(forward),
+            )
             for t, i, r, p in zip(texts, ids, reasons, plans, strict=True)
         ]
 
@@ -168,9 +189,12 @@ class LocalGenerator:
             DeviceMemoryError: There is no memory for them.
         """
         with self._room_for(plans):
+            made: WholeForward | SplitForward
             if any(plan.deep for plan in plans) and self.halves is not None:
-                return SplitForward(self.halves, split_rows(plans))
-            return WholeForward(self.llm, lay_out(plans, self.llm))
+                made = SplitForward(self.halves, split_rows(plans))
+            else:
+                made = WholeForward(self.llm, lay_out(plans, self.llm))
+            return made if self.prefixes is None or len(plans) > 1 else ReusingForward(made, plans[0], self.prefixes)
 
     def prefill(self, inputs: PromptInputs) -> tuple[torch.Tensor, Any]:
         """One forward of the LLM as it is over prompts that were laid out.
@@ -222,6 +246,7 @@ class LocalStream:
         self._ids: list[int] = []
         self._reason: FinishReason = "cancelled"
         self._layout_s = self._prefill_s = self._decode_s = 0.0
+        self._reused = 0
 
     def __iter__(self) -> Iterator[str]:
         """Pieces of text, none of them empty."""
@@ -234,7 +259,7 @@ class LocalStream:
         for [token] in self._generator._tokens(forward, [self._plan], self._config):
             now = time.perf_counter()
             if not first:
-                first, self._prefill_s = now, now - laid_out
+                first, self._prefill_s, self._reused = now, now - laid_out, reused_of(forward)
             self._decode_s = now - first
             if self._cancel is not None and self._cancel.is_set():
                 reason = "cancelled"
@@ -263,4 +288,5 @@ class LocalStream:
             self._layout_s,
             self._prefill_s,
             self._decode_s,
+            self._reused,
         )

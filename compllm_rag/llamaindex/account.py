@@ -135,7 +135,7 @@ class Reading:
     earlier: list[dict[str, Any]]
 
 
-def empty_account() -> dict[str, Any]:
+def empty_account(answer: str) -> dict[str, Any]:
     """The account of an answer that no prompt was made for: nothing was retrieved, or nothing was to be answered."""
     times = dict.fromkeys(("fetch_s", "compress_s", "layout_s", "prefill_s", "decode_s", "ttft_s"), 0.0)
     return {
@@ -146,9 +146,10 @@ def empty_account() -> dict[str, Any]:
         "nodes": {},
         "dropped": [],
         "store": {"hits": 0, "misses": 0},
-        "answer": "",
+        "answer": answer,
         "finish_reason": "stop",
         "new_tokens": 0,
+        "reused_positions": 0,
         **times,
     }
 
@@ -185,6 +186,6 @@ def add_earlier(account: dict[str, Any], earlier: Sequence[dict[str, Any]]) -> N
         earlier: Completed accounts of the prompts before it.
     """
     for done in earlier:
-        for name in ("new_tokens", "prefill_s", "decode_s", "layout_s"):
+        for name in ("new_tokens", "reused_positions", "prefill_s", "decode_s", "layout_s"):
             account[name] += done[name]
         account["ttft_s"] += done["ttft_s"] + done["decode_s"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 from llama_index.core import StorageContext, VectorStoreIndex
 from llama_index.core.base.embeddings.base import BaseEmbedding
+from llama_index.core.chat_engine.types import BaseChatEngine, ChatMode
 from llama_index.core.data_structs.data_structs import IndexDict
 from llama_index.core.indices.vector_store.retrievers import VectorIndexRetriever
 from llama_index.core.query_engine import RetrieverQueryEngine
@@ -25,8 +26,10 @@ from compllm_rag.config import GenerationConfig, IngestConfig
 from compllm_rag.errors import CompLLMError, ConfigurationError
 from compllm_rag.generation.base import Generator
 from compllm_rag.generation.local import LocalGenerator
+from compllm_rag.generation.reuse import PrefixCache
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.callbacks import ConceptQueryEngine
+from compllm_rag.llamaindex.chat.options import chat_engine
 from compllm_rag.llamaindex.embedding import embedder_identity
 from compllm_rag.llamaindex.ingest import IngestReport, Progress, ingest_documents
 from compllm_rag.llamaindex.kvstore import CatalogDocumentStore, CatalogKVStore
@@ -96,7 +99,9 @@ class ConceptIndex(VectorStoreIndex):
             compressor.spec, compressor.llm, *embedder_identity(embedder), vector_store.dim, self.config
         )
         self.library = ConceptLibrary(compressor, store, rate=self.config.rate, namespace=self.config.namespace)
-        self.generator: Generator = generator or LocalGenerator(compressor.llm, generation, halves=compressor.halves)
+        self.generator: Generator = generator or LocalGenerator(
+            compressor.llm, generation, halves=compressor.halves, prefixes=PrefixCache()
+        )
         self._generation = generation or self.generator.config
         self.faiss = vector_store
         self.parser = ConceptNodeParser(self.library.spec.segmenter, self.config.chunk_size)
@@ -306,6 +311,33 @@ class ConceptIndex(VectorStoreIndex):
         kwargs.setdefault("similarity_top_k", 4)
         synthesizer = given or self.as_synthesizer(**options)
         return ConceptQueryEngine(self.as_retriever(**kwargs), synthesizer, postprocessors)
+
+    def as_chat_engine(self, chat_mode: ChatMode | str = "best", llm: Any = None, **kwargs: Any) -> BaseChatEngine:  # type: ignore[override]
+        """A chat engine that reads concepts.
+
+        Passages stand as concepts behind the earlier turns, right in front of the newest question, so that the
+        beginning of the prompt is that of the turn before and its KV cache is gone on with.
+
+        Args:
+            chat_mode: `best` or `condense_plus_context`: look for what the message means within the conversation, and
+                answer the message; `context`: look for the message as it is; `condense_question`: answer the
+                condensed question alone, without the conversation; `simple`: no passages.
+            llm: Leave it out: only the storage's own LLM can read its concepts. `simple` takes any.
+            **kwargs: `memory` (any of LlamaIndex's), `chat_history`, `system_prompt` or `prefix_messages`,
+                `context_prompt` (the newest user turn, with `{context_str}`), `condense_prompt`, `condense_llm` (any),
+                `skip_condense`, `verbose`; `generation`, `mode`, `missing`, `overflow`, `choose`,
+                `node_postprocessors`, `callback_manager` and those of the retriever as in `as_query_engine`.
+                `streaming` and `use_async` are allowed and change nothing: call `stream_chat`, `achat`, `astream_chat`.
+
+        Raises:
+            ConfigurationError: A mode, an LLM or an option that nothing here would heed.
+        """
+        return chat_engine(self, chat_mode, llm, kwargs, _RETRIEVER_OPTIONS)
+
+    @property
+    def generation(self) -> GenerationConfig:
+        """Limits of the answers."""
+        return self._generation
 
     def as_synthesizer(self, **options: Any) -> ConceptSynthesizer:
         """The synthesizer of this index; options as of `ConceptSynthesizer`."""

@@ -51,6 +51,10 @@ class ConceptLLM(LLM):
         """Name in LlamaIndex's serialised form."""
         return "ConceptLLM"
 
+    def runs(self, generator: Generator) -> bool:
+        """Whether it is this generator that answers."""
+        return self._generator is generator
+
     @property
     def metadata(self) -> LLMMetadata:
         """Window, output length and name."""

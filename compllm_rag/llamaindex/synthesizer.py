@@ -128,7 +128,7 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
         silent = self._silent(nodes)
         if silent is not None:
             given = StreamingResponse(iter_once(silent)) if self._streaming else Response(silent)
-            self._complete_silent(given, bundle, nodes, additional_source_nodes)
+            self._complete_silent(given, silent, bundle, nodes, additional_source_nodes)
             return given
         with self._callback_manager.event(
             CBEventType.SYNTHESIZE, payload={EventPayload.QUERY_STR: bundle.query_str}
@@ -154,7 +154,7 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
         silent = self._silent(nodes)
         if silent is not None:
             given = AsyncStreamingResponse(aiter_once(silent))
-            self._complete_silent(given, bundle, nodes, additional_source_nodes)
+            self._complete_silent(given, silent, bundle, nodes, additional_source_nodes)
             return given
         with self._callback_manager.event(
             CBEventType.SYNTHESIZE, payload={EventPayload.QUERY_STR: bundle.query_str}
@@ -192,6 +192,7 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
     def _complete_silent(
         self,
         response: RESPONSE_TYPE,
+        answer: str,
         query: QueryBundle,
         nodes: Sequence[NodeWithScore],
         additional: Sequence[NodeWithScore] | None,
@@ -199,7 +200,7 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
         """Give a response that no LLM made its sources and its account, and tell of it."""
         response.source_nodes = [*nodes, *(additional or [])]
         shown = self._get_metadata_for_response([node.node for node in response.source_nodes]) or {}
-        response.metadata = {**shown, "compllm": empty_account() | self._facts}
+        response.metadata = {**shown, "compllm": empty_account(answer) | self._facts}
         dispatcher.event(SynthesizeEndEvent(query=query, response=response))
 
     def _plan(self, query: QueryBundle, nodes: Sequence[NodeWithScore]) -> Reading:
@@ -295,6 +296,7 @@ def _complete(account: dict[str, Any], planned: PlannedPrompt, stream: TokenStre
     account["answer"] = made.text
     account["finish_reason"] = made.finish_reason
     account["new_tokens"] = len(made.token_ids)
+    account["reused_positions"] = made.reused_positions
     account["layout_s"] = planned.layout_s + made.layout_s
     account["prefill_s"] = made.prefill_s
     account["decode_s"] = made.decode_s
