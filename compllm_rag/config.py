@@ -144,6 +144,6 @@ class GenerationConfig(Frozen):
     @model_validator(mode="after")
     def _chance_is_heeded(self) -> Self:
         given = [name for name in ("top_p", "top_k", "seed") if getattr(self, name) is not None]
-        if given and not self.temperature:
-            raise ValueError(f"{', '.join(given)} need a temperature above 0: at 0 nothing is drawn")
+        if given and not self.temperature and "temperature" not in self.model_fields_set:
+            raise ValueError(f"{', '.join(given)} need a temperature, which is 0 where none is given: nothing is drawn")
         return self

@@ -49,6 +49,10 @@ def _rebuild(
     return cls(what, got=got, expected=expected, next_step=next_step)
 
 
+class UntrainedCompressorWarning(UserWarning):
+    """Concepts are made without anything that was trained for this LLM, and lose more than trained ones."""
+
+
 class ConfigurationError(CompLLMError, ValueError):
     """A setting has a value that makes no sense."""
 

@@ -470,7 +470,13 @@ class ConceptIndex(VectorStoreIndex):
 
     def stats(self) -> dict[str, Any]:
         """What the storage holds, as plain values."""
-        return stats_fields(self.accounts, len(self.pending), self.store.stats(), self.manifest)
+        return stats_fields(
+            self.accounts,
+            len(self.pending),
+            self.store.stats(),
+            self.manifest,
+            trained=self.library.spec.config.trained,
+        )
 
     @property
     def metrics(self) -> Metrics:

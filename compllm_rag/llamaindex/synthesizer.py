@@ -22,6 +22,7 @@ from llama_index.core.response_synthesizers.base import BaseSynthesizer, QueryTe
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index_instrumentation import get_dispatcher
+from pydantic import BaseModel
 
 from compllm_rag.config import GenerationConfig, MissingPolicy, Mode, OverflowPolicy
 from compllm_rag.generation.base import Generation, Generator, TokenStream
@@ -29,10 +30,12 @@ from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.account import PlannedPrompt, Reading, add_earlier, empty_account, joined_account
 from compllm_rag.llamaindex.callbacks import FollowsSettings
+from compllm_rag.llamaindex.decoding import generation_of
 from compllm_rag.llamaindex.llm import ConceptLLM
 from compllm_rag.llamaindex.planner import Chooser, Planner, Queued
 from compllm_rag.llamaindex.response_modes import ResponseMode, StockMode, allot, checked_mode, silent_answer
 from compllm_rag.llamaindex.streams import aiter_once, in_thread, iter_once
+from compllm_rag.llamaindex.structured import instructions_for, parsed, refuse_stream, schema_of
 from compllm_rag.llamaindex.templates import DEFAULT_REFINE_TEMPLATE, DEFAULT_TEMPLATE
 from compllm_rag.llamaindex.tracing import LLMCall
 
@@ -62,6 +65,8 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
             each making the answer of the one before it better. `refine`: a prompt for each passage. `no_text` and
             `context_only`: the nodes, or their text, without running the LLM.
         refine_template: Any LlamaIndex template with `{context_msg}`, `{query_str}` and `{existing_answer}`.
+        output_cls: A pydantic model; the answer is an object of it (`PydanticResponse`). Tokens that its schema does
+            not allow are never chosen (extra `structured`). Not with `streaming`.
 
     Raises:
         ConfigurationError: A setting is none that there is, or a function of a template would have to see concepts.
@@ -83,13 +88,21 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
         callback_manager: CallbackManager | None = None,
         response_mode: str | StockMode | None = None,
         refine_template: BasePromptTemplate | None = None,
+        output_cls: type[BaseModel] | None = None,
     ) -> None:
+        if output_cls is not None and streaming:
+            refuse_stream()
         self._mode: ResponseMode = checked_mode(response_mode)
         silent = silent_answer(self._mode, []) is not None
         self._generator = generator or LocalGenerator(library.llm, halves=library.halves)
         if isinstance(self._generator, LocalGenerator) and not silent and (mode == "concepts" or choose is not None):
             _ = self._generator.halves  # made ready now, so that the first answer does not wait for it
-        super().__init__(llm=ConceptLLM(self._generator), callback_manager=callback_manager, streaming=streaming)
+        super().__init__(
+            llm=ConceptLLM(self._generator),
+            callback_manager=callback_manager,
+            streaming=streaming,
+            output_cls=output_cls,
+        )
         self._planner = Planner(
             library,
             text_qa_template or DEFAULT_TEMPLATE,
@@ -100,8 +113,11 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
             choose=choose,
             queued=queued,
             refine_template=refine_template or DEFAULT_REFINE_TEMPLATE,
+            instructions="" if output_cls is None else instructions_for(output_cls),
         )
         self._generation = generation or self._generator.config
+        if output_cls is not None:
+            self._generation = generation_of(self._generation, {"json_schema": schema_of(output_cls)})
         self._facts = {"compressor": "trained" if library.spec.config.trained else "untrained"}
 
     def _get_prompts(self) -> dict[str, BasePromptTemplate]:
@@ -234,7 +250,11 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
         return response
 
     def _answer(self, reading: Reading) -> RESPONSE_TEXT_TYPE:
-        return self._generate(reading)
+        text = self._generate(reading)
+        if self._output_cls is None:
+            return text
+        reason, limit = reading.account["finish_reason"], self._generation.max_new_tokens
+        return parsed(self._output_cls, text, finish_reason=reason, limit=limit)
 
     def _generate(self, reading: Reading) -> str:
         for _ in (stream := self._stream(reading)):

@@ -8,7 +8,7 @@ object that refuses to be looked at.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from llama_index.core.base.llms.types import TextBlock
@@ -89,13 +89,16 @@ def chosen(template: BasePromptTemplate, llm: LLM | None) -> BasePromptTemplate:
     return template
 
 
-def check_template(template: BasePromptTemplate, given: Mapping[str, str], slot: str) -> None:
+def check_template(
+    template: BasePromptTemplate, given: Mapping[str, str], slot: str, optional: Collection[str] = ()
+) -> None:
     """Refuse a template that would leave something out without a word.
 
     Args:
         template: Not one that differs by LLM, see `chosen`.
         given: What fills it, by LlamaIndex's names; the passages are not among them.
         slot: Name of the passages.
+        optional: Of what fills it, what need not be there.
 
     Raises:
         ConfigurationError: It has a variable that nothing fills, lacks the passages, the question or the answer so far,
@@ -112,7 +115,8 @@ def check_template(template: BasePromptTemplate, given: Mapping[str, str], slot:
             expected=", ".join(f"{{{name}}}" for name in (slot, *given)) + ", and those that you fill yourself",
             next_step="correct the names, or fill them by partial_format or function_mappings",
         )
-    needed = [slot] if functions else [slot, *given]  # a function may put the others into what it makes
+    # A function may put the others into what it makes.
+    needed = [slot] if functions else [slot, *(name for name in given if name not in optional)]
     if absent := [mapped.get(name, name) for name in needed if mapped.get(name, name) not in has]:
         raise ConfigurationError(
             f"prompt template has no place for {', '.join(absent)}",
@@ -137,6 +141,7 @@ def messages_of(
     *,
     existing: str | None = None,
     passages: str | None = None,
+    optional: Collection[str] = (),
 ) -> list[Message]:
     """The turns of a LlamaIndex prompt template, with a slot for the passages.
 
@@ -147,6 +152,7 @@ def messages_of(
         query: What is asked.
         existing: The answer to refine; None for a first answer.
         passages: Their text, which then stands in place of the slot; None leaves the slot.
+        optional: Names that the template need not have.
 
     Raises:
         ConfigurationError: See `check_template`; or a function or filter of the template wants text where there is a
@@ -155,7 +161,7 @@ def messages_of(
     template = chosen(template, llm)
     slot = CONTEXT if existing is None else REFINE_CONTEXT
     given = {"query_str": query} | ({} if existing is None else {"existing_answer": existing})
-    check_template(template, given, slot)
+    check_template(template, given, slot, optional)
     functions = template.function_mappings or {}
     if functions and passages is None:
         template = template.model_copy(

@@ -124,7 +124,7 @@ class ChatPlanner(Planner):
             return Message("user", (asked,))
         if self.context_prompt is None:
             return Message("user", (SLOT, QUESTION + asked))
-        [message] = messages_of(self.context_prompt, self.llm, asked)
+        [message] = messages_of(self.context_prompt, self.llm, asked, optional=("query_str",))
         if "query_str" in self.context_prompt.template_vars:
             return Message("user", message.content)
         return Message("user", (*message.content, "\n\n" + asked))
