@@ -146,7 +146,7 @@ def saved_config(folder: Path) -> CompressorConfig:
     Raises:
         UnsupportedFormatError: Files are missing, or of a newer format.
     """
-    return CompressorConfig.model_validate(_read_config(folder)["config"])
+    return CompressorConfig.model_validate(_read_config(folder / _CONFIG)["config"])
 
 
 def load_spec(folder: Path, llm: TargetLLM) -> ConceptSpec:
