@@ -31,6 +31,7 @@ from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.callbacks import ConceptQueryEngine
 from compllm_rag.llamaindex.chat.options import chat_engine
 from compllm_rag.llamaindex.embedding import embedder_identity
+from compllm_rag.llamaindex.engines import citation_engine, sub_question_engine
 from compllm_rag.llamaindex.ingest import IngestReport, Progress, ingest_documents
 from compllm_rag.llamaindex.kvstore import CatalogDocumentStore, CatalogKVStore
 from compllm_rag.llamaindex.llm import ConceptLLM
@@ -50,6 +51,9 @@ from compllm_rag.store.base import ConceptStore
 
 if TYPE_CHECKING:
     from llama_index.core.llms.llm import LLM
+    from llama_index.core.query_engine import CitationQueryEngine, SubQuestionQueryEngine
+    from llama_index.core.question_gen.types import BaseQuestionGenerator
+    from llama_index.core.tools import QueryEngineTool
 
     from compllm_rag.storage.compaction import StorageCompaction
     from compllm_rag.storage.verification import StorageCheck
@@ -281,7 +285,8 @@ class ConceptIndex(VectorStoreIndex):
             **kwargs: Of `ConceptSynthesizer` (`mode`, `streaming`, `missing`, `overflow`, `choose`,
                 `text_qa_template`, `refine_template`, `response_mode`, `output_cls`, `generation`, `callback_manager`),
                 `response_synthesizer`, `node_postprocessors`, and of LlamaIndex's `VectorIndexRetriever`
-                (`similarity_top_k`, `filters`, ...). `use_async` is allowed and changes nothing: prompts of one answer
+                (`similarity_top_k`, `filters`, ...), or `retriever`: any of LlamaIndex's that gives nodes of this
+                index, such as an AutoMergingRetriever. `use_async` is allowed and changes nothing: prompts of one answer
                 are read one after the other.
 
         Raises:
@@ -294,7 +299,10 @@ class ConceptIndex(VectorStoreIndex):
         kwargs.pop("use_async", None)
         given = kwargs.pop("response_synthesizer", None)
         postprocessors = kwargs.pop("node_postprocessors", None)
-        unheeded = sorted({*kwargs} - _RETRIEVER_OPTIONS) + ["llm"] * (llm is not None)
+        retriever = kwargs.pop("retriever", None)
+        unheeded = sorted({*kwargs} - (_RETRIEVER_OPTIONS if retriever is None else set())) + ["llm"] * (
+            llm is not None
+        )
         if given is not None:
             unheeded += sorted(options)  # they are for a synthesizer of ours
         if unheeded:
@@ -302,15 +310,59 @@ class ConceptIndex(VectorStoreIndex):
                 "a query engine of concepts has no such option",
                 got=", ".join(unheeded),
                 expected=", ".join(
-                    [*_SYNTHESIZER_OPTIONS, "response_synthesizer", "node_postprocessors", *sorted(_RETRIEVER_OPTIONS)]
+                    [
+                        *_SYNTHESIZER_OPTIONS,
+                        "response_synthesizer",
+                        "node_postprocessors",
+                        "retriever",
+                        *sorted(_RETRIEVER_OPTIONS if retriever is None else ()),
+                    ]
                 ),
                 next_step="leave it out"
-                if given is None
-                else "leave it out, or set it on the response_synthesizer that you pass",
+                if given is None and retriever is None
+                else "leave it out, or set it on the response_synthesizer or retriever that you pass",
             )
-        kwargs.setdefault("similarity_top_k", 4)
+        if retriever is None:
+            kwargs.setdefault("similarity_top_k", 4)
+            retriever = self.as_retriever(**kwargs)
         synthesizer = given or self.as_synthesizer(**options)
-        return ConceptQueryEngine(self.as_retriever(**kwargs), synthesizer, postprocessors)
+        return ConceptQueryEngine(retriever, synthesizer, postprocessors)
+
+    def as_citation_engine(
+        self, *, citation_chunk_size: int | None = None, citation_chunk_overlap: int = 20, **options: Any
+    ) -> CitationQueryEngine:
+        """LlamaIndex's CitationQueryEngine, reading concepts; see `llamaindex.engines.citation_engine`.
+
+        Args:
+            citation_chunk_size: Most tokens of a source. None takes the retrieved nodes as they are; smaller sources
+                are compressed within the query.
+            citation_chunk_overlap: Tokens that neighbouring sources share, where nodes are cut.
+            **options: Of `as_query_engine`.
+        """
+        return citation_engine(
+            self,
+            citation_chunk_size=citation_chunk_size,
+            citation_chunk_overlap=citation_chunk_overlap,
+            options=options,
+        )
+
+    def as_sub_question_engine(
+        self,
+        tools: Sequence[QueryEngineTool] | None = None,
+        *,
+        question_gen: BaseQuestionGenerator | None = None,
+        verbose: bool = False,
+        **options: Any,
+    ) -> SubQuestionQueryEngine:
+        """LlamaIndex's SubQuestionQueryEngine with the index's LLM; see `llamaindex.engines.sub_question_engine`.
+
+        Args:
+            tools: What answers sub-questions, such as the query engines of several indexes; None takes one over this.
+            question_gen: Splits questions up; None lets the index's LLM do it (extra `structured`).
+            verbose: Print sub-questions and their answers.
+            **options: Of `as_query_engine`, where there are no `tools`.
+        """
+        return sub_question_engine(self, tools, question_gen=question_gen, verbose=verbose, options=options)
 
     def as_chat_engine(self, chat_mode: ChatMode | str = "best", llm: Any = None, **kwargs: Any) -> BaseChatEngine:  # type: ignore[override]
         """A chat engine that reads concepts.
