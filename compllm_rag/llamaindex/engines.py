@@ -1,4 +1,4 @@
-"""LlamaIndex's engines that would bring a synthesizer of their own, put together so that they read concepts."""
+"""Query engines over an index, and LlamaIndex's own ones put together so that they read concepts."""
 
 from __future__ import annotations
 
@@ -16,18 +16,53 @@ from llama_index.core.tools import QueryEngineTool, ToolMetadata
 from pydantic import BaseModel, Field, create_model
 
 from compllm_rag.errors import ConfigurationError
+from compllm_rag.llamaindex.callbacks import ConceptQueryEngine
+from compllm_rag.llamaindex.llm import ConceptLLM
+from compllm_rag.llamaindex.retrieval import VECTOR_OPTIONS, chosen_retriever
 
 if TYPE_CHECKING:
     from llama_index.core.prompts.mixin import PromptDictType
 
     from compllm_rag.llamaindex.index import ConceptIndex
-    from compllm_rag.llamaindex.llm import ConceptLLM
+
+_SYNTHESIZER_OPTIONS = (
+    "mode", "streaming", "missing", "overflow", "choose", "text_qa_template", "refine_template", "response_mode",
+    "output_cls", "generation", "callback_manager",
+)  # fmt: skip
 
 _QUESTIONS = PromptTemplate(
     "These tools answer questions:\n{tools_str}\n"
     "Split the question below into at most {most} questions that one tool each can answer.\n"
     "Question: {query_str}"
 )
+
+
+def query_engine(index: ConceptIndex, llm: object, options: dict[str, Any]) -> ConceptQueryEngine:
+    """A query engine over an index; see `ConceptIndex.as_query_engine`."""
+    if isinstance(llm, ConceptLLM) and llm.runs(index.generator):
+        llm = None
+    own = {name: options.pop(name) for name in _SYNTHESIZER_OPTIONS if name in options}
+    options.pop("use_async", None)
+    given = options.pop("response_synthesizer", None)
+    postprocessors = options.pop("node_postprocessors", None)
+    retriever = chosen_retriever(index, options)
+    unheeded = sorted({*options} - VECTOR_OPTIONS) + ["llm"] * (llm is not None)
+    if given is not None:
+        unheeded += sorted(own)  # they are for a synthesizer of ours
+    if unheeded:
+        known = [*_SYNTHESIZER_OPTIONS, "response_synthesizer", "node_postprocessors", "retrieval", "retriever"]
+        raise ConfigurationError(
+            "a query engine of concepts has no such option",
+            got=", ".join(unheeded),
+            expected=", ".join([*known, *sorted(VECTOR_OPTIONS)]),
+            next_step="leave it out"
+            if given is None
+            else "leave it out, or set it on the response_synthesizer that you pass",
+        )
+    if retriever is None:
+        options.setdefault("similarity_top_k", 4)
+        retriever = index.as_retriever(**options)
+    return ConceptQueryEngine(retriever, given or index.as_synthesizer(**own), postprocessors)
 
 
 class ConceptCitationEngine(CitationQueryEngine):

@@ -59,11 +59,6 @@ class ConceptLLM(LLM):
         super().__init__(**own)
         self._generator, self._defaults = generator, generation_of(generator.config, kwargs)
 
-    @property
-    def generator(self) -> Generator:
-        """What runs the LLM."""
-        return self._generator
-
     @classmethod
     def class_name(cls) -> str:
         """Name in LlamaIndex's serialised form."""
