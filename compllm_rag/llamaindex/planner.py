@@ -123,14 +123,14 @@ class Planner:
         queued = self.queued([node.node.node_id for node in nodes]) if self.queued else ()
         for i, node in enumerate(nodes):
             number = len(prompt.nodes)
-            least = sum(map(len, node_spans(self.template, number + 1, node.node, []))) + self.least(node)
-            if least > left:
+            head, tail = node_spans(self.template, number + 1, node.node, [])
+            if len(head) + len(tail) + self.least(node) > left:
                 dropped.append(node)  # nothing is read or compressed for it
                 continue
             missing: MissingPolicy = "text" if node.node.node_id in queued else self.missing
             body = bodies[i] if bodies is not None else self.body(bundle, node, number, missing)
             fetch_s, compress_s = fetch_s + body.fetch_s, compress_s + body.compress_s
-            passage = node_spans(self.template, number + 1, node.node, body.spans)
+            passage = [head, *body.spans, tail]
             extent = sum(span.extent for span in passage)
             if extent > left:
                 dropped.append(node)

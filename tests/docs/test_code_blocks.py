@@ -32,6 +32,7 @@ from toy_embedder import HashEmbedder
 
 GO_ON = (
     "docs/guide/query.md",
+    "docs/guide/engines.md",
     "docs/guide/retrieval.md",
     "docs/guide/upkeep.md",
     "docs/extend/generator.md",
