@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.query_engine import CitationQueryEngine, SubQuestionQueryEngine
-from llama_index.core.query_engine.citation_query_engine import CITATION_QA_TEMPLATE, CITATION_REFINE_TEMPLATE
+from llama_index.core.query_engine.citation_query_engine import (
+    CITATION_QA_TEMPLATE,
+    CITATION_REFINE_TEMPLATE,
+    DEFAULT_CITATION_CHUNK_SIZE,
+)
 from llama_index.core.question_gen.prompts import build_tools_text
 from llama_index.core.question_gen.types import BaseQuestionGenerator, SubQuestion
 from llama_index.core.schema import NodeWithScore, QueryBundle
@@ -87,28 +91,42 @@ class ConceptCitationEngine(CitationQueryEngine):
 
 
 def citation_engine(
-    index: ConceptIndex, *, citation_chunk_size: int | None, citation_chunk_overlap: int, options: dict[str, Any]
+    index: ConceptIndex,
+    *,
+    citation_chunk_size: int | None,
+    citation_chunk_overlap: int | None,
+    options: dict[str, Any],
 ) -> ConceptCitationEngine:
     """A citation engine over an index.
 
     Args:
         index: Where to look.
         citation_chunk_size: Most tokens of a source; None takes nodes as they are.
-        citation_chunk_overlap: Tokens that neighbouring sources share, where nodes are cut.
+        citation_chunk_overlap: Tokens that neighbouring sources share, where nodes are cut; None takes a tenth.
         options: Of `ConceptIndex.as_query_engine`.
+
+    Raises:
+        ConfigurationError: An overlap is given and no size.
     """
+    if citation_chunk_size is None and citation_chunk_overlap is not None:
+        raise ConfigurationError(
+            "citation_chunk_overlap makes no sense without citation_chunk_size",
+            got=citation_chunk_overlap,
+            expected="both or none",
+            next_step="give a size, or take the retrieved nodes as they are",
+        )
     options.setdefault("text_qa_template", CITATION_QA_TEMPLATE)
     options.setdefault("refine_template", CITATION_REFINE_TEMPLATE)
     inner = index.as_query_engine(**options)
-    size = {} if citation_chunk_size is None else {"citation_chunk_size": citation_chunk_size}
+    size = citation_chunk_size or DEFAULT_CITATION_CHUNK_SIZE
     made = ConceptCitationEngine(
         inner.retriever,
         llm=index.llm,
         response_synthesizer=inner._response_synthesizer,
-        citation_chunk_overlap=citation_chunk_overlap,
+        citation_chunk_size=size,
+        citation_chunk_overlap=size // 10 if citation_chunk_overlap is None else citation_chunk_overlap,
         node_postprocessors=inner._node_postprocessors,
         callback_manager=inner.callback_manager,
-        **size,
     )
     made.cuts_nodes = citation_chunk_size is not None
     return made
@@ -158,12 +176,9 @@ class StructuredQuestionGenerator(BaseQuestionGenerator):
         names = tuple(tool.name for tool in tools)
         if not names:
             raise ConfigurationError("there is no tool to ask", expected="at least one QueryEngineTool")
-        question = create_model(
-            "Question",
-            sub_question=(str, Field(max_length=160)),
-            tool_name=(Literal[names], ...),  # type: ignore[valid-type]
-        )
-        return create_model("Questions", items=(list[question], Field(min_length=1, max_length=self._most)))  # type: ignore[valid-type]
+        tool: Any = Literal[names]
+        question: Any = create_model("Question", sub_question=(str, Field(max_length=160)), tool_name=(tool, ...))
+        return create_model("Questions", items=(list[question], Field(min_length=1, max_length=self._most)))
 
 
 def sub_question_engine(

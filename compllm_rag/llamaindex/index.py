@@ -326,14 +326,14 @@ class ConceptIndex(VectorStoreIndex):
         return query_engine(self, llm, kwargs)
 
     def as_citation_engine(
-        self, *, citation_chunk_size: int | None = None, citation_chunk_overlap: int = 20, **options: Any
+        self, *, citation_chunk_size: int | None = None, citation_chunk_overlap: int | None = None, **options: Any
     ) -> CitationQueryEngine:
         """LlamaIndex's CitationQueryEngine, reading concepts; see `llamaindex.engines.citation_engine`.
 
         Args:
             citation_chunk_size: Most tokens of a source. None takes the retrieved nodes as they are; smaller sources
                 are compressed within the query.
-            citation_chunk_overlap: Tokens that neighbouring sources share, where nodes are cut.
+            citation_chunk_overlap: Tokens that neighbouring sources share, where nodes are cut; None takes a tenth.
             **options: Of `as_query_engine`.
         """
         return citation_engine(

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from llama_index.core.response_synthesizers.type import ResponseMode as StockMode
+from llama_index.core.response_synthesizers import ResponseMode as StockMode
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 
 from compllm_rag.errors import ConfigurationError, PromptTooLongError
 from compllm_rag.llamaindex.account import PlannedPrompt
 from compllm_rag.llamaindex.planner import Planner
 from compllm_rag.llamaindex.tracing import traced_plan
+
+__all__ = ["DEFAULT_MODE", "ResponseMode", "StockMode", "allot", "checked_mode", "silent_answer"]
 
 ResponseMode = Literal["simple_summarize", "compact", "refine", "no_text", "context_only"]
 DEFAULT_MODE: ResponseMode = "simple_summarize"
