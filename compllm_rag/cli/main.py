@@ -186,6 +186,8 @@ def query(
         size = f"{source['n_concepts']} concepts" if source["used"] == "concepts" else "text"
         title = source["title"] or source["doc_id"]
         typer.echo(f"[{number}] {title} (score {source['score']:.2f}, {source['n_tokens']} tokens as {size})")
+    if found["dropped"]:
+        typer.echo(f"left out, too long for the window: {', '.join(found['dropped'])}")
     typer.echo(f"{found['prompt_positions']} prompt positions, first token after {found['ttft_s']:.2f} s")
 
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.query_engine import CitationQueryEngine, SubQuestionQueryEngine
 from llama_index.core.query_engine.citation_query_engine import (
@@ -43,9 +44,8 @@ _QUESTIONS = PromptTemplate(
 
 def query_engine(index: ConceptIndex, llm: object, options: dict[str, Any]) -> ConceptQueryEngine:
     """A query engine over an index; see `ConceptIndex.as_query_engine`."""
-    if isinstance(llm, ConceptLLM) and llm.runs(index.generator):
-        llm = None
     own = {name: options.pop(name) for name in _SYNTHESIZER_OPTIONS if name in options}
+    llm = _settings_of(index, llm, own)
     options.pop("use_async", None)
     given = options.pop("response_synthesizer", None)
     postprocessors = options.pop("node_postprocessors", None)
@@ -67,6 +67,29 @@ def query_engine(index: ConceptIndex, llm: object, options: dict[str, Any]) -> C
         options.setdefault("similarity_top_k", 4)
         retriever = index.as_retriever(**options)
     return ConceptQueryEngine(retriever, given or index.as_synthesizer(**own), postprocessors)
+
+
+def _settings_of(index: ConceptIndex, llm: object, own: dict[str, Any]) -> object:
+    """Take from an index's own LLM what it says of answers; None then, else the LLM, which is another.
+
+    Args:
+        index: Whose LLM it should be.
+        llm: Of LlamaIndex; one that `as_structured_llm` made says the class of answers.
+        own: Options of the synthesizer, completed here.
+    """
+    inner, said = llm, {}
+    if isinstance(llm, StructuredLLM):
+        inner, said = llm.llm, {"output_cls": llm.output_cls}
+    if not isinstance(inner, ConceptLLM) or not inner.runs(index.generator) or inner.system_prompt:
+        return llm
+    if inner.generation != index.generator.config:
+        said["generation"] = inner.generation
+    if twice := sorted(set(said) & set(own)):
+        raise ConfigurationError(
+            "an option is given twice", got=f"{', '.join(twice)}, and an llm that says it", next_step="leave one out"
+        )
+    own |= said
+    return None
 
 
 class ConceptCitationEngine(CitationQueryEngine):

@@ -311,7 +311,8 @@ class ConceptIndex(VectorStoreIndex):
         """A query engine that reads concepts.
 
         Args:
-            llm: None or the index's own `llm`: no other can read its concepts.
+            llm: None or the index's own `llm`, also with settings (`ConceptLLM(index.generator, temperature=0.7)`) or
+                as a structured one: no other can read its concepts.
             **kwargs: Of `ConceptSynthesizer` (`mode`, `streaming`, `missing`, `overflow`, `choose`,
                 `text_qa_template`, `refine_template`, `response_mode`, `output_cls`, `generation`, `callback_manager`),
                 `response_synthesizer`, `node_postprocessors`, and of LlamaIndex's `VectorIndexRetriever`

@@ -64,6 +64,11 @@ class ConceptLLM(LLM):
         """Name in LlamaIndex's serialised form."""
         return "ConceptLLM"
 
+    @property
+    def generation(self) -> GenerationConfig:
+        """Settings of calls that do not say otherwise."""
+        return self._defaults
+
     def runs(self, generator: Generator) -> bool:
         """Whether it is this generator that answers."""
         return self._generator is generator

@@ -36,10 +36,12 @@ from compllm_rag.llamaindex.planner import Chooser, Planner, Queued
 from compllm_rag.llamaindex.response_modes import ResponseMode, StockMode, allot, checked_mode, silent_answer
 from compllm_rag.llamaindex.streams import aiter_once, in_thread, iter_once
 from compllm_rag.llamaindex.structured import instructions_for, parsed, refuse_stream, schema_of
-from compllm_rag.llamaindex.templates import DEFAULT_REFINE_TEMPLATE, DEFAULT_TEMPLATE
+from compllm_rag.llamaindex.templates import DEFAULT_REFINE_TEMPLATE, DEFAULT_TEMPLATE, checked_templates
 from compllm_rag.llamaindex.tracing import LLMCall
 
 dispatcher = get_dispatcher(__name__)
+
+_PROMPTS = ("text_qa_template", "refine_template")
 
 
 class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
@@ -92,6 +94,7 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
     ) -> None:
         if output_cls is not None and streaming:
             refuse_stream()
+        checked_templates({"text_qa_template": text_qa_template, "refine_template": refine_template}, _PROMPTS)
         self._mode: ResponseMode = checked_mode(response_mode)
         silent = silent_answer(self._mode, []) is not None
         self._generator = generator or LocalGenerator(library.llm, halves=library.halves)
@@ -124,6 +127,7 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
         return {"text_qa_template": self._planner.text_qa_template, "refine_template": self._planner.refine_template}
 
     def _update_prompts(self, prompts: dict[str, BasePromptTemplate]) -> None:
+        checked_templates(prompts, _PROMPTS)
         self._planner.text_qa_template = prompts.get("text_qa_template", self._planner.text_qa_template)
         self._planner.refine_template = prompts.get("refine_template", self._planner.refine_template)
 

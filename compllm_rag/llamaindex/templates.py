@@ -82,6 +82,30 @@ def concepts_unseen(variable: str) -> ConfigurationError:
     )
 
 
+def checked_templates(given: Mapping[str, object], known: Collection[str]) -> None:
+    """Refuse what is no prompt template, and names that no template goes by.
+
+    Args:
+        given: Templates by their names; None stands for the default.
+        known: Names that there are.
+
+    Raises:
+        ConfigurationError: One is neither.
+    """
+    if unknown := sorted(set(given) - set(known)):
+        raise ConfigurationError(
+            "there is no such prompt", got=", ".join(unknown), expected=", ".join(known), next_step="correct the name"
+        )
+    for name, template in given.items():
+        if template is not None and not isinstance(template, BasePromptTemplate):
+            raise ConfigurationError(
+                f"{name} is no prompt template",
+                got=type(template).__name__,
+                expected="a LlamaIndex prompt template",
+                next_step="wrap it: PromptTemplate(...)",
+            )
+
+
 def chosen(template: BasePromptTemplate, llm: LLM | None) -> BasePromptTemplate:
     """The template that one which differs by LLM comes down to."""
     while isinstance(template, SelectorPromptTemplate):

@@ -13,9 +13,10 @@ from llama_index.core.retrievers import AutoMergingRetriever, QueryFusionRetriev
 from llama_index.core.schema import Document, IndexNode, TextNode
 from llama_index.core.selectors import EmbeddingSingleSelector
 from llama_index.core.tools import QueryEngineTool
+from pydantic import BaseModel
 
 import toy
-from compllm_rag import Compressor, ConceptIndex, GenerationConfig
+from compllm_rag import Compressor, ConceptIndex, ConceptLLM, GenerationConfig
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.llamaindex.engines import StructuredQuestionGenerator
 from toy_embedder import HashEmbedder
@@ -197,9 +198,21 @@ def Fixed(nodes: list[Any]) -> Any:
     return Retriever()
 
 
+class Built(BaseModel):
+    tall: bool
+
+
 def test_the_indexs_own_llm_is_no_other(index: ConceptIndex) -> None:
     assert str(index.as_query_engine(llm=index.llm).query(QUESTION)) == str(index.as_query_engine().query(QUESTION))
     assert index.llm.complete("Who?").text
+    three = ConceptLLM(index.generator, max_tokens=3)
+    assert index.as_query_engine(llm=three).query(QUESTION).metadata["compllm"]["new_tokens"] == 3
+    with pytest.raises(ConfigurationError, match="generation.*llm"):
+        index.as_query_engine(llm=three, generation=SHORT)
+    with pytest.raises(ConfigurationError, match="llm"):
+        index.as_query_engine(llm=ConceptLLM(index.generator, system_prompt="Be rude."))
+    structured = ConceptLLM(index.generator, max_tokens=100).as_structured_llm(Built)
+    assert isinstance(index.as_query_engine(llm=structured).query(QUESTION).response, Built)
     other = empty(index.compressor)
     with pytest.raises(ConfigurationError, match="llm"):
         index.as_query_engine(llm=other.llm)

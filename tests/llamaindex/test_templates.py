@@ -211,3 +211,12 @@ def test_the_turns_keep_their_roles(library: ConceptLibrary) -> None:
     )
     assert "<|start|>system\nBe exact.<|end|>" in prompt(library, template)
     assert "<|start|>assistant\nThe answer is<|end|>" in prompt(library, template)
+
+
+def test_what_is_no_template_or_goes_by_no_name_is_refused(library: ConceptLibrary) -> None:
+    for name in ("text_qa_template", "refine_template"):
+        with pytest.raises(ConfigurationError, match=f"{name}.*str"):
+            ConceptSynthesizer(library, **{name: "{context_str} {query_str}"})
+    made = ConceptSynthesizer(library)
+    with pytest.raises(ConfigurationError, match="summary_template.*text_qa_template"):
+        made.update_prompts({"summary_template": PromptTemplate("{context_str} {query_str}")})
