@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compllm_rag.cli import bench as bench_commands
+from compllm_rag.cli import chat as chat_commands
 from compllm_rag.cli import doctor as doctor_command
 from compllm_rag.cli import eval as eval_commands
 from compllm_rag.cli import import_index as import_commands
@@ -130,6 +131,8 @@ def query(
         size = f"{source['n_concepts']} concepts" if source["used"] == "concepts" else "text"
         title = source["title"] or source["doc_id"]
         typer.echo(f"[{number}] {title} (score {source['score']:.2f}, {source['n_tokens']} tokens as {size})")
+    if found["dropped"]:
+        typer.echo(f"left out, too long for the window: {', '.join(found['dropped'])}")
     typer.echo(f"{found['prompt_positions']} prompt positions, first token after {found['ttft_s']:.2f} s")
 
 
@@ -200,7 +203,7 @@ def demo(
 
 
 # In the order of `--help`, after those above: what a newcomer needs stands first.
-_GROUPS = (models_commands, import_commands, storage_commands, doctor_command, namespace_commands)
+_GROUPS = (chat_commands, models_commands, import_commands, storage_commands, doctor_command, namespace_commands)
 for _more in (*_GROUPS, eval_commands, bench_commands, train_commands):
     _more.register(app)
 

@@ -61,13 +61,13 @@ def answer(
     found = list(nodes) if nodes is not None else retrieve(index, question, top_k, retrieval=retrieval, filters=filters)
     retrieval_s = time.perf_counter() - begun if nodes is None else 0.0
     response = index.as_synthesizer(mode=mode, streaming=True).synthesize(QueryBundle(question), found)
-    if not isinstance(response, StreamingResponse) or response.metadata is None:
+    account = (response.metadata or {})["compllm"]
+    if not isinstance(response, StreamingResponse) or not account["prompts"]:
         # Only an empty retrieval answers without having read anything.
         return _empty(mode, retrieval_s)
     for piece in response.response_gen:
         if on_piece:
             on_piece(piece)
-    account = response.metadata["compllm"]
     return {
         "answer": account["answer"],
         "mode": mode,

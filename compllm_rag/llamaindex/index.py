@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 from llama_index.core import VectorStoreIndex
 from llama_index.core.base.embeddings.base import BaseEmbedding
+from llama_index.core.chat_engine.types import BaseChatEngine, ChatMode
 from llama_index.core.data_structs.data_structs import IndexDict
 from llama_index.core.indices.registry import INDEX_STRUCT_TYPE_TO_INDEX_CLASS
 from llama_index.core.query_engine import RetrieverQueryEngine
@@ -29,27 +30,31 @@ from compllm_rag.config import GenerationConfig, IngestConfig
 from compllm_rag.errors import CompLLMError, ConfigurationError
 from compllm_rag.generation.base import Generator
 from compllm_rag.generation.local import LocalGenerator
+from compllm_rag.generation.reuse import PrefixCache
 from compllm_rag.handles import ProcessBound
 from compllm_rag.library import ConceptLibrary
+from compllm_rag.llamaindex.chat.options import chat_engine
 from compllm_rag.llamaindex.embedding import embedder_identity
 from compllm_rag.llamaindex.embedding_texts import EmbeddingTexts
+from compllm_rag.llamaindex.engines import citation_engine, query_engine, sub_question_engine
 from compllm_rag.llamaindex.index_struct import TYPE, ConceptIndexStruct, ConceptStorageContext
 from compllm_rag.llamaindex.ingest import IngestReport, Progress, changed_documents, ingest_documents
 from compllm_rag.llamaindex.kvstore import CatalogDocumentStore, CatalogKVStore
+from compllm_rag.llamaindex.llm import ConceptLLM
 from compllm_rag.llamaindex.node_parser import ConceptNodeParser
 from compllm_rag.llamaindex.observer import AccountsObserver
 from compllm_rag.llamaindex.opening import IndexParts, create_index, load_index
 from compllm_rag.llamaindex.other_store import GarbageReport, adopt, collect_garbage, parts_beside
 from compllm_rag.llamaindex.reentrant_lock import ReentrantLock
 from compllm_rag.llamaindex.ref_docs import ref_doc_info
-from compllm_rag.llamaindex.retrieval import chosen_retriever, hybrid_retriever
-from compllm_rag.llamaindex.retriever import OPTIONS as RETRIEVER_OPTIONS
+from compllm_rag.llamaindex.retrieval import VECTOR_OPTIONS, hybrid_retriever
 from compllm_rag.llamaindex.retriever import ConceptRetriever
 from compllm_rag.llamaindex.retrievers import ConceptBM25Retriever, HybridRetriever, keyword_index
 from compllm_rag.llamaindex.sound import sound_documents, sound_nodes
 from compllm_rag.llamaindex.splitting import Splitting
 from compllm_rag.llamaindex.stock import StockOptions, bar, check_folder, creating, loading, refused
 from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer
+from compllm_rag.llamaindex.tracing import traced_ensure
 from compllm_rag.llamaindex.tracked_store import NodeStore, TrackedVectorStore
 from compllm_rag.llamaindex.uploads import UploadQueue, UploadReceipt
 from compllm_rag.metrics import Metrics, Work, exposition
@@ -61,12 +66,13 @@ from compllm_rag.store.compaction import CompactReport
 from compllm_rag.store.memory import MemoryStore
 
 if TYPE_CHECKING:
+    from llama_index.core.llms.llm import LLM
+    from llama_index.core.query_engine import CitationQueryEngine, SubQuestionQueryEngine
+    from llama_index.core.question_gen.types import BaseQuestionGenerator
+    from llama_index.core.tools import QueryEngineTool
+
     from compllm_rag.storage.compaction import StorageCompaction
     from compllm_rag.storage.verification import StorageCheck
-
-_SYNTHESIZER_OPTIONS = (
-    "mode", "streaming", "missing", "overflow", "choose", "text_qa_template", "generation", "callback_manager",
-)  # fmt: skip
 
 
 class ConceptIndex(ProcessBound, VectorStoreIndex):
@@ -106,7 +112,9 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
             compressor.spec, compressor.llm, *embedder_identity(embedder), vector_store.dim, self.config
         )
         self.library = ConceptLibrary(compressor, store, rate=self.config.rate, namespace=self.config.namespace)
-        self.generator: Generator = generator or LocalGenerator(compressor.llm, generation, halves=compressor.halves)
+        self.generator: Generator = generator or LocalGenerator(
+            compressor.llm, generation, halves=compressor.halves, prefixes=PrefixCache()
+        )
         self._generation = generation or self.generator.config
         self.faiss: NodeStore = vector_store
         self.parser = ConceptNodeParser(self.library.spec.segmenter, self.config.chunk_size)
@@ -380,42 +388,92 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
         """`upload` in a thread."""
         return await asyncio.to_thread(self.upload, documents)
 
-    def as_query_engine(self, llm: None = None, **kwargs: Any) -> RetrieverQueryEngine:  # type: ignore[override]
+    @property
+    def llm(self) -> ConceptLLM:
+        """The target LLM of the storage as a LlamaIndex LLM, for components that want one."""
+        return ConceptLLM(self.generator)
+
+    def as_query_engine(self, llm: LLM | None = None, **kwargs: Any) -> RetrieverQueryEngine:  # type: ignore[override]
         """A query engine that reads concepts.
 
         Args:
-            llm: Must be None: the target LLM belongs to the storage, and no other can read its concepts.
+            llm: None or the index's own `llm`, also with settings (`ConceptLLM(index.generator, temperature=0.7)`) or
+                as a structured one: no other can read its concepts.
             **kwargs: Of `ConceptSynthesizer` (`mode`, `streaming`, `missing`, `overflow`, `choose`,
-                `text_qa_template`, `generation`, `callback_manager`), `response_synthesizer`, `node_postprocessors`,
-                and of LlamaIndex's `VectorIndexRetriever` (`similarity_top_k`, `filters`, ...); `retrieval` (`vector`,
-                `bm25` or `hybrid`, with the options of that retriever) or `retriever`, one of your own. `use_async`
-                is allowed and changes nothing: an answer is one call of the LLM.
+                `text_qa_template`, `refine_template`, `response_mode`, `output_cls`, `generation`, `callback_manager`),
+                `response_synthesizer`, `node_postprocessors`, and of LlamaIndex's `VectorIndexRetriever`
+                (`similarity_top_k`, `filters`, ...); `retrieval` (`vector`, `bm25` or `hybrid`, with the options of
+                that retriever) or `retriever`, any other that gives nodes, such as an AutoMergingRetriever. `use_async`
+                is allowed and changes nothing: prompts of one answer are read one after the other.
 
         Raises:
-            ConfigurationError: An option that nothing here would heed, such as `llm` or `response_mode`.
+            ConfigurationError: An option that nothing here would heed, such as another `llm`, or a response mode that
+                concepts cannot be read in.
         """
-        options = {name: kwargs.pop(name) for name in _SYNTHESIZER_OPTIONS if name in kwargs}
-        kwargs.pop("use_async", None)
-        given = kwargs.pop("response_synthesizer", None)
-        postprocessors = kwargs.pop("node_postprocessors", None)
-        retriever = chosen_retriever(self, kwargs)
-        unheeded = sorted({*kwargs} - RETRIEVER_OPTIONS) + ["llm"] * (llm is not None)
-        if given is not None:
-            unheeded += sorted(options)  # they are for a synthesizer of ours
-        if unheeded:
-            raise ConfigurationError(
-                "a query engine of concepts has no such option",
-                got=", ".join(unheeded),
-                expected=", ".join(
-                    [*_SYNTHESIZER_OPTIONS, "response_synthesizer", "node_postprocessors", *sorted(RETRIEVER_OPTIONS)]
-                ),
-                next_step="leave it out"
-                if given is None
-                else "leave it out, or set it on the response_synthesizer that you pass",
-            )
-        kwargs.setdefault("similarity_top_k", 4)
-        synthesizer = given or self.as_synthesizer(**options)
-        return RetrieverQueryEngine(retriever or self.as_retriever(**kwargs), synthesizer, postprocessors)
+        return query_engine(self, llm, kwargs)
+
+    def as_citation_engine(
+        self, *, citation_chunk_size: int | None = None, citation_chunk_overlap: int | None = None, **options: Any
+    ) -> CitationQueryEngine:
+        """LlamaIndex's CitationQueryEngine, reading concepts; see `llamaindex.engines.citation_engine`.
+
+        Args:
+            citation_chunk_size: Most tokens of a source. None takes the retrieved nodes as they are; smaller sources
+                are compressed within the query.
+            citation_chunk_overlap: Tokens that neighbouring sources share, where nodes are cut; None takes a tenth.
+            **options: Of `as_query_engine`.
+        """
+        return citation_engine(
+            self,
+            citation_chunk_size=citation_chunk_size,
+            citation_chunk_overlap=citation_chunk_overlap,
+            options=options,
+        )
+
+    def as_sub_question_engine(
+        self,
+        tools: Sequence[QueryEngineTool] | None = None,
+        *,
+        question_gen: BaseQuestionGenerator | None = None,
+        verbose: bool = False,
+        **options: Any,
+    ) -> SubQuestionQueryEngine:
+        """LlamaIndex's SubQuestionQueryEngine with the index's LLM; see `llamaindex.engines.sub_question_engine`.
+
+        Args:
+            tools: What answers sub-questions, such as the query engines of several indexes; None takes one over this.
+            question_gen: Splits questions up; None lets the index's LLM do it (extra `structured`).
+            verbose: Print sub-questions and their answers.
+            **options: Of `as_query_engine`, where there are no `tools`.
+        """
+        return sub_question_engine(self, tools, question_gen=question_gen, verbose=verbose, options=options)
+
+    def as_chat_engine(self, chat_mode: ChatMode | str = "best", llm: Any = None, **kwargs: Any) -> BaseChatEngine:  # type: ignore[override]
+        """A chat engine that reads concepts.
+
+        Passages stand as concepts behind the earlier turns, right in front of the newest question, so that the
+        beginning of the prompt is that of the turn before and its KV cache is gone on with.
+
+        Args:
+            chat_mode: `best` or `condense_plus_context`: look for what the message means within the conversation, and
+                answer the message; `context`: look for the message as it is; `condense_question`: answer the
+                condensed question alone, without the conversation; `simple`: no passages.
+            llm: Leave it out: only the storage's own LLM can read its concepts. `simple` takes any.
+            **kwargs: `memory` (any of LlamaIndex's), `chat_history`, `system_prompt` or `prefix_messages`,
+                `context_prompt` (the newest user turn, with `{context_str}`), `condense_prompt`, `condense_llm` (any),
+                `skip_condense`, `verbose`; `generation`, `mode`, `missing`, `overflow`, `choose`,
+                `node_postprocessors`, `callback_manager` and those of the retriever as in `as_query_engine`.
+                `streaming` and `use_async` are allowed and change nothing: call `stream_chat`, `achat`, `astream_chat`.
+
+        Raises:
+            ConfigurationError: A mode, an LLM or an option that nothing here would heed.
+        """
+        return chat_engine(self, chat_mode, llm, kwargs, VECTOR_OPTIONS)
+
+    @property
+    def generation(self) -> GenerationConfig:
+        """Limits of the answers."""
+        return self._generation
 
     @property
     def keywords(self) -> KeywordIndex:
@@ -485,7 +543,7 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
             if nodes:
                 self.faiss.catalog.claim()  # see `ingest._ingest_batch`
             if not later:
-                self.library.ensure(node.get_content(MetadataMode.NONE) for node in nodes)
+                traced_ensure(self.library, (node.get_content(MetadataMode.NONE) for node in nodes))
             # Not by LlamaIndex's own method: it keeps some kinds of nodes in the document store as well, where nothing
             # deletes them, and has its retriever look among those alone from then on.
             for batch in iter_batch(nodes, self._insert_batch_size):
@@ -672,7 +730,13 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
 
     def stats(self) -> dict[str, Any]:
         """What the storage holds, as plain values."""
-        return stats_fields(self.accounts, len(self.pending), self.store.stats(), self.manifest)
+        return stats_fields(
+            self.accounts,
+            len(self.pending),
+            self.store.stats(),
+            self.manifest,
+            trained=self.library.spec.config.trained,
+        )
 
     @property
     def metrics(self) -> Metrics:

@@ -24,6 +24,7 @@ from compllm_rag.llamaindex.pruning import prunable
 from compllm_rag.llamaindex.readers.found import FileDocument, FileNote, SkippedFile
 from compllm_rag.llamaindex.sound import sound_documents
 from compllm_rag.llamaindex.splitting import Splitting
+from compllm_rag.llamaindex.tracing import traced_ensure
 from compllm_rag.llamaindex.tracked_store import NodeStore
 from compllm_rag.models.device_memory import release_unused
 from compllm_rag.store.base import ConceptStore
@@ -234,7 +235,7 @@ def _ingest_batch(index: Corpus, documents: list[Document], report: IngestReport
         # Before anything is compressed: a compaction must not take concepts away that are about to be referred to.
         index.faiss.catalog.claim()
     nodes = index.splitting.nodes(changed)
-    made = index.library.ensure(node.get_content(MetadataMode.NONE) for node in nodes)
+    made = traced_ensure(index.library, (node.get_content(MetadataMode.NONE) for node in nodes))
     replace_documents(index, changed, nodes, later=True)  # they are there by now
     remember_origins(index, documents, changed)
     if made.compressed >= _MANY_SEGMENTS:

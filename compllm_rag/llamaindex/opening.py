@@ -7,6 +7,7 @@ target LLM and the embedder are named, not copied.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from compllm_rag.config import (
     GenerationConfig,
     IngestConfig,
 )
-from compllm_rag.errors import CompLLMError, ConfigurationError, StorageMismatchError
+from compllm_rag.errors import CompLLMError, ConfigurationError, StorageMismatchError, UntrainedCompressorWarning
 from compllm_rag.llamaindex.storage_parts import (
     defer_own_compressor,
     embedder_named,
@@ -151,6 +152,8 @@ def create_index(
     )
     _check_codec(codec, entry_layer, made.config)
     rate = DEFAULT_RATES["deep" if made.config.deep else "input"] if rate is None else rate
+    if not made.config.trained:
+        _warn_untrained(made)
     config = _config(rate=rate, chunk_size=chunk_size, namespace=namespace, encoding=encoding)
     _check_rate(config, made)
     embed, source, identity = embedder_named(embedder or DEFAULT_EMBEDDER, progress, model_options)
@@ -276,6 +279,18 @@ def _config(**asked: Any) -> IngestConfig:
 
 def _check_rate(config: IngestConfig, compressor: ConceptCompressor) -> None:
     FixedRate(config.rate, compressor.config.longest_unit)
+
+
+def _warn_untrained(compressor: ConceptCompressor) -> None:
+    """Say once that nothing was trained for the LLM of a new storage."""
+    kind = "deep" if compressor.config.deep else "compressor"
+    what = "the LLM's own states" if compressor.config.deep else "hard pruning: the embeddings of the tokens kept"
+    warnings.warn(
+        f"no trained compressor for {compressor.llm.source}: its concepts are {what}, which lose more than trained "
+        f"ones, the more so at higher rates. Next step: `compllm-rag train {kind}`, or pass `compressor=`",
+        UntrainedCompressorWarning,
+        stacklevel=4,
+    )
 
 
 def _check_codec(codec: Codec | str | None, entry_layer: int | None, own: CompressorConfig) -> None:

@@ -11,6 +11,7 @@ from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
 
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.library import ConceptLibrary, EnsureReport
+from compllm_rag.llamaindex.tracing import traced_ensure
 
 
 class ConceptTransform(TransformComponent):
@@ -51,7 +52,7 @@ class ConceptTransform(TransformComponent):
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Compress and keep; durable when this returns."""
-        self._last = self._library.ensure(node.get_content(metadata_mode=MetadataMode.NONE) for node in nodes)
+        self._last = traced_ensure(self._library, (node.get_content(metadata_mode=MetadataMode.NONE) for node in nodes))
         self._library.store.flush()
         return nodes
 

@@ -28,6 +28,7 @@ from compllm_rag.errors import (
 from compllm_rag.llamaindex.ingest import Corpus, changed_documents, remember_origins, replace_documents
 from compllm_rag.llamaindex.naming import Names
 from compllm_rag.llamaindex.sound import sound_documents
+from compllm_rag.llamaindex.tracing import traced_ensure
 
 logger = logging.getLogger(__name__)
 
@@ -281,7 +282,7 @@ class UploadQueue:
         """Compress and flush; false when another process writes."""
         try:
             nodes = self._index.faiss.get_nodes(list(node_ids))  # those that were deleted meanwhile are left out
-            self._index.library.ensure(node.get_content(metadata_mode=MetadataMode.NONE) for node in nodes)
+            traced_ensure(self._index.library, (node.get_content(metadata_mode=MetadataMode.NONE) for node in nodes))
             self._index.store.flush()
         except StoreLockedError:
             return False

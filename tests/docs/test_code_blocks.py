@@ -32,6 +32,7 @@ from toy_embedder import HashEmbedder
 
 GO_ON = (
     "docs/guide/query.md",
+    "docs/guide/engines.md",
     "docs/guide/retrieval.md",
     "docs/guide/upkeep.md",
     "docs/extend/generator.md",
@@ -72,7 +73,7 @@ def test_python_blocks_run(page: Path, user: Path) -> None:
         if not found["reason"]:
             lines = "\n" * read(page)[: found.start("text")].count("\n")  # so that errors name the page's line
             with redirect_stdout(io.StringIO()):
-                exec(compile(lines + found["text"], str(page), "exec"), namespace)
+                exec(compile(lines + found["text"], str(page), "exec", dont_inherit=True), namespace)
 
 
 def test_blocks_that_do_not_run_are_counted() -> None:

@@ -1,0 +1,60 @@
+"""Callback managers that may be set late: on the engine, or in `Settings` after the engine was made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llama_index.core.callbacks.base import CallbackManager
+from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.schema import NodeWithScore, QueryBundle
+from llama_index.core.settings import Settings
+
+
+class FollowsSettings:
+    """For components with a callback manager: the one that was given, else whatever `Settings` has at the time."""
+
+    _given_manager: CallbackManager | None = None
+
+    @property
+    def _callback_manager(self) -> CallbackManager:
+        return self._given_manager or Settings.callback_manager
+
+    @_callback_manager.setter
+    def _callback_manager(self, manager: CallbackManager) -> None:
+        # LlamaIndex's constructors fill in that of Settings where none was given.
+        self._given_manager = None if manager is Settings.callback_manager else manager
+
+
+class ConceptQueryEngine(RetrieverQueryEngine):
+    """A RetrieverQueryEngine with one callback manager, that of its synthesizer, for all of its parts.
+
+    Setting `callback_manager` reaches the synthesizer, and a retriever that nobody listens to by itself.
+    """
+
+    @property
+    def callback_manager(self) -> CallbackManager:
+        """That of the synthesizer."""
+        return self._response_synthesizer.callback_manager
+
+    @callback_manager.setter
+    def callback_manager(self, manager: CallbackManager) -> None:
+        if manager is not self._response_synthesizer.callback_manager:
+            self._response_synthesizer.callback_manager = manager
+
+    def retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        """Nodes for a query, postprocessed."""
+        self._hand_on()
+        return super().retrieve(query_bundle)
+
+    async def aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        """`retrieve`, async."""
+        self._hand_on()
+        return await super().aretrieve(query_bundle)
+
+    def _hand_on(self) -> None:
+        manager = self.callback_manager
+        parts: tuple[Any, ...] = (self._retriever, *self._node_postprocessors)
+        for part in parts:
+            own: CallbackManager | None = getattr(part, "callback_manager", None)
+            if own is not None and not own.handlers:
+                part.callback_manager = manager
