@@ -297,7 +297,7 @@ class ConceptIndex(VectorStoreIndex):
         synthesizer = given or self.as_synthesizer(**options)
         return RetrieverQueryEngine(self.as_retriever(**kwargs), synthesizer, postprocessors)
 
-    def as_chat_engine(self, chat_mode: ChatMode | str = "best", llm: Any = None, **kwargs: Any) -> BaseChatEngine:  # type: ignore[override]
+    def as_chat_engine(self, chat_mode: ChatMode | str = "best", llm: Any = None, **kwargs: Any) -> BaseChatEngine:
         """A chat engine that reads concepts.
 
         Passages stand as concepts behind the earlier turns, right in front of the newest question, so that the
