@@ -31,7 +31,13 @@ from tests.docs.pages import PAGES, ROOT, blocks, commands, mentions, name_of, r
 from toy_embedder import HashEmbedder
 
 # With a storage made elsewhere.
-GO_ON = ("docs/guide/query.md", "docs/guide/chat.md", "docs/guide/upkeep.md", "docs/extend/generator.md")
+GO_ON = (
+    "docs/guide/query.md",
+    "docs/guide/chat.md",
+    "docs/guide/agents.md",
+    "docs/guide/upkeep.md",
+    "docs/extend/generator.md",
+)
 NOT_RUN = 1  # one more is a decision
 COMMANDS = [(name_of(page), " ".join(words), words) for page in PAGES for words in commands(page)]
 MENTIONS = [(name_of(page), " ".join(words), words) for page in PAGES for words in mentions(page)]
