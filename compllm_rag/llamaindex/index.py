@@ -95,7 +95,7 @@ class ConceptIndex(VectorStoreIndex):
         self.generator: Generator = generator or LocalGenerator(compressor.llm, generation, halves=compressor.halves)
         self._generation = generation or self.generator.config
         self.faiss = vector_store
-        self.parser = ConceptNodeParser(self.library.spec.segmenter, self.config.chunk_size)
+        self.parser = ConceptNodeParser(self.library.spec.segmenter, self.config.chunk_size, llm=compressor.llm.source)
         kvstore = CatalogKVStore(vector_store.catalog)
         values = kvstore.values
         self.accounts, self.origins, self.pending = Accounts(values), Origins(values), PendingChunks(values)

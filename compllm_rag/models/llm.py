@@ -19,6 +19,8 @@ from compllm_rag.models.quiet import quiet_transformers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+IN_MEMORY = "in-memory"
+"""Source of an LLM that has no name."""
 _PROVENANCE = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures", "use_cache"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,7 +43,7 @@ class TargetLLM:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        source: str = "in-memory",
+        source: str = IN_MEMORY,
         digests: dict[str, str] | None = None,
     ) -> None:
         _check(model)
@@ -51,6 +53,7 @@ class TargetLLM:
         self.model = frozen
         self.tokenizer: Any = tokenizer
         self.source = source
+        self.reader: Path | None = None  # where the adapter lies that `from_pretrained` merged
         self.digests = digests if digests is not None else _tensor_digests(model, tokenizer)
 
     @classmethod
@@ -98,7 +101,9 @@ class TargetLLM:
 
             digests |= {f"reader/{name}": digest for name, digest in merge_adapter(model, reader).items()}
         model.to(device=device, dtype=_DTYPES[dtype])
-        return cls(model, tokenizer, source=files.source, digests=digests)
+        made = cls(model, tokenizer, source=files.source, digests=digests)
+        made.reader = reader
+        return made
 
     @property
     def identity(self) -> str:
