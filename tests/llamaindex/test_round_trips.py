@@ -163,7 +163,8 @@ def test_a_transform_comes_back_by_its_storage(index: ConceptIndex, monkeypatch:
 
 
 def test_a_transform_without_a_storage_is_refused(compressor: Compressor, tmp_path: Path) -> None:
-    for store in (MemoryStore(compressor.hidden_size), DiskStore(tmp_path / "concepts", hidden_size=compressor.hidden_size)):
+    width = compressor.hidden_size
+    for store in (MemoryStore(width), DiskStore(tmp_path / "concepts", hidden_size=width)):
         library = ConceptLibrary(compressor, store)
         transform = ConceptTransform(library)
         with pytest.raises(ConfigurationError, match="library="):
