@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from compllm_rag.config import GenerationConfig as GenerationConfig
     from compllm_rag.config import IngestConfig as IngestConfig
     from compllm_rag.generation.local import LocalGenerator as LocalGenerator
+    from compllm_rag.llamaindex.collector import ConceptCollector as ConceptCollector
     from compllm_rag.llamaindex.documents import load_documents as load_documents
     from compllm_rag.llamaindex.embedding import load_embedder as load_embedder
     from compllm_rag.llamaindex.index import ConceptIndex as ConceptIndex
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Compressor": "compression.compressor",
     "CompressorConfig": "config",
+    "ConceptCollector": "llamaindex.collector",
     "ConceptIndex": "llamaindex.index",
     "ConceptLLM": "llamaindex.llm",
     "ConceptNodeParser": "llamaindex.node_parser",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,8 @@ from compllm_rag.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 IN_MEMORY = "in-memory"
 """Source of an LLM that has no name."""
@@ -93,6 +97,7 @@ class TargetLLM:
                 expected=" or ".join(_DTYPES),
                 next_step="pass one of these, or leave it out",
             )
+        begun = time.perf_counter()
         files = resolve_model(str(spec), cache_dir=cache_dir, offline=offline, progress=progress)
         model, tokenizer = _load(files.path)
         digests = dict(files.digests)
@@ -103,6 +108,14 @@ class TargetLLM:
         model.to(device=device, dtype=_DTYPES[dtype])
         made = cls(model, tokenizer, source=files.source, digests=digests)
         made.reader = reader
+        logger.info(
+            "loaded LLM %s as %s on %s%s in %.1f s",
+            made.source,
+            dtype,
+            device,
+            "" if reader is None else ", a reader merged,",
+            time.perf_counter() - begun,
+        )
         return made
 
     @property
