@@ -12,10 +12,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from compllm_rag.compression.compressor import Compressor as Compressor
+    from compllm_rag.compression.loading import load_compressor_for as load_compressor_for
     from compllm_rag.config import CompressorConfig as CompressorConfig
     from compllm_rag.config import GenerationConfig as GenerationConfig
     from compllm_rag.config import IngestConfig as IngestConfig
     from compllm_rag.generation.local import LocalGenerator as LocalGenerator
+    from compllm_rag.library import ConceptLibrary as ConceptLibrary
     from compllm_rag.llamaindex.collector import ConceptCollector as ConceptCollector
     from compllm_rag.llamaindex.documents import load_documents as load_documents
     from compllm_rag.llamaindex.embedding import load_embedder as load_embedder
@@ -43,6 +45,7 @@ _HOME = {
     "ConceptCollector": "llamaindex.collector",
     "ConceptIndex": "llamaindex.index",
     "ConceptLLM": "llamaindex.llm",
+    "ConceptLibrary": "library",
     "ConceptNodeParser": "llamaindex.node_parser",
     "ConceptSynthesizer": "llamaindex.synthesizer",
     "ConceptTransform": "llamaindex.transform",
@@ -58,6 +61,7 @@ _HOME = {
     "compact_storage": "storage.compaction",
     "delete_namespace": "storage.namespaces",
     "list_namespaces": "storage.namespaces",
+    "load_compressor_for": "compression.loading",
     "load_documents": "llamaindex.documents",
     "load_embedder": "llamaindex.embedding",
     "migrate_storage": "storage.migration",

@@ -106,6 +106,11 @@ class CompressorConfig(Frozen):
         return self.entry_layer > 0
 
     @property
+    def trained(self) -> bool:
+        """Whether there is anything learned in it: a LoRA that writes or reads, or a head (its scale is then set)."""
+        return self.lora_rank > 0 or self.read_rank > 0 or self.scale != 1.0
+
+    @property
     def longest_unit(self) -> int:
         """Most tokens of what is compressed at once: of a segment, or of a unit of deep concepts."""
         return self.unit_length if self.deep else self.segment_length
@@ -121,7 +126,24 @@ class IngestConfig(Frozen):
 
 
 class GenerationConfig(Frozen):
-    """How an answer is decoded: greedily, until a stop token or `max_new_tokens`."""
+    """How an answer is decoded: until a stop token, a stop text or `max_new_tokens`; greedily at temperature 0."""
 
     max_new_tokens: int = Field(default=64, ge=1)
     stop: tuple[str, ...] = Field(default=(), description="texts that end the answer")
+    temperature: float = Field(default=0.0, ge=0.0, description="0: the likeliest token; above: drawn at random")
+    top_p: float | None = Field(
+        default=None, gt=0.0, le=1.0, description="draw from the likeliest tokens that have this share together"
+    )
+    top_k: int | None = Field(default=None, ge=1, description="draw from so many of the likeliest tokens")
+    repetition_penalty: float = Field(
+        default=1.0, gt=0.0, description="above 1: tokens that the answer has already are less likely"
+    )
+    seed: int | None = Field(default=None, ge=0, description="of what is drawn; None: another each time")
+    json_schema: str | None = Field(default=None, description="JSON schema that the answer must follow")
+
+    @model_validator(mode="after")
+    def _chance_is_heeded(self) -> Self:
+        given = [name for name in ("top_p", "top_k", "seed") if getattr(self, name) is not None]
+        if given and not self.temperature and "temperature" not in self.model_fields_set:
+            raise ValueError(f"{', '.join(given)} need a temperature, which is 0 where none is given: nothing is drawn")
+        return self

@@ -49,6 +49,10 @@ def _rebuild(
     return cls(what, got=got, expected=expected, next_step=next_step)
 
 
+class UntrainedCompressorWarning(UserWarning):
+    """Concepts are made without anything that was trained for this LLM, and lose more than trained ones."""
+
+
 class ConfigurationError(CompLLMError, ValueError):
     """A setting has a value that makes no sense."""
 
@@ -59,6 +63,14 @@ class RateOutOfReachError(ConfigurationError):
 
 class UnsupportedDtypeError(ConfigurationError):
     """The compute dtype is not one the device and this package support."""
+
+
+class MissingExtraError(CompLLMError, ImportError):
+    """A package is not installed that only an extra of this one brings."""
+
+
+class StructuredAnswerError(CompLLMError, ValueError):
+    """An answer is not the object that was asked for: cut off by the length limit, or refused by its own rules."""
 
 
 class UnknownModelError(CompLLMError, LookupError):

@@ -133,6 +133,14 @@ def read_ids(connection: sqlite3.Connection, ids: Sequence[int]) -> dict[int, St
     return found
 
 
+def read_each(connection: sqlite3.Connection, ids: Sequence[int]) -> Iterator[StoredNode]:
+    """Read rows by id, in the order given, a page at a time; those that are not there are left out."""
+    for start in range(0, len(ids), _PER_QUERY):
+        page = ids[start : start + _PER_QUERY]
+        rows = read_ids(connection, page)
+        yield from (rows[id_] for id_ in page if id_ in rows)
+
+
 def with_rows(connection: sqlite3.Connection, hits: Sequence[tuple[int, float]]) -> Iterator[tuple[StoredNode, float]]:
     """Read the rows of search hits, in their order, a page at a time.
 

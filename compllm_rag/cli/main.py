@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compllm_rag.cli import bench as bench_commands
+from compllm_rag.cli import chat as chat_commands
 from compllm_rag.cli import eval as eval_commands
 from compllm_rag.cli import models as models_commands
 from compllm_rag.cli import namespace as namespace_commands
 from compllm_rag.cli import storage as storage_commands
 from compllm_rag.cli import train as train_commands
 from compllm_rag.cli.base import AsJson, CodecName, EntryLayer, Offline, print_json, progress_show, reported
+from compllm_rag.cli.filters import Filters, parse_filters
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
 from compllm_rag.errors import ConfigurationError
 
@@ -117,6 +119,10 @@ def query(
     storage: Storage,
     mode: Annotated[str, typer.Option(help="Read passages as `concepts` or as `text`.")] = "concepts",
     top_k: Annotated[int, typer.Option(min=1, help="Chunks to retrieve.")] = 4,
+    retrieval: Annotated[
+        str, typer.Option(help="Look for chunks by `vector`, by words (`bm25`), or by both (`hybrid`).")
+    ] = "vector",
+    filter_: Filters = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it is made.")] = False,
     namespace: TenantName = None,
@@ -139,6 +145,11 @@ def query(
         raise ConfigurationError(
             "question cannot be read", got=ascii(question), expected="words in UTF-8", next_step="type it again"
         )
+    if retrieval not in ("vector", "bm25", "hybrid"):
+        raise ConfigurationError(
+            "unknown way of retrieval", got=retrieval, expected="vector, bm25 or hybrid", next_step="pass one of them"
+        )
+    filters = parse_filters(filter_)
     from compllm_rag.config import GenerationConfig
     from compllm_rag.llamaindex.answer import answer
 
@@ -157,7 +168,15 @@ def query(
     ):
         show.close()
         each = (lambda piece: typer.echo(piece, nl=False)) if stream else None
-        found = answer(index, question, mode=mode, top_k=top_k, on_piece=each)  # type: ignore[arg-type]
+        found = answer(
+            index,
+            question,
+            mode=mode,  # type: ignore[arg-type]
+            top_k=top_k,
+            retrieval=retrieval,
+            filters=filters,
+            on_piece=each,
+        )
     if as_json:
         print_json(found)
         return
@@ -237,7 +256,15 @@ def demo(
 
 
 # In the order of `--help`, after those above: what a newcomer needs stands first.
-for _more in (models_commands, storage_commands, namespace_commands, eval_commands, bench_commands, train_commands):
+for _more in (
+    chat_commands,
+    models_commands,
+    storage_commands,
+    namespace_commands,
+    eval_commands,
+    bench_commands,
+    train_commands,
+):
     _more.register(app)
 
 

@@ -140,6 +140,15 @@ def read_compressor(
     return SavedCompressor(llm, config, _read_weights(path / _WEIGHTS), str(record["fingerprint"]))
 
 
+def saved_config(folder: Path) -> CompressorConfig:
+    """The configuration of a saved compressor; neither its weights nor an LLM are read.
+
+    Raises:
+        UnsupportedFormatError: Files are missing, or of a newer format.
+    """
+    return CompressorConfig.model_validate(_read_config(folder / _CONFIG)["config"])
+
+
 def load_spec(folder: Path, llm: TargetLLM) -> ConceptSpec:
     """What a saved compressor's concepts are; its weights are not read.
 

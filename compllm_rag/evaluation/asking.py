@@ -9,7 +9,7 @@ from compllm_rag.config import GenerationConfig
 from compllm_rag.evaluation.bodies import COMPRESSED, Bodies, PassageBodies, Segmented, Setting
 from compllm_rag.evaluation.metrics import exact_match, f1, subspan_match
 from compllm_rag.evaluation.questions import Question
-from compllm_rag.evaluation.scoring import Prefilled, ScoringGenerator
+from compllm_rag.evaluation.scoring import PrefilledParts, ScoringGenerator
 from compllm_rag.evaluation.statistics import Record
 from compllm_rag.generation.base import Generator
 from compllm_rag.models.halves import Halves
@@ -106,7 +106,7 @@ class Asker:
         rows = zip(questions, plans, answers, golds, likelihoods, options, strict=True)
         return [self._record(q, p, a, -total / len(g), len(g), o) for q, p, a, g, total, o in rows]
 
-    def _options(self, questions: list[Question], prefilled: Prefilled) -> list[int | None]:
+    def _options(self, questions: list[Question], prefilled: PrefilledParts) -> list[int | None]:
         """The option whose tokens, with the end token, are likeliest on average; of equals the first."""
         best: list[tuple[float, int] | None] = [None] * len(questions)
         for place in range(max(len(question.options) for question in questions)):

@@ -22,10 +22,11 @@ class Generation:
         text: The answer, stop texts removed.
         token_ids: Generated tokens, the stop token left out.
         finish_reason: A stop token or text, the length limit, or a cancellation.
-        prompt_positions: Positions that were prefilled.
+        prompt_positions: Positions of the prompt.
         layout_s: Seconds from the plan to laid-out embeddings.
         prefill_s: Seconds from the embeddings to the first token.
         decode_s: Seconds from the first token to the last.
+        reused_positions: Those of the prompt's positions that had been read before, as the beginning of another prompt.
     """
 
     text: str
@@ -35,6 +36,7 @@ class Generation:
     layout_s: float
     prefill_s: float
     decode_s: float
+    reused_positions: int = 0
 
 
 class TokenStream(Protocol):

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import torch
 
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import PromptInputs
+
+
+@dataclass(frozen=True)
+class Past:
+    """The beginning of one prompt, read before.
+
+    Attributes:
+        tokens: How many tokens of the prompt it covers.
+        slots: How many tokens and concepts it covers.
+        caches: KV caches that hold just these and are the caller's own: of the LLM, or of the lower half (tokens) and
+            of the upper half (slots).
+    """
+
+    tokens: int
+    slots: int
+    caches: tuple[Any, ...]
 
 
 class Forward(Protocol):
@@ -45,14 +62,37 @@ class WholeForward:
         # (batch, 1), position of the next token; None where positions are slots.
         self._at = None if inputs.position_ids is None else inputs.position_ids[:, -1:] + 1
 
-    @torch.inference_mode()
-    def prefill(self) -> torch.Tensor:
-        """Read the prompts; logits (batch, vocab_size) of the first new token of each."""
+    @property
+    def caches(self) -> tuple[Any, ...]:
+        """The KV cache, as far as the prompts were read."""
+        return (self.cache,)
+
+    @property
+    def owner(self) -> object:
+        """What the KV cache belongs to."""
+        return self._llm.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._llm.device
+
+    def empty_caches(self) -> tuple[Any, ...]:
+        """A KV cache to begin with."""
         from transformers import DynamicCache
 
-        self.cache = DynamicCache(config=self._llm.model.config)
+        return (DynamicCache(config=self._llm.model.config),)
+
+    @torch.inference_mode()
+    def prefill(self, past: Past | None = None) -> torch.Tensor:
+        """Read the prompts; logits (batch, vocab_size) of the first new token of each.
+
+        Args:
+            past: What was read before of a prompt that is alone in its batch.
+        """
+        [self.cache] = past.caches if past else self.empty_caches()
         logits: torch.Tensor = self._llm.model(
-            inputs_embeds=self._inputs.inputs_embeds,
+            inputs_embeds=self._inputs.inputs_embeds[:, past.slots if past else 0 :],
             attention_mask=self._mask,
             position_ids=self._inputs.position_ids,
             past_key_values=self.cache,
@@ -90,6 +130,39 @@ def fork_cache(cache: Any) -> Any:
     forked = copy.copy(cache)
     forked.layers = [copy.copy(layer) for layer in cache.layers]
     return forked
+
+
+def cropped_cache(cache: Any, slots: int) -> Any | None:
+    """A cache of its own with the first slots of another, which stays as it is; None where they are not all there.
+
+    A layer with a sliding window forgets what has left its window, unless it was told to remember
+    (`remembering_cache`); layers of other kinds (states of recurrent layers, quantised ones) cannot be cut at all.
+    """
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    made = fork_cache(cache)
+    for layer in made.layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or not layer.is_initialized:
+            return None
+        n, kept = layer.get_seq_length(), layer.keys.shape[-2]
+        first = 0
+        if type(layer) is DynamicSlidingWindowLayer:
+            first, layer.cumulative_length = n - kept, slots  # slots in front of `first` are forgotten
+            if first > max(0, slots - layer.sliding_window + 1):
+                return None
+        if slots > n:
+            return None
+        layer.keys, layer.values = (each[..., : slots - first, :] for each in (layer.keys, layer.values))
+    return made
+
+
+def remembering_cache(cache: Any) -> Any:
+    """The same empty cache, its sliding windows told to remember what leaves them, where transformers can do so."""
+    for layer in cache.layers:
+        tell = getattr(layer, "activate_past_recording", None)
+        if tell is not None:
+            tell()
+    return cache
 
 
 def as_rows(tokens: Sequence[int], device: torch.device) -> torch.Tensor:

@@ -15,11 +15,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from compllm_rag.errors import ConfigurationError, InvalidConceptsError
-from compllm_rag.generation.forward import fork_cache
+from compllm_rag.generation.forward import Past, fork_cache
 from compllm_rag.models.halves import Halves
 from compllm_rag.prompt import PromptPlan, TextSpan
 
@@ -127,24 +128,47 @@ class SplitForward:
         lengths = torch.tensor([len(row) for row in rows], device=device)
         return padded, (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
 
+    @property
+    def caches(self) -> tuple[Any, ...]:
+        """The KV caches of the lower and of the upper half, as far as the prompts were read."""
+        return self.lower_cache, self.upper_cache
+
+    @property
+    def owner(self) -> object:
+        """What the KV caches belong to."""
+        return self.halves
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.halves.llm.device
+
+    def empty_caches(self) -> tuple[Any, ...]:
+        """KV caches to begin with."""
+        return self.halves.caches()
+
     @torch.inference_mode()
-    def prefill(self) -> torch.Tensor:
+    def prefill(self, past: Past | None = None) -> torch.Tensor:
         """Run the prompts; called again, it starts anew.
+
+        Args:
+            past: What was read before of a prompt that is alone in its batch.
 
         Returns:
             Logits (batch, vocab_size) of the first new token.
         """
-        halves = self.halves
-        self.lower_cache, self.upper_cache = halves.caches()
+        halves, (tokens, slots) = self.halves, (past.tokens, past.slots) if past else (0, 0)
+        self.lower_cache, self.upper_cache = past.caches if past else self.empty_caches()
         self._low_seen, self._seen, self._at = self._low_mask, self._mask, self._positions[:, -1:] + 1
-        embeddings = halves.llm.embedding(self._ids)  # (batch, most tokens, hidden_size)
-        hidden = halves.below(embeddings, self._low_mask, self._low_positions, self.lower_cache)
+        embeddings = halves.llm.embedding(self._ids[:, tokens:])  # (batch, most tokens, hidden_size)
+        hidden = halves.below(embeddings, self._low_mask, self._low_positions[:, tokens:], self.lower_cache)
         # Row by row and slot by slot, tokens stand in the same order in both halves.
-        joined = hidden.new_zeros(*self._mask.shape, hidden.shape[-1])  # (batch, most slots, hidden_size)
-        joined[self._is_token] = hidden[self._low_mask.bool()]
+        mask, is_token = self._mask[:, slots:], self._is_token[:, slots:]
+        joined = hidden.new_zeros(*mask.shape, hidden.shape[-1])  # (batch, most slots, hidden_size)
+        joined[is_token] = hidden[self._low_mask[:, tokens:].bool()]
         if self._states is not None:
-            joined[self._mask.bool() & ~self._is_token] = self._states
-        return halves.above(joined, self._mask, self._positions, self.upper_cache, keep=1)[:, -1]
+            joined[mask.bool() & ~is_token] = self._states[slots - tokens :]
+        return halves.above(joined, self._mask, self._positions[:, slots:], self.upper_cache, keep=1)[:, -1]
 
     @torch.inference_mode()
     def extend(self, ids: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Generation in this process with transformers: prefill from embeddings, KV cache, greedy decoding.
+"""Generation in this process with transformers: prefill from embeddings, KV cache, decoding.
 
 `generate()` of transformers is not used: with a prefilled cache it needs the full embeddings again and answers
 wrongly without a word when given only the rest, and it offers no hook between prefill and the first token.
@@ -20,6 +20,9 @@ from compllm_rag.errors import ConfigurationError, DeviceMemoryError, PromptTooL
 from compllm_rag.generation.base import FinishReason, Generation
 from compllm_rag.generation.forward import Forward, WholeForward, as_rows
 from compllm_rag.generation.halves import SplitForward, split_rows
+from compllm_rag.generation.reuse import PrefixCache, ReusingForward, reused_of
+from compllm_rag.generation.sampling import Choice
+from compllm_rag.generation.structured import SchemaConstraint
 from compllm_rag.generation.text import Detokenizer
 from compllm_rag.models.device_memory import room_for
 from compllm_rag.models.halves import Halves
@@ -34,10 +37,21 @@ class LocalGenerator:
         llm: The target LLM.
         config: Used where a call gives none.
         halves: The LLM in two halves, to read deep concepts with; `halves` of their compressor or library.
+        prefixes: Keeps KV caches, so that a prompt is read from where it differs from one that was read before; None
+            reads each from its start. An attribute of the same name may be set anew at any time. Prompts of a batch
+            neither find nor leave anything there.
     """
 
-    def __init__(self, llm: TargetLLM, config: GenerationConfig | None = None, *, halves: Halves | None = None) -> None:
+    def __init__(
+        self,
+        llm: TargetLLM,
+        config: GenerationConfig | None = None,
+        *,
+        halves: Halves | None = None,
+        prefixes: PrefixCache | None = None,
+    ) -> None:
         self.llm, self._config, self._halves = llm, config or GenerationConfig(), halves
+        self.prefixes = prefixes
 
     @functools.cached_property
     def halves(self) -> Halves | None:
@@ -120,7 +134,7 @@ class LocalGenerator:
         ids: list[list[int]] = [[] for _ in plans]
         reasons: list[FinishReason | None] = [None for _ in plans]
         stop, first = self.llm.stop_ids(), laid_out
-        for step, tokens in enumerate(self._tokens(forward, plans, config.max_new_tokens)):
+        for step, tokens in enumerate(self._tokens(forward, plans, config)):
             first = time.perf_counter() if step == 0 else first
             for row, token in enumerate(tokens):
                 if reasons[row] is not None:
@@ -137,7 +151,16 @@ class LocalGenerator:
         for text in texts:
             text.finish()
         return [
-            Generation(t.text, i, r or "length", p.positions, laid_out - begun, first - laid_out, ended - first)
+            Generation(
+                t.text,
+                i,
+                r or "length",
+                p.positions,
+                laid_out - begun,
+                first - laid_out,
+                ended - first,
+                reused_of(forward),
+            )
             for t, i, r, p in zip(texts, ids, reasons, plans, strict=True)
         ]
 
@@ -166,9 +189,12 @@ class LocalGenerator:
             DeviceMemoryError: There is no memory for them.
         """
         with self._room_for(plans):
+            made: WholeForward | SplitForward
             if any(plan.deep for plan in plans) and self.halves is not None:
-                return SplitForward(self.halves, split_rows(plans))
-            return WholeForward(self.llm, lay_out(plans, self.llm))
+                made = SplitForward(self.halves, split_rows(plans))
+            else:
+                made = WholeForward(self.llm, lay_out(plans, self.llm))
+            return made if self.prefixes is None or len(plans) > 1 else ReusingForward(made, plans[0], self.prefixes)
 
     def prefill(self, inputs: PromptInputs) -> tuple[torch.Tensor, Any]:
         """One forward of the LLM as it is over prompts that were laid out.
@@ -183,16 +209,20 @@ class LocalGenerator:
         """Read prompts; logits (batch, vocab_size) of the first new token of each."""
         return forward.prefill()
 
-    def _tokens(self, forward: Forward, plans: Sequence[PromptPlan], limit: int) -> Iterator[list[int]]:
-        """Greedy tokens of the whole batch, step by step; the caller decides when to stop.
+    def _tokens(self, forward: Forward, plans: Sequence[PromptPlan], config: GenerationConfig) -> Iterator[list[int]]:
+        """Tokens of the whole batch, step by step; the caller decides when to stop.
 
         Raises:
             DeviceMemoryError: There is no memory for the next step.
         """
+        limit, constraint = config.max_new_tokens, None
+        if config.json_schema is not None:
+            constraint = SchemaConstraint(self.llm, config.json_schema, len(plans))
+        choose = Choice(config, len(plans), constraint)
         with self._room_for(plans):
             logits = self.begin(forward)  # (batch, vocab_size)
             for step in range(limit):
-                tokens = logits.argmax(-1).tolist()
+                tokens = choose(logits)
                 yield tokens
                 if step + 1 < limit:
                     logits = forward.extend(as_rows(tokens, self.llm.device))[:, -1]
@@ -216,6 +246,7 @@ class LocalStream:
         self._ids: list[int] = []
         self._reason: FinishReason = "cancelled"
         self._layout_s = self._prefill_s = self._decode_s = 0.0
+        self._reused = 0
 
     def __iter__(self) -> Iterator[str]:
         """Pieces of text, none of them empty."""
@@ -225,10 +256,10 @@ class LocalStream:
         self._layout_s = laid_out - begun
         stop, first = self._generator.llm.stop_ids(), 0.0
         reason: FinishReason = "length"
-        for [token] in self._generator._tokens(forward, [self._plan], self._config.max_new_tokens):
+        for [token] in self._generator._tokens(forward, [self._plan], self._config):
             now = time.perf_counter()
             if not first:
-                first, self._prefill_s = now, now - laid_out
+                first, self._prefill_s, self._reused = now, now - laid_out, reused_of(forward)
             self._decode_s = now - first
             if self._cancel is not None and self._cancel.is_set():
                 reason = "cancelled"
@@ -257,4 +288,5 @@ class LocalStream:
             self._layout_s,
             self._prefill_s,
             self._decode_s,
+            self._reused,
         )

@@ -8,16 +8,27 @@ from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.response.schema import StreamingResponse
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
+from llama_index.core.vector_stores.types import MetadataFilters
 
 from compllm_rag.config import Mode
+from compllm_rag.llamaindex.retrieval import chosen_retriever
 
 if TYPE_CHECKING:
     from compllm_rag.llamaindex.index import ConceptIndex
 
 
-def retrieve(index: ConceptIndex, question: str, top_k: int) -> list[NodeWithScore]:
-    """The chunks nearest to a question, best first."""
-    return index.as_retriever(similarity_top_k=top_k).retrieve(question)
+def retrieve(
+    index: ConceptIndex,
+    question: str,
+    top_k: int,
+    *,
+    retrieval: str = "vector",
+    filters: MetadataFilters | None = None,
+) -> list[NodeWithScore]:
+    """The chunks nearest to a question, best first; `retrieval` as in `ConceptIndex.as_query_engine`."""
+    limits: dict[str, Any] = {"similarity_top_k": top_k, "filters": filters}
+    chosen = chosen_retriever(index, {"retrieval": retrieval, **limits})
+    return (chosen or index.as_retriever(**limits)).retrieve(question)
 
 
 def answer(
@@ -27,6 +38,8 @@ def answer(
     mode: Mode = "concepts",
     top_k: int = 4,
     nodes: Sequence[NodeWithScore] | None = None,
+    retrieval: str = "vector",
+    filters: MetadataFilters | None = None,
     on_piece: Callable[[str], object] | None = None,
 ) -> dict[str, Any]:
     """Answer a question.
@@ -37,16 +50,18 @@ def answer(
         mode: Read the passages as concepts or as text.
         top_k: Chunks to retrieve.
         nodes: Retrieved already; then `retrieval_s` is 0.
+        retrieval: By `vector`, `bm25` (words) or `hybrid` (both).
+        filters: On metadata.
         on_piece: Called with each piece of the answer as it is made.
 
     Returns:
         The fields of `query --json` (docs/results.md); times in seconds, `used` per source.
     """
     begun = time.perf_counter()
-    found = list(nodes) if nodes is not None else retrieve(index, question, top_k)
+    found = list(nodes) if nodes is not None else retrieve(index, question, top_k, retrieval=retrieval, filters=filters)
     retrieval_s = time.perf_counter() - begun if nodes is None else 0.0
     response = index.as_synthesizer(mode=mode, streaming=True).synthesize(QueryBundle(question), found)
-    if not isinstance(response, StreamingResponse) or response.metadata is None:
+    if not isinstance(response, StreamingResponse) or not (response.metadata or {})["compllm"]["prompts"]:
         # Only an empty retrieval answers without having read anything.
         return _empty(mode, retrieval_s)
     for piece in response.response_gen:

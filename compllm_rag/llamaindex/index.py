@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from llama_index.core import StorageContext, VectorStoreIndex
 from llama_index.core.base.embeddings.base import BaseEmbedding
+from llama_index.core.chat_engine.types import BaseChatEngine, ChatMode
 from llama_index.core.data_structs.data_structs import IndexDict
-from llama_index.core.indices.vector_store.retrievers import VectorIndexRetriever
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import BaseNode, Document, MetadataMode
+from llama_index.core.vector_stores.types import BasePydanticVectorStore
 
 from compllm_rag.catalog.accounts import Accounts
+from compllm_rag.catalog.keywords import KeywordIndex
 from compllm_rag.catalog.measures import storage_families
 from compllm_rag.catalog.origins import Origins
 from compllm_rag.catalog.pending import PendingChunks
@@ -25,36 +26,41 @@ from compllm_rag.config import GenerationConfig, IngestConfig
 from compllm_rag.errors import CompLLMError, ConfigurationError
 from compllm_rag.generation.base import Generator
 from compllm_rag.generation.local import LocalGenerator
+from compllm_rag.generation.reuse import PrefixCache
 from compllm_rag.library import ConceptLibrary
-from compllm_rag.llamaindex.callbacks import ConceptQueryEngine
+from compllm_rag.llamaindex.chat.options import chat_engine
 from compllm_rag.llamaindex.embedding import embedder_identity
+from compllm_rag.llamaindex.engines import citation_engine, query_engine, sub_question_engine
 from compllm_rag.llamaindex.ingest import IngestReport, Progress, ingest_documents
 from compllm_rag.llamaindex.kvstore import CatalogDocumentStore, CatalogKVStore
+from compllm_rag.llamaindex.llm import ConceptLLM
 from compllm_rag.llamaindex.node_parser import ConceptNodeParser
 from compllm_rag.llamaindex.observer import AccountsObserver
 from compllm_rag.llamaindex.opening import IndexParts, create_index, load_index
+from compllm_rag.llamaindex.other_store import GarbageReport, adopt, collect_garbage, parts_beside
 from compllm_rag.llamaindex.reentrant_lock import ReentrantLock
+from compllm_rag.llamaindex.retrieval import VECTOR_OPTIONS, hybrid_retriever
+from compllm_rag.llamaindex.retrievers import ConceptBM25Retriever, HybridRetriever, keyword_index
 from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer
 from compllm_rag.llamaindex.tracing import traced_ensure
+from compllm_rag.llamaindex.tracked_store import NodeStore, TrackedVectorStore
 from compllm_rag.llamaindex.uploads import UploadQueue, UploadReceipt
-from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 from compllm_rag.metrics import Metrics, Work, exposition
 from compllm_rag.storage.manifest import Manifest
 from compllm_rag.storage.namespaces import existing_namespace, namespace_folder, prepare_namespace
 from compllm_rag.storage.stats import stats_fields
 from compllm_rag.store.base import ConceptStore
+from compllm_rag.store.compaction import CompactReport
+from compllm_rag.store.memory import MemoryStore
 
 if TYPE_CHECKING:
+    from llama_index.core.llms.llm import LLM
+    from llama_index.core.query_engine import CitationQueryEngine, SubQuestionQueryEngine
+    from llama_index.core.question_gen.types import BaseQuestionGenerator
+    from llama_index.core.tools import QueryEngineTool
+
     from compllm_rag.storage.compaction import StorageCompaction
     from compllm_rag.storage.verification import StorageCheck
-
-_SYNTHESIZER_OPTIONS = (
-    "mode", "streaming", "missing", "overflow", "choose", "text_qa_template", "generation", "callback_manager",
-)  # fmt: skip
-# LlamaIndex's retriever takes any name without a word.
-_RETRIEVER_OPTIONS = set(inspect.signature(VectorIndexRetriever.__init__).parameters) - {
-    "self", "index", "kwargs", "callback_manager",
-}  # fmt: skip
 
 
 class ConceptIndex(VectorStoreIndex):
@@ -78,7 +84,7 @@ class ConceptIndex(VectorStoreIndex):
         self,
         compressor: ConceptCompressor | DeferredCompressor,
         store: ConceptStore,
-        vector_store: FaissTextVectorStore,
+        vector_store: NodeStore,
         embedder: BaseEmbedding,
         *,
         config: IngestConfig | None = None,
@@ -92,9 +98,11 @@ class ConceptIndex(VectorStoreIndex):
             compressor.spec, compressor.llm, *embedder_identity(embedder), vector_store.dim, self.config
         )
         self.library = ConceptLibrary(compressor, store, rate=self.config.rate, namespace=self.config.namespace)
-        self.generator: Generator = generator or LocalGenerator(compressor.llm, generation, halves=compressor.halves)
+        self.generator: Generator = generator or LocalGenerator(
+            compressor.llm, generation, halves=compressor.halves, prefixes=PrefixCache()
+        )
         self._generation = generation or self.generator.config
-        self.faiss = vector_store
+        self.faiss: NodeStore = vector_store
         self.parser = ConceptNodeParser(self.library.spec.segmenter, self.config.chunk_size, llm=compressor.llm.source)
         kvstore = CatalogKVStore(vector_store.catalog)
         values = kvstore.values
@@ -102,6 +110,7 @@ class ConceptIndex(VectorStoreIndex):
         vector_store.observed_by(AccountsObserver(self.library, self.accounts, self.pending))
         self._writing, self._kept = ReentrantLock(), Work()
         self._uploads: UploadQueue | None = None
+        self._keywords: KeywordIndex | None = None
         super().__init__(
             nodes=[],
             embed_model=embedder,
@@ -176,6 +185,40 @@ class ConceptIndex(VectorStoreIndex):
         """
         parts = load_index(existing_namespace(storage_dir, namespace), **options)
         return cls.of(parts, generator=generator, resume=resume)
+
+    @classmethod
+    def from_vector_store(  # type: ignore[override]
+        cls,
+        vector_store: BasePydanticVectorStore,
+        embed_model: str | BaseEmbedding | None = None,
+        *,
+        storage_dir: str | Path | None = None,
+        namespace: str | None = None,
+        generator: Generator | None = None,
+        resume: bool = True,
+        read_only: bool = False,
+        **options: Any,
+    ) -> Self:
+        """An index whose vectors and text lie in another vector store (Qdrant, Chroma, ...), and its concepts here.
+
+        Args:
+            vector_store: Of LlamaIndex, with nodes or without; those it has are known after `adopt`.
+            embed_model: The embedder of its vectors; None takes the default.
+            storage_dir: Folder of the concepts, made when missing; None keeps them in memory.
+            namespace: Tenant; None takes the folder's own.
+            generator: Runs the target LLM; None runs it in this process.
+            resume: Go on, in the background, with uploads that an earlier process left without concepts.
+            read_only: Write no concepts.
+            **options: See `create`.
+
+        Raises:
+            ConfigurationError: This is no vector store that concepts can be kept beside.
+            StorageMismatchError: The storage was made for another kind of store, or with other settings.
+        """
+        parts = parts_beside(
+            vector_store, storage_dir, embed_model=embed_model, namespace=namespace, read_only=read_only, **options
+        )
+        return cls.of(parts, generator=generator, resume=resume and storage_dir is not None)
 
     @classmethod
     def of(cls, parts: IndexParts, *, generator: Generator | None = None, resume: bool = False) -> Self:
@@ -259,40 +302,131 @@ class ConceptIndex(VectorStoreIndex):
         """Bring documents in without waiting for their concepts; see `UploadQueue.put`."""
         return self.uploads.put(documents)
 
-    def as_query_engine(self, llm: None = None, **kwargs: Any) -> RetrieverQueryEngine:  # type: ignore[override]
+    @property
+    def llm(self) -> ConceptLLM:
+        """The target LLM of the storage as a LlamaIndex LLM, for components that want one."""
+        return ConceptLLM(self.generator)
+
+    def as_query_engine(self, llm: LLM | None = None, **kwargs: Any) -> RetrieverQueryEngine:  # type: ignore[override]
         """A query engine that reads concepts.
 
         Args:
-            llm: Must be None: the target LLM belongs to the storage, and no other can read its concepts.
+            llm: None or the index's own `llm`: no other can read its concepts.
             **kwargs: Of `ConceptSynthesizer` (`mode`, `streaming`, `missing`, `overflow`, `choose`,
-                `text_qa_template`, `generation`, `callback_manager`), `response_synthesizer`, `node_postprocessors`,
-                and of LlamaIndex's `VectorIndexRetriever` (`similarity_top_k`, `filters`, ...). `use_async` is allowed
-                and changes nothing: an answer is one call of the LLM.
+                `text_qa_template`, `refine_template`, `response_mode`, `output_cls`, `generation`, `callback_manager`),
+                `response_synthesizer`, `node_postprocessors`, and of LlamaIndex's `VectorIndexRetriever`
+                (`similarity_top_k`, `filters`, ...); `retrieval` (`vector`, `bm25` or `hybrid`, with the options of
+                that retriever) or `retriever`, any other that gives nodes, such as an AutoMergingRetriever. `use_async`
+                is allowed and changes nothing: prompts of one answer are read one after the other.
 
         Raises:
-            ConfigurationError: An option that nothing here would heed, such as `llm` or `response_mode`.
+            ConfigurationError: An option that nothing here would heed, such as another `llm`, or a response mode that
+                concepts cannot be read in.
         """
-        options = {name: kwargs.pop(name) for name in _SYNTHESIZER_OPTIONS if name in kwargs}
-        kwargs.pop("use_async", None)
-        given = kwargs.pop("response_synthesizer", None)
-        postprocessors = kwargs.pop("node_postprocessors", None)
-        unheeded = sorted({*kwargs} - _RETRIEVER_OPTIONS) + ["llm"] * (llm is not None)
-        if given is not None:
-            unheeded += sorted(options)  # they are for a synthesizer of ours
-        if unheeded:
+        return query_engine(self, llm, kwargs)
+
+    def as_citation_engine(
+        self, *, citation_chunk_size: int | None = None, citation_chunk_overlap: int = 20, **options: Any
+    ) -> CitationQueryEngine:
+        """LlamaIndex's CitationQueryEngine, reading concepts; see `llamaindex.engines.citation_engine`.
+
+        Args:
+            citation_chunk_size: Most tokens of a source. None takes the retrieved nodes as they are; smaller sources
+                are compressed within the query.
+            citation_chunk_overlap: Tokens that neighbouring sources share, where nodes are cut.
+            **options: Of `as_query_engine`.
+        """
+        return citation_engine(
+            self,
+            citation_chunk_size=citation_chunk_size,
+            citation_chunk_overlap=citation_chunk_overlap,
+            options=options,
+        )
+
+    def as_sub_question_engine(
+        self,
+        tools: Sequence[QueryEngineTool] | None = None,
+        *,
+        question_gen: BaseQuestionGenerator | None = None,
+        verbose: bool = False,
+        **options: Any,
+    ) -> SubQuestionQueryEngine:
+        """LlamaIndex's SubQuestionQueryEngine with the index's LLM; see `llamaindex.engines.sub_question_engine`.
+
+        Args:
+            tools: What answers sub-questions, such as the query engines of several indexes; None takes one over this.
+            question_gen: Splits questions up; None lets the index's LLM do it (extra `structured`).
+            verbose: Print sub-questions and their answers.
+            **options: Of `as_query_engine`, where there are no `tools`.
+        """
+        return sub_question_engine(self, tools, question_gen=question_gen, verbose=verbose, options=options)
+
+    def as_chat_engine(self, chat_mode: ChatMode | str = "best", llm: Any = None, **kwargs: Any) -> BaseChatEngine:  # type: ignore[override]
+        """A chat engine that reads concepts.
+
+        Passages stand as concepts behind the earlier turns, right in front of the newest question, so that the
+        beginning of the prompt is that of the turn before and its KV cache is gone on with.
+
+        Args:
+            chat_mode: `best` or `condense_plus_context`: look for what the message means within the conversation, and
+                answer the message; `context`: look for the message as it is; `condense_question`: answer the
+                condensed question alone, without the conversation; `simple`: no passages.
+            llm: Leave it out: only the storage's own LLM can read its concepts. `simple` takes any.
+            **kwargs: `memory` (any of LlamaIndex's), `chat_history`, `system_prompt` or `prefix_messages`,
+                `context_prompt` (the newest user turn, with `{context_str}`), `condense_prompt`, `condense_llm` (any),
+                `skip_condense`, `verbose`; `generation`, `mode`, `missing`, `overflow`, `choose`,
+                `node_postprocessors`, `callback_manager` and those of the retriever as in `as_query_engine`.
+                `streaming` and `use_async` are allowed and change nothing: call `stream_chat`, `achat`, `astream_chat`.
+
+        Raises:
+            ConfigurationError: A mode, an LLM or an option that nothing here would heed.
+        """
+        return chat_engine(self, chat_mode, llm, kwargs, VECTOR_OPTIONS)
+
+    @property
+    def generation(self) -> GenerationConfig:
+        """Limits of the answers."""
+        return self._generation
+
+    @property
+    def keywords(self) -> KeywordIndex:
+        """The words of all nodes, for BM25; made anew by the first search after the nodes have changed.
+
+        Raises:
+            ConfigurationError: bm25s is not installed.
+        """
+        if isinstance(self.faiss, TrackedVectorStore):
             raise ConfigurationError(
-                "a query engine of concepts has no such option",
-                got=", ".join(unheeded),
-                expected=", ".join(
-                    [*_SYNTHESIZER_OPTIONS, "response_synthesizer", "node_postprocessors", *sorted(_RETRIEVER_OPTIONS)]
-                ),
-                next_step="leave it out"
-                if given is None
-                else "leave it out, or set it on the response_synthesizer that you pass",
+                "words are searched in text that lies in the storage",
+                got=f"text in {type(self.faiss.client).__name__}",
+                next_step="use that store's own search by words, or your retriever: as_query_engine(retriever=...)",
             )
-        kwargs.setdefault("similarity_top_k", 4)
-        synthesizer = given or self.as_synthesizer(**options)
-        return ConceptQueryEngine(self.as_retriever(**kwargs), synthesizer, postprocessors)
+        if self._keywords is None:
+            self._keywords = keyword_index(self.faiss.catalog)
+        return self._keywords
+
+    def as_bm25_retriever(self, **options: Any) -> ConceptBM25Retriever:
+        """A retriever by words: for names, numbers and rare terms; no embedder is asked.
+
+        Args:
+            **options: `similarity_top_k`, `filters`, `doc_ids`, `node_ids`; see `ConceptBM25Retriever`.
+
+        Raises:
+            ConfigurationError: bm25s is not installed.
+        """
+        return ConceptBM25Retriever(self.keywords, **options)
+
+    def as_hybrid_retriever(self, **options: Any) -> HybridRetriever:
+        """A retriever by vectors and words, joined by reciprocal rank fusion; no LLM is asked.
+
+        Args:
+            **options: `similarity_top_k`, `filters`, `doc_ids`, `node_ids`; `candidates`, how many nodes each of both
+                gives (4 times `similarity_top_k`, and 20 at least); `weights`, of vectors and of words.
+
+        Raises:
+            ConfigurationError: A number makes no sense, or bm25s is not installed.
+        """
+        return hybrid_retriever(self, **options)
 
     def as_synthesizer(self, **options: Any) -> ConceptSynthesizer:
         """The synthesizer of this index; options as of `ConceptSynthesizer`."""
@@ -418,6 +552,29 @@ class ConceptIndex(VectorStoreIndex):
 
         return compact_storage(self._folder(), progress=progress)
 
+    def collect_garbage(self, *, progress: Callable[[str, float | None], None] | None = None) -> GarbageReport:
+        """Drop the concepts that no node refers to, nodes included that were deleted in another vector store directly.
+
+        Raises:
+            ConfigurationError: That store cannot list its nodes.
+            StoreLockedError: There is uncommitted work, here or elsewhere.
+        """
+        return collect_garbage(self, progress)
+
+    def adopt(self, *, progress: Callable[[str, float | None], None] | None = None) -> int:
+        """Make the concepts of nodes that others brought into the vector store; tells how many there were.
+
+        Raises:
+            ConfigurationError: The vectors lie in the storage, or their store cannot list its nodes or keeps no text.
+        """
+        return adopt(self, progress)
+
+    def reclaim(self, progress: Callable[[str, float | None], None] | None = None) -> CompactReport:
+        """Drop concepts that nothing refers to, on the disk (see `compact`) or in memory."""
+        if isinstance(self.store, MemoryStore):
+            return self.store.compact(self.accounts.references.live, progress=progress)
+        return self.compact(progress=progress).concepts
+
     def _folder(self) -> Path:
         if self.storage_dir is None:
             raise ConfigurationError("this index lies in memory", next_step="give it a storage_dir")
@@ -425,7 +582,13 @@ class ConceptIndex(VectorStoreIndex):
 
     def stats(self) -> dict[str, Any]:
         """What the storage holds, as plain values."""
-        return stats_fields(self.accounts, len(self.pending), self.store.stats(), self.manifest)
+        return stats_fields(
+            self.accounts,
+            len(self.pending),
+            self.store.stats(),
+            self.manifest,
+            trained=self.library.spec.config.trained,
+        )
 
     @property
     def metrics(self) -> Metrics:

@@ -22,7 +22,7 @@ from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.documents import empty_corpus
 from compllm_rag.llamaindex.node_parser import ConceptNodeParser
 from compllm_rag.llamaindex.tracing import traced_ensure
-from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
+from compllm_rag.llamaindex.tracked_store import NodeStore
 from compllm_rag.models.device_memory import release_unused
 from compllm_rag.store.base import ConceptStore
 
@@ -88,7 +88,7 @@ class Corpus(Protocol):
     origins: Origins
 
     @property
-    def faiss(self) -> FaissTextVectorStore:
+    def faiss(self) -> NodeStore:
         """Vectors and text."""
         ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -18,48 +18,70 @@ from llama_index.core.base.llms.types import (
     MessageRole,
 )
 from llama_index.core.bridge.pydantic import PrivateAttr
+from llama_index.core.instrumentation.events.llm import LLMStructuredPredictEndEvent, LLMStructuredPredictStartEvent
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import LLM
+from llama_index.core.prompts import BasePromptTemplate
+from llama_index_instrumentation import get_dispatcher
 
 from compllm_rag.config import GenerationConfig
 from compllm_rag.generation.base import Generation, Generator
 from compllm_rag.generation.named import LLMName, named_generator
+from compllm_rag.llamaindex.decoding import generation_of
 from compllm_rag.llamaindex.streams import in_thread
+from compllm_rag.llamaindex.structured import Model, parsed, refuse_stream, schema_of, with_instructions
+from compllm_rag.llamaindex.templates import text_of
 from compllm_rag.llamaindex.tracing import raw_of
 from compllm_rag.prompt import Message, PromptPlan, PromptTemplate
+
+dispatcher = get_dispatcher(__name__)
 
 
 class ConceptLLM(LLM):
     """The target LLM (reader merged) as a LlamaIndex LLM: text in, text out.
 
+    Each call takes LlamaIndex's names of settings (`max_tokens`, `temperature`, `top_p`, `stop`, ...) and those of
+    `GenerationConfig`, and refuses others. Turns with anything but text are refused.
+
     Args:
         generator: Any that runs the target LLM; the one that also answers from concepts.
+        **kwargs: The same settings, for all calls that do not say otherwise; and LlamaIndex's own of an `LLM`
+            (`callback_manager`, `system_prompt`, ...).
+
+    Raises:
+        ConfigurationError: There is no such option, or its value is out of bounds.
     """
 
     _generator: Generator = PrivateAttr()
+    _defaults: GenerationConfig = PrivateAttr()
 
     def __init__(self, generator: Generator, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._generator = generator
+        own = {name: kwargs.pop(name) for name in [*kwargs] if name in type(self).model_fields}
+        super().__init__(**own)
+        self._generator, self._defaults = generator, generation_of(generator.config, kwargs)
 
     @classmethod
     def class_name(cls) -> str:
         """Name in LlamaIndex's serialised form."""
         return "ConceptLLM"
 
+    def runs(self, generator: Generator) -> bool:
+        """Whether it is this generator that answers."""
+        return self._generator is generator
+
     @property
     def metadata(self) -> LLMMetadata:
         """Window, output length and name."""
         return LLMMetadata(
             context_window=self._generator.window,
-            num_output=self._generator.config.max_new_tokens,
+            num_output=self._defaults.max_new_tokens,
             is_chat_model=True,
             model_name=self._generator.name,
         )
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """The LLM by its name, with its settings, for `from_dict`."""
-        name, settings = LLMName.of(self._generator), self._generator.config.model_dump(mode="json")
+        name, settings = LLMName.of(self._generator), self._defaults.model_dump(mode="json")
         return {
             **super().to_dict(**kwargs),
             "llm": None if name is None else name.model_dump(mode="json"),
@@ -79,20 +101,20 @@ class ConceptLLM(LLM):
             ConfigurationError: No LLM is named: it was an object in memory, or ran elsewhere.
         """
         named = ("class_name", "llm", "generation")
-        fields = {name: value for name, value in (data | kwargs).items() if name not in named}
-        return cls(generator or named_generator(data | kwargs), **fields)
+        fields = {name: value for name, value in data.items() if name not in named}
+        settings = data.get("generation") or {}
+        return cls(generator or named_generator(data), **{**settings, **fields, **kwargs})
 
     def to_payload(self) -> dict[str, Any]:
         """What observers are told of this LLM: name, window and settings."""
-        return {**super().to_payload(), **self._generator.config.model_dump()}
+        return {**super().to_payload(), **self._defaults.model_dump()}
 
     def _plan(self, messages: Sequence[ChatMessage]) -> PromptPlan:
-        turns = [Message(m.role.value, (m.content or "",)) for m in messages]
+        turns = [Message(m.role.value, (text_of(m),)) for m in messages]
         return PromptPlan(tuple(PromptTemplate(self._generator.tokenizer).spans(turns, [])))
 
     def _config(self, kwargs: dict[str, Any]) -> GenerationConfig:
-        known = {k: v for k, v in kwargs.items() if k in GenerationConfig.model_fields}
-        return self._generator.config.model_copy(update=known)
+        return generation_of(self._defaults, kwargs)
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
@@ -182,3 +204,79 @@ class ConceptLLM(LLM):
             yield CompletionResponse(text=made.text, delta="", raw=raw_of(made, self._generator.name))
 
         return pieces()
+
+    def structured_predict(
+        self,
+        output_cls: type[Model],
+        prompt: BasePromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> Model:
+        """Answer a prompt with an object: tokens that its schema does not allow are never chosen.
+
+        Args:
+            output_cls: A pydantic model.
+            prompt: Template of the prompt.
+            llm_kwargs: Settings of this call.
+            **prompt_args: What fills the template.
+
+        Raises:
+            StructuredAnswerError: The answer was cut off, or breaks a rule that no schema can tell.
+            MissingExtraError: The extra `structured` is not installed.
+        """
+        dispatcher.event(
+            LLMStructuredPredictStartEvent(output_cls=output_cls, template=prompt, template_args=prompt_args)
+        )
+        messages, options = self._structured(output_cls, prompt, llm_kwargs, prompt_args)
+        made = self._object(output_cls, self.chat(messages, **options), options)
+        dispatcher.event(LLMStructuredPredictEndEvent(output=made))
+        return made
+
+    async def astructured_predict(
+        self,
+        output_cls: type[Model],
+        prompt: BasePromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> Model:
+        """`structured_predict` in a thread."""
+        dispatcher.event(
+            LLMStructuredPredictStartEvent(output_cls=output_cls, template=prompt, template_args=prompt_args)
+        )
+        messages, options = self._structured(output_cls, prompt, llm_kwargs, prompt_args)
+        made = self._object(output_cls, await self.achat(messages, **options), options)
+        dispatcher.event(LLMStructuredPredictEndEvent(output=made))
+        return made
+
+    def stream_structured_predict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: there are no streams of objects.
+
+        Raises:
+            ConfigurationError: Always.
+        """
+        refuse_stream()
+
+    async def astream_structured_predict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: there are no streams of objects.
+
+        Raises:
+            ConfigurationError: Always.
+        """
+        refuse_stream()
+
+    def _structured(
+        self,
+        output_cls: type[Model],
+        prompt: BasePromptTemplate,
+        llm_kwargs: dict[str, Any] | None,
+        prompt_args: dict[str, Any],
+    ) -> tuple[list[ChatMessage], dict[str, Any]]:
+        """Messages and settings of a call whose answer is an object."""
+        schema = schema_of(output_cls)
+        messages = self._extend_messages(prompt.format_messages(llm=self, **prompt_args))
+        return with_instructions(messages, output_cls), {**(llm_kwargs or {}), "json_schema": schema}
+
+    def _object(self, output_cls: type[Model], response: ChatResponse, options: dict[str, Any]) -> Model:
+        raw: Any = response.raw
+        limit = self._config(options).max_new_tokens
+        return parsed(output_cls, response.message.content or "", finish_reason=raw["finish_reason"], limit=limit)

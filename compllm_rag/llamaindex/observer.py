@@ -6,7 +6,7 @@ leave the same accounts behind.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from llama_index.core.schema import BaseNode, MetadataMode
 
@@ -45,6 +45,24 @@ class AccountsObserver:
         """Count nodes that are taken away."""
         self._accounts.change(passages_of(self._library, nodes), -1)
         self._pending.forget(node.node_id for node in nodes)
+
+    def passages(self, nodes: Sequence[BaseNode]) -> list[Passage]:
+        """The text of each node as the LLM gets it."""
+        return [passage for _, passage in passages_of(self._library, nodes)]
+
+    def gone(self, nodes: Mapping[str, tuple[str, Passage]]) -> None:
+        """Count nodes that are taken away and whose text is not at hand: document and passage by node id."""
+        self._accounts.change(nodes.values(), -1)
+        self._pending.forget(nodes)
+
+    def complete(self, nodes: Sequence[BaseNode]) -> None:
+        """Have the concepts of nodes, on the disk; their commit must not come first."""
+        self._library.ensure(node.get_content(metadata_mode=MetadataMode.NONE) for node in nodes)
+        self._library.store.flush()
+
+    def flush(self) -> None:
+        """Have the concepts that were made on the disk."""
+        self._library.store.flush()
 
     def cleared(self) -> None:
         """All nodes are taken away."""

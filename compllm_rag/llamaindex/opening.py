@@ -7,6 +7,7 @@ target LLM and the embedder are named, not copied.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 from compllm_rag.catalog.faults import damaged
 from compllm_rag.catalog.pending import count_pending
 from compllm_rag.catalog.references import count_keys
+from compllm_rag.catalog.tracked import TrackedNodes, vectors_elsewhere
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.compression.deep import DeepCompressor
 from compllm_rag.compression.loading import AUTO, load_compressor_for
@@ -32,7 +34,7 @@ from compllm_rag.config import (
     GenerationConfig,
     IngestConfig,
 )
-from compllm_rag.errors import CompLLMError, ConfigurationError, StorageMismatchError
+from compllm_rag.errors import CompLLMError, ConfigurationError, StorageMismatchError, UntrainedCompressorWarning
 from compllm_rag.llamaindex.storage_parts import (
     defer_own_compressor,
     embedder_named,
@@ -41,6 +43,7 @@ from compllm_rag.llamaindex.storage_parts import (
     new_vectors,
     open_vectors,
 )
+from compllm_rag.llamaindex.tracked_store import NodeStore
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 from compllm_rag.storage.adapter_files import FILES_KEY, kept_digests
 from compllm_rag.storage.manifest import CONCEPTS, META_KEY, Manifest, has_manifest
@@ -66,7 +69,7 @@ class IndexParts:
 
     compressor: ConceptCompressor | DeferredCompressor
     store: ConceptStore
-    vectors: FaissTextVectorStore
+    vectors: NodeStore
     embedder: BaseEmbedding
     manifest: Manifest
     generation: GenerationConfig | None
@@ -88,6 +91,7 @@ def create_index(
     entry_layer: int | None = None,
     generation: GenerationConfig | None = None,
     progress: Callable[[str, float | None], None] | None = None,
+    elsewhere: str | None = None,
     **model_options: Any,
 ) -> IndexParts:
     """Make an empty storage, or open an existing one for writing.
@@ -107,6 +111,7 @@ def create_index(
         entry_layer: Of untrained deep concepts: L; None takes half the LLM's layers.
         generation: Limits of the answers.
         progress: Called with messages while models are fetched.
+        elsewhere: Class of the vector store that keeps vectors and text in the storage's place; None for none.
         **model_options: `dtype`, `device`, `cache_dir`, `offline` of `TargetLLM.from_pretrained`.
 
     Raises:
@@ -128,6 +133,7 @@ def create_index(
             progress=progress,
             codec=codec,
             entry_layer=entry_layer,
+            elsewhere=elsewhere,
             expect={"rate": rate, "chunk_size": chunk_size, "namespace": namespace, "encoding": encoding},
             **model_options,
         )
@@ -146,6 +152,8 @@ def create_index(
     )
     _check_codec(codec, entry_layer, made.config)
     rate = DEFAULT_RATES["deep" if made.config.deep else "input"] if rate is None else rate
+    if not made.config.trained:
+        _warn_untrained(made)
     config = _config(rate=rate, chunk_size=chunk_size, namespace=namespace, encoding=encoding)
     _check_rate(config, made)
     embed, source, identity = embedder_named(embedder or DEFAULT_EMBEDDER, progress, model_options)
@@ -153,12 +161,14 @@ def create_index(
     manifest = Manifest.of(made.spec, made.llm, source, identity, dimension, config)
     if folder is None:
         vectors = FaissTextVectorStore(dim=dimension)
+        _begin_elsewhere(vectors, elsewhere)
         return IndexParts(made, open_store(manifest, None), vectors, embed, manifest, generation, None)
     vectors = new_vectors(folder, dimension)
     keep_adapters(folder, made, llm or DEFAULT_LLM, reader)
     store = open_store(manifest, folder / CONCEPTS)
     vectors.catalog.set_meta(FILES_KEY, kept_digests(folder))
     vectors.catalog.set_meta(META_KEY, manifest.model_dump_json())
+    _begin_elsewhere(vectors, elsewhere)
     vectors.commit()
     return IndexParts(made, store, vectors, embed, manifest, generation, folder)
 
@@ -176,6 +186,7 @@ def load_index(
     complete: bool = True,
     codec: Codec | str | None = None,
     entry_layer: int | None = None,
+    elsewhere: str | None = None,
     **model_options: Any,
 ) -> IndexParts:
     """Open a storage that exists.
@@ -191,6 +202,7 @@ def load_index(
         expect: Settings that must be the storage's own.
         codec: Must be the storage's own; None asks for none.
         entry_layer: The same.
+        elsewhere: Class of the vector store that keeps vectors and text in the storage's place; None for none.
         complete: Refuse a concept store that holds fewer records than text refers to; repair does not.
         **model_options: `dtype`, `device`, `cache_dir`, `offline` of `TargetLLM.from_pretrained`.
 
@@ -198,11 +210,13 @@ def load_index(
         StorageNotFoundError: There is no storage here.
         FingerprintMismatchError: The LLM or compressor is not the one the storage was made by.
         EmbedderMismatchError: The same for the embedder.
+        StorageMismatchError: Its vectors lie in another vector store, or do not.
         UnsupportedFormatError, CorruptRecordError: The storage is damaged or too new.
     """
     vectors = open_vectors(folder, read_only=read_only)
     try:
         manifest = Manifest.parse(vectors.catalog.get_meta(META_KEY))
+        _check_elsewhere(vectors, elsewhere)
         manifest.check_ingest(**(expect or {}))
         made = compressor or defer_own_compressor(folder, manifest, llm, progress, model_options)
         manifest.check_compressor(made.spec.fingerprint, made.llm.source)
@@ -215,6 +229,24 @@ def load_index(
         vectors.close()
         raise
     return IndexParts(made, store, vectors, embed, manifest, generation, folder)
+
+
+def _begin_elsewhere(vectors: FaissTextVectorStore, elsewhere: str | None) -> None:
+    if elsewhere is not None:
+        TrackedNodes(vectors.catalog).begin(elsewhere)
+
+
+def _check_elsewhere(vectors: FaissTextVectorStore, elsewhere: str | None) -> None:
+    where = vectors_elsewhere(vectors.catalog)
+    if where != elsewhere:
+        raise StorageMismatchError(
+            "the vectors of this storage do not lie there",
+            got=elsewhere or "the storage alone",
+            expected=where or "the storage alone, which keeps its own vectors and text",
+            next_step="open it in Python with ConceptIndex.from_vector_store(vector_store, storage_dir=...)"
+            if where
+            else "open it with ConceptIndex.load(storage_dir), or give another storage_dir",
+        )
 
 
 def _check_complete(vectors: FaissTextVectorStore, store: DiskStore) -> None:
@@ -247,6 +279,18 @@ def _config(**asked: Any) -> IngestConfig:
 
 def _check_rate(config: IngestConfig, compressor: ConceptCompressor) -> None:
     FixedRate(config.rate, compressor.config.longest_unit)
+
+
+def _warn_untrained(compressor: ConceptCompressor) -> None:
+    """Say once that nothing was trained for the LLM of a new storage."""
+    kind = "deep" if compressor.config.deep else "compressor"
+    what = "the LLM's own states" if compressor.config.deep else "hard pruning: the embeddings of the tokens kept"
+    warnings.warn(
+        f"no trained compressor for {compressor.llm.source}: its concepts are {what}, which lose more than trained "
+        f"ones, the more so at higher rates. Next step: `compllm-rag train {kind}`, or pass `compressor=`",
+        UntrainedCompressorWarning,
+        stacklevel=4,
+    )
 
 
 def _check_codec(codec: Codec | str | None, entry_layer: int | None, own: CompressorConfig) -> None:

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, get_args
 
-from llama_index.core.llms import ChatMessage, MessageRole
-from llama_index.core.prompts import BasePromptTemplate, ChatPromptTemplate
-from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
+from llama_index.core.prompts import BasePromptTemplate
+from llama_index.core.schema import NodeWithScore, QueryBundle
 
 from compllm_rag.config import MissingPolicy, Mode, OverflowPolicy
-from compllm_rag.errors import PromptTooLongError
+from compllm_rag.errors import ConfigurationError, PromptTooLongError
 from compllm_rag.library import ConceptLibrary, Fetched
-from compllm_rag.prompt import (
-    QUESTION,
-    SLOT,
-    ConceptSpan,
-    Message,
-    PromptPlan,
-    PromptTemplate,
-    Slot,
-    Span,
-    TextSpan,
-    qa_messages,
+from compllm_rag.llamaindex.account import NodeBody, NodeFacts, PlannedPrompt, PromptCost
+from compllm_rag.llamaindex.node_text import node_spans, text_of_node
+from compllm_rag.llamaindex.templates import (
+    DEFAULT_REFINE_TEMPLATE,
+    DEFAULT_TEMPLATE,
+    chosen,
+    concepts_unseen,
+    messages_of,
+    wants_text,
 )
+from compllm_rag.prompt import ConceptSpan, Message, PromptPlan, PromptTemplate, Span, TextSpan
 
 if TYPE_CHECKING:
     from llama_index.core.llms.llm import LLM
@@ -34,111 +31,7 @@ if TYPE_CHECKING:
 Chooser = Callable[[NodeWithScore], Mode]
 Queued = Callable[[Sequence[str]], Collection[str]]
 
-# The very messages of `compllm_rag.prompt.QAPrompt`, as LlamaIndex writes them.
-DEFAULT_TEMPLATE = ChatPromptTemplate(
-    message_templates=[
-        ChatMessage(
-            role=MessageRole(message.role),
-            content="".join("{context_str}" if isinstance(piece, Slot) else piece for piece in message.content),
-        )
-        for message in qa_messages(QUESTION + "{query_str}")
-    ]
-)
-
-
-@dataclass(frozen=True)
-class NodeFacts:
-    """What became of one node in the prompt; plain values only, it ends up in `response.metadata`."""
-
-    node_id: str
-    used: Mode
-    n_tokens: int
-    n_concepts: int
-    positions: int
-    hits: int
-    misses: int
-
-
-@dataclass(frozen=True)
-class PromptCost:
-    """What a prompt takes of the LLM.
-
-    Attributes:
-        prefill: Positions times the layers they pass, as a share of what the same prompt as text would take.
-        kv_bytes: Bytes of its KV cache.
-    """
-
-    prefill: float
-    kv_bytes: int
-
-    @classmethod
-    def of(cls, plan: PromptPlan, facts: Sequence[NodeFacts], library: ConceptLibrary) -> PromptCost:
-        """The cost of a plan; concepts pass the layers from the entry layer on, text all of them."""
-        concepts = sum(fact.n_concepts for fact in facts)
-        replaced = sum(fact.n_tokens for fact in facts if fact.used == "concepts")
-        depth, upper = library.spec.depth, library.spec.depth - library.spec.config.entry_layer
-        passed = (plan.positions - concepts) * depth + concepts * upper  # positions times layers
-        return cls(passed / ((plan.positions - concepts + replaced) * depth), passed * library.llm.kv_bytes)
-
-
-@dataclass(frozen=True)
-class PlannedPrompt:
-    """A plan, the nodes in it, and the account of both.
-
-    Attributes:
-        plan: What the LLM will read.
-        nodes: The nodes in it, in the order of their markers.
-        facts: One entry per node in it.
-        dropped: Ids of the nodes that did not fit.
-        fetch_s: Seconds spent reading concepts from the store.
-        compress_s: Seconds spent compressing what was missing.
-        layout_s: Seconds spent on tokens and spans.
-        seconds: Wall time from nodes in hand to the plan.
-        cost: What reading it takes, beside the same prompt as text.
-    """
-
-    plan: PromptPlan
-    nodes: list[NodeWithScore]
-    facts: list[NodeFacts]
-    dropped: list[str]
-    fetch_s: float
-    compress_s: float
-    layout_s: float
-    seconds: float
-    cost: PromptCost
-
-    def account(self) -> dict[str, Any]:
-        """The account as plain values."""
-        return {
-            "prompt_positions": self.plan.positions,
-            "prefill_cost": self.cost.prefill,
-            "kv_bytes": self.cost.kv_bytes,
-            "fetch_s": self.fetch_s,
-            "compress_s": self.compress_s,
-            "layout_s": self.layout_s,
-            "nodes": {f.node_id: {k: v for k, v in asdict(f).items() if k != "node_id"} for f in self.facts},
-            "dropped": self.dropped,
-            "store": {"hits": sum(f.hits for f in self.facts), "misses": sum(f.misses for f in self.facts)},
-        }
-
-
-@dataclass(frozen=True)
-class NodeBody:
-    """What stands for one node's text, and what it took to have it.
-
-    Attributes:
-        spans: In reading order; text and concepts may mix.
-        hits: Segments found in the store.
-        misses: Segments not found.
-        fetch_s: Seconds spent reading concepts from the store.
-        compress_s: Seconds spent compressing what was missing.
-    """
-
-    spans: Sequence[Span]
-    hits: int = 0
-    misses: int = 0
-    fetch_s: float = 0.0
-    compress_s: float = 0.0
+__all__ = ["Chooser", "NodeBody", "NodeFacts", "PlannedPrompt", "Planner", "PromptCost", "Queued"]
 
 
 class Planner:
@@ -150,9 +43,14 @@ class Planner:
         llm: For templates that differ by LLM.
         mode: How passages enter, unless `choose` says otherwise.
         missing: What to do when concepts are not stored.
-        overflow: Drop the nodes of lowest rank that do not fit (and say so), or raise.
+        overflow: Leave out the nodes that do not fit (and say so), or raise.
         choose: Decides for each node by itself.
         queued: Tells which of some node ids have concepts in the making; those are read as text meanwhile.
+        refine_template: The same with `{context_msg}`, `{query_str}` and `{existing_answer}`, to refine an answer.
+        instructions: Stand at the end of the request, such as the form of the answer.
+
+    Raises:
+        ConfigurationError: A setting is none that there is, or a function of a template would have to see concepts.
     """
 
     def __init__(
@@ -166,27 +64,144 @@ class Planner:
         overflow: OverflowPolicy = "drop",
         choose: Chooser | None = None,
         queued: Queued | None = None,
+        refine_template: BasePromptTemplate = DEFAULT_REFINE_TEMPLATE,
+        instructions: str = "",
     ) -> None:
+        _check_setting("mode", mode, Mode)
+        _check_setting("missing", missing, MissingPolicy)
+        _check_setting("overflow", overflow, OverflowPolicy)
         self.library, self.mode, self.missing, self.overflow, self.choose = library, mode, missing, overflow, choose
-        self.text_qa_template, self.llm, self.queued = text_qa_template, llm, queued
+        self.text_qa_template, self.refine_template, self.instructions = text_qa_template, refine_template, instructions
+        self.llm, self.queued = llm, queued
         self.template = PromptTemplate(library.llm.tokenizer)
+        if not self._text_alone:
+            for template, slot in ((text_qa_template, "context_str"), (refine_template, "context_msg")):
+                if slot in (chosen(template, llm).function_mappings or {}):
+                    raise concepts_unseen(slot)
 
-    def plan(self, query: str | QueryBundle, nodes: Sequence[NodeWithScore], budget: int) -> PlannedPrompt:
-        """Plan one prompt.
+    @property
+    def _text_alone(self) -> bool:
+        """Whether no passage can enter as concepts."""
+        return self.mode == "text" and self.choose is None
+
+    def plan(
+        self,
+        query: str | QueryBundle,
+        nodes: Sequence[NodeWithScore],
+        budget: int,
+        *,
+        existing: str | None = None,
+        bodies: Sequence[NodeBody] | None = None,
+        overflow: OverflowPolicy | None = None,
+    ) -> PlannedPrompt:
+        """Plan one prompt: every node that fits what those before it left, in the order given.
 
         Args:
             query: What is asked.
             nodes: Best first.
             budget: Positions the prompt may take.
+            existing: An answer to refine; None for a first answer.
+            bodies: What stands for each node, if that was found out before.
+            overflow: For this prompt; None takes the planner's.
 
         Raises:
-            PromptTooLongError: The question alone does not fit, or the passages do not and `overflow` is "error".
+            PromptTooLongError: The question alone does not fit, or no passage does, or not all of them do and
+                `overflow` is "error".
             MissingConceptsError: See `ConceptLibrary.fetch`.
-            ConfigurationError: See `PromptTemplate.spans`.
+            ConfigurationError: See `PromptTemplate.spans`, `templates.messages_of` and `node_text.node_spans`.
         """
         begun = time.perf_counter()
         bundle = QueryBundle(query) if isinstance(query, str) else query
-        messages = messages_of(self.text_qa_template, self.llm, bundle.query_str)
+        template = self.text_qa_template if existing is None else self.refine_template
+        if self._text_alone and wants_text(template, self.llm, existing=existing):
+            return self._plan_text(bundle, nodes, budget, existing, overflow)
+        messages = self.messages(bundle.query_str, existing=existing)
+        left = self._room(messages, budget)
+        prompt = _Passages([], [], [], [])
+        dropped: list[NodeWithScore] = []
+        fetch_s = compress_s = 0.0
+        queued = self.queued([node.node.node_id for node in nodes]) if self.queued else ()
+        for i, node in enumerate(nodes):
+            number = len(prompt.nodes)
+            least = sum(map(len, node_spans(self.template, number + 1, node.node, []))) + self.least(node)
+            if least > left:
+                dropped.append(node)  # nothing is read or compressed for it
+                continue
+            missing: MissingPolicy = "text" if node.node.node_id in queued else self.missing
+            body = bodies[i] if bodies is not None else self.body(bundle, node, number, missing)
+            fetch_s, compress_s = fetch_s + body.fetch_s, compress_s + body.compress_s
+            passage = node_spans(self.template, number + 1, node.node, body.spans)
+            extent = sum(span.extent for span in passage)
+            if extent > left:
+                dropped.append(node)
+                continue
+            left -= extent
+            prompt.add(node, self._facts(node, body, sum(map(len, passage))), body, passage)
+        self.check_dropped(prompt.nodes, dropped, budget, overflow)
+        if bodies is not None:  # their time belongs to this answer, too
+            begun -= fetch_s + compress_s
+        plan = PromptPlan(tuple(self.template.spans(messages, prompt.spans)))
+        return self._planned(plan, prompt, dropped, begun, fetch_s, compress_s)
+
+    def _plan_text(
+        self,
+        query: QueryBundle,
+        nodes: Sequence[NodeWithScore],
+        budget: int,
+        existing: str | None,
+        overflow: OverflowPolicy | None,
+    ) -> PlannedPrompt:
+        """The same where functions of the template look at the passages' text, or change it.
+
+        How long the prompt is, only they know: all nodes are tried, and if that is too long, one more at a time.
+        """
+        begun = time.perf_counter()
+
+        def laid_out(tried: Sequence[NodeWithScore]) -> PromptPlan:
+            text = "".join(self._readable(number, node) for number, node in enumerate(tried, 1))
+            messages = self.messages(query.query_str, existing=existing, passages=text)
+            return PromptPlan(tuple(self.template.spans(messages, [])))
+
+        self._room([Message("user", (query.query_str,))], budget)
+        read: list[NodeWithScore] = list(nodes)
+        plan = laid_out(read)
+        if plan.extent > budget:
+            read = []
+            for node in nodes:
+                longer = laid_out([*read, node])
+                if longer.extent <= budget:
+                    read, plan = [*read, node], longer
+        dropped = [node for node in nodes if not any(node is other for other in read)]
+        self.check_dropped(read, dropped, budget, overflow)
+        prompt = _Passages([], [], [], [])
+        for number, node in enumerate(read, 1):
+            body = NodeBody([TextSpan(self.library.passage(text_of_node(node.node)).ids, number - 1)])
+            spans = node_spans(self.template, number, node.node, body.spans)
+            prompt.add(node, self._facts(node, body, sum(map(len, spans))), body, [])
+        return self._planned(plan, prompt, dropped, begun, 0.0, 0.0)
+
+    def _readable(self, number: int, node: NodeWithScore) -> str:
+        """A node as a function of a template sees it: as it would stand in the prompt."""
+        before, after = node_spans(self.template, number, node.node, [])
+        decode = self.template.tokenizer.decode
+        return f"{decode(list(before.ids))}{text_of_node(node.node)}{decode(list(after.ids))}"  # type: ignore[union-attr]
+
+    def messages(self, query: str, *, existing: str | None = None, passages: str | None = None) -> list[Message]:
+        """The turns of the prompt; a planner of your own may add earlier turns.
+
+        Args:
+            query: What is asked.
+            existing: An answer to refine; None for a first answer.
+            passages: Their text, to stand in the prompt; None leaves a slot for them.
+        """
+        template = self.text_qa_template if existing is None else self.refine_template
+        messages = messages_of(template, self.llm, query, existing=existing, passages=passages)
+        if self.instructions:
+            last = messages[-1]
+            messages[-1] = Message(last.role, (*last.content, self.instructions))
+        return messages
+
+    def _room(self, messages: list[Message], budget: int) -> int:
         left = budget - sum(map(len, self.template.spans(messages, [])))
         if left < 0:
             raise PromptTooLongError(
@@ -195,41 +210,78 @@ class Planner:
                 expected=f"at most {max(budget, 0)}, the answer's positions set aside",
                 next_step="shorten the question or lower max_new_tokens",
             )
-        spans: list[Span] = []
-        facts: list[NodeFacts] = []
-        fetch_s = compress_s = 0.0
-        queued = self.queued([node.node.node_id for node in nodes]) if self.queued else ()
-        for i, node in enumerate(nodes):
-            missing: MissingPolicy = "text" if node.node.node_id in queued else self.missing
-            body = self.body(bundle, node, i, missing)
-            fetch_s, compress_s = fetch_s + body.fetch_s, compress_s + body.compress_s
-            title, metadata = shown_metadata(node.node)
-            passage = self.template.passage(i + 1, title, body.spans, metadata)
-            fact = self._facts(node, body, sum(map(len, passage)))
-            extent = sum(span.extent for span in passage)
-            if extent > left:
-                break
-            left -= extent
-            spans += passage
-            facts.append(fact)
-        dropped = [node.node.node_id for node in nodes[len(facts) :]]
-        if dropped and self.overflow == "error":
-            raise PromptTooLongError(
-                "retrieved passages do not fit the window of the LLM",
-                got=f"{len(nodes)} passages, {len(dropped)} of them too many",
-                expected=f"{budget} positions in all",
-                next_step='lower similarity_top_k, raise the compression rate, or set overflow="drop"',
-            )
-        plan = PromptPlan(tuple(self.template.spans(messages, spans)))
+        return left
+
+    def check_dropped(
+        self,
+        read: Sequence[NodeWithScore],
+        dropped: Sequence[NodeWithScore],
+        budget: int,
+        overflow: OverflowPolicy | None = None,
+    ) -> None:
+        """Refuse to answer from nothing, and, if so asked, from less than all.
+
+        Raises:
+            PromptTooLongError: Nothing was read although there were nodes; or nodes were left out and `overflow` (None:
+                the planner's) is "error".
+        """
+        if not dropped or (read and (overflow or self.overflow) == "drop"):
+            return
+        names = ", ".join(node.node.node_id for node in dropped)
+        raise PromptTooLongError(
+            "retrieved passages do not fit the window of the LLM"
+            if read
+            else "none of the retrieved passages fits the window of the LLM",
+            got=f"{len(dropped)} of {len(read) + len(dropped)} passages too many ({names})",
+            expected=f"{budget} positions in all",
+            next_step='lower similarity_top_k, raise the compression rate, or set overflow="drop"'
+            if read
+            else "ingest in smaller chunks, or keep long metadata from the LLM (excluded_llm_metadata_keys)",
+        )
+
+    def _planned(
+        self,
+        plan: PromptPlan,
+        prompt: _Passages,
+        dropped: Sequence[NodeWithScore],
+        begun: float,
+        fetch_s: float,
+        compress_s: float,
+    ) -> PlannedPrompt:
         seconds = time.perf_counter() - begun
-        layout_s = seconds - fetch_s - compress_s
-        cost = PromptCost.of(plan, facts, self.library)
-        used = list(nodes[: len(facts)])
-        return PlannedPrompt(plan, used, facts, dropped, fetch_s, compress_s, layout_s, seconds, cost)
+        return PlannedPrompt(
+            plan,
+            prompt.nodes,
+            prompt.facts,
+            [node.node.node_id for node in dropped],
+            fetch_s,
+            compress_s,
+            seconds - fetch_s - compress_s,
+            seconds,
+            PromptCost.of(plan, prompt.facts, self.library),
+            prompt.bodies,
+        )
+
+    def cut(self, answer: str, limit: int) -> str:
+        """An answer so far, cut to so many tokens where spelling it anew takes more than generating it did."""
+        ids = self.template.plain(answer)
+        return answer if len(ids) <= limit else str(self.template.tokenizer.decode(ids[:limit]))
 
     def mode_of(self, query: QueryBundle, node: NodeWithScore) -> Mode:
         """How a node enters; a planner of your own may decide by the query."""
-        return self.choose(node) if self.choose else self.mode
+        if self.choose is None:
+            return self.mode
+        chosen_mode = self.choose(node)
+        _check_setting("choose", chosen_mode, Mode)
+        return chosen_mode
+
+    def least(self, node: NodeWithScore) -> int:
+        """Fewest positions of the window that a node's body takes, told without its concepts.
+
+        A planner of your own whose `body` takes fewer overrides this too.
+        """
+        passage = self.library.passage(text_of_node(node.node))
+        return len(passage.ids) if self.library.spec.config.deep else sum(passage.n_concepts)
 
     def body(self, query: QueryBundle, node: NodeWithScore, passage: int, missing: MissingPolicy) -> NodeBody:
         """What stands for a node's text; a planner of your own may mix text and concepts within one node.
@@ -240,7 +292,7 @@ class Planner:
             passage: Number of the passage, from 0.
             missing: What to do when concepts are not stored.
         """
-        text = _text(node)
+        text = text_of_node(node.node)
         fetched, fetch_s = Fetched(None, 0, 0, 0.0), 0.0
         if self.mode_of(query, node) == "concepts":
             begun = time.perf_counter()
@@ -256,7 +308,7 @@ class Planner:
         return NodeFacts(
             node.node.node_id,
             "concepts" if concepts else "text",
-            len(self.library.passage(_text(node)).ids),
+            len(self.library.passage(text_of_node(node.node)).ids),
             sum(map(len, concepts)),
             positions,
             body.hits,
@@ -264,25 +316,24 @@ class Planner:
         )
 
 
-def _text(node: NodeWithScore) -> str:
-    return node.node.get_content(metadata_mode=MetadataMode.NONE)
+@dataclass(frozen=True)
+class _Passages:
+    """What is in a prompt so far."""
+
+    nodes: list[NodeWithScore]
+    facts: list[NodeFacts]
+    bodies: list[NodeBody]
+    spans: list[Span]
+
+    def add(self, node: NodeWithScore, facts: NodeFacts, body: NodeBody, spans: Sequence[Span]) -> None:
+        self.nodes.append(node)
+        self.facts.append(facts)
+        self.bodies.append(body)
+        self.spans.extend(spans)
 
 
-def shown_metadata(node: BaseNode) -> tuple[str, dict[str, Any]]:
-    """Title of a node, and whatever other metadata the LLM may see."""
-    shown = {k: v for k, v in node.metadata.items() if k not in node.excluded_llm_metadata_keys}
-    title = shown.pop("title", None) or shown.pop("file_name", "")
-    return str(title), shown
-
-
-def messages_of(template: BasePromptTemplate, llm: LLM | None, query: str) -> list[Message]:
-    """The turns of a LlamaIndex prompt template, with `{context_str}` as the slot for the passages."""
-    mark = f"\ue010{secrets.token_hex(8)}\ue011"
-    turns: list[ChatMessage] = template.format_messages(llm=llm, context_str=mark, query_str=query)
-    out = []
-    for turn in turns:
-        content: list[str | Slot] = []
-        for i, part in enumerate((turn.content or "").split(mark)):
-            content += [SLOT, part] if i else [part]
-        out.append(Message(turn.role.value, tuple(content)))
-    return out
+def _check_setting(name: str, value: object, kind: Any) -> None:
+    if value not in get_args(kind):
+        raise ConfigurationError(
+            f"unknown {name}", got=repr(value), expected=" or ".join(get_args(kind)), next_step="correct it"
+        )

@@ -27,6 +27,7 @@ from compllm_rag.catalog.database import CATALOG_VERSION, claimed, connected, re
 from compllm_rag.catalog.flat_vectors import FlatVectors, unit_vector
 from compllm_rag.catalog.generations import GenerationFiles, VectorGeneration
 from compllm_rag.catalog.rows import StoredNode
+from compllm_rag.catalog.tracked import STORE_KEY
 from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.errors import CorruptRecordError, StorageMismatchError, StorageNotFoundError
 from compllm_rag.llamaindex.index import ConceptIndex
@@ -102,6 +103,7 @@ def repair_storage(
     if check.sound:
         return RepairReport(0, seconds=time.perf_counter() - begun)
     _refuse_hopeless(path, check)
+    _refuse_elsewhere(path)
     manifest = read_manifest(path)
     own = compressor or load_own_compressor(path, manifest, llm, progress, model_options)
     manifest.check_compressor(own.fingerprint, own.llm.source)
@@ -125,6 +127,18 @@ def repair_storage(
         sound=verify_storage(path, progress=progress).sound,
         seconds=time.perf_counter() - begun,
     )
+
+
+def _refuse_elsewhere(folder: Path) -> None:
+    with connected(folder / CATALOG, writing=False) as connection:
+        row = connection.execute("SELECT value FROM meta WHERE key = ?", (STORE_KEY,)).fetchone()
+        connection.close()
+    if row is not None:
+        raise StorageMismatchError(
+            "only a storage that keeps its own text can be repaired from it",
+            got=f"text in {row[0]}",
+            next_step="delete the storage, open ConceptIndex.from_vector_store with a new storage_dir, and adopt()",
+        )
 
 
 def _refuse_hopeless(folder: Path, check: StorageCheck) -> None:

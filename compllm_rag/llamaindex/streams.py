@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator
 
 
 async def in_thread(pieces: Iterable[str]) -> AsyncGenerator[str, None]:
@@ -22,6 +22,16 @@ async def in_thread(pieces: Iterable[str]) -> AsyncGenerator[str, None]:
             yield str(piece)
     finally:
         _close(iterator)
+
+
+def iter_once(text: str) -> Generator[str, None, None]:
+    """A text that is there already, as a stream."""
+    yield text
+
+
+async def aiter_once(text: str) -> AsyncGenerator[str, None]:
+    """The same as an asynchronous one."""
+    yield text
 
 
 def _close(iterator: Iterator[str]) -> None:

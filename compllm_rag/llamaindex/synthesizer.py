@@ -22,16 +22,22 @@ from llama_index.core.response_synthesizers.base import BaseSynthesizer, QueryTe
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index_instrumentation import get_dispatcher
+from pydantic import BaseModel
 
 from compllm_rag.config import GenerationConfig, MissingPolicy, Mode, OverflowPolicy
 from compllm_rag.generation.base import Generation, Generator, TokenStream
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import ConceptLibrary
+from compllm_rag.llamaindex.account import PlannedPrompt, Reading, add_earlier, empty_account, joined_account
 from compllm_rag.llamaindex.callbacks import FollowsSettings
+from compllm_rag.llamaindex.decoding import generation_of
 from compllm_rag.llamaindex.llm import ConceptLLM
-from compllm_rag.llamaindex.planner import DEFAULT_TEMPLATE, Chooser, PlannedPrompt, Planner, Queued
-from compllm_rag.llamaindex.streams import in_thread
-from compllm_rag.llamaindex.tracing import LLMCall, traced_plan
+from compllm_rag.llamaindex.planner import Chooser, Planner, Queued
+from compllm_rag.llamaindex.response_modes import ResponseMode, StockMode, allot, checked_mode, silent_answer
+from compllm_rag.llamaindex.streams import aiter_once, in_thread, iter_once
+from compllm_rag.llamaindex.structured import instructions_for, parsed, refuse_stream, schema_of
+from compllm_rag.llamaindex.templates import DEFAULT_REFINE_TEMPLATE, DEFAULT_TEMPLATE
+from compllm_rag.llamaindex.tracing import LLMCall
 
 dispatcher = get_dispatcher(__name__)
 
@@ -48,12 +54,22 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
         text_qa_template: Any LlamaIndex template with `{context_str}` and `{query_str}`.
         mode: `concepts`, or `text` to read the passages as tokens in the identical layout.
         missing: What to do when concepts are not stored: `recompress`, `text` or `error`.
-        overflow: What to do when passages do not fit the window: `drop` the last ones and report it, or `error`.
+        overflow: What to do when passages do not fit: `drop` those and report it, or `error`. When none fits it is an
+            error always. In `compact` and `refine` only passages that do not fit a prompt by themselves count.
         choose: Decides text or concepts for each node by itself.
         queued: Tells which of some node ids have concepts in the making; those are read as text meanwhile.
         streaming: Give out a stream.
         generation: Limits of the answer; None takes the generator's.
         callback_manager: LlamaIndex's; None takes that of `Settings`, whichever it is at the time.
+        response_mode: `simple_summarize` (the default): one prompt. `compact`: as many prompts as the passages fill,
+            each making the answer of the one before it better. `refine`: a prompt for each passage. `no_text` and
+            `context_only`: the nodes, or their text, without running the LLM.
+        refine_template: Any LlamaIndex template with `{context_msg}`, `{query_str}` and `{existing_answer}`.
+        output_cls: A pydantic model; the answer is an object of it (`PydanticResponse`). Tokens that its schema does
+            not allow are never chosen (extra `structured`). Not with `streaming`.
+
+    Raises:
+        ConfigurationError: A setting is none that there is, or a function of a template would have to see concepts.
     """
 
     def __init__(
@@ -70,11 +86,23 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
         streaming: bool = False,
         generation: GenerationConfig | None = None,
         callback_manager: CallbackManager | None = None,
+        response_mode: str | StockMode | None = None,
+        refine_template: BasePromptTemplate | None = None,
+        output_cls: type[BaseModel] | None = None,
     ) -> None:
+        if output_cls is not None and streaming:
+            refuse_stream()
+        self._mode: ResponseMode = checked_mode(response_mode)
+        silent = silent_answer(self._mode, []) is not None
         self._generator = generator or LocalGenerator(library.llm, halves=library.halves)
-        if isinstance(self._generator, LocalGenerator) and (mode == "concepts" or choose is not None):
+        if isinstance(self._generator, LocalGenerator) and not silent and (mode == "concepts" or choose is not None):
             _ = self._generator.halves  # made ready now, so that the first answer does not wait for it
-        super().__init__(llm=ConceptLLM(self._generator), callback_manager=callback_manager, streaming=streaming)
+        super().__init__(
+            llm=ConceptLLM(self._generator),
+            callback_manager=callback_manager,
+            streaming=streaming,
+            output_cls=output_cls,
+        )
         self._planner = Planner(
             library,
             text_qa_template or DEFAULT_TEMPLATE,
@@ -84,14 +112,20 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
             overflow=overflow,
             choose=choose,
             queued=queued,
+            refine_template=refine_template or DEFAULT_REFINE_TEMPLATE,
+            instructions="" if output_cls is None else instructions_for(output_cls),
         )
         self._generation = generation or self._generator.config
+        if output_cls is not None:
+            self._generation = generation_of(self._generation, {"json_schema": schema_of(output_cls)})
+        self._facts = {"compressor": "trained" if library.spec.config.trained else "untrained"}
 
     def _get_prompts(self) -> dict[str, BasePromptTemplate]:
-        return {"text_qa_template": self._planner.text_qa_template}
+        return {"text_qa_template": self._planner.text_qa_template, "refine_template": self._planner.refine_template}
 
     def _update_prompts(self, prompts: dict[str, BasePromptTemplate]) -> None:
         self._planner.text_qa_template = prompts.get("text_qa_template", self._planner.text_qa_template)
+        self._planner.refine_template = prompts.get("refine_template", self._planner.refine_template)
 
     def synthesize(
         self,
@@ -107,19 +141,16 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
         """
         bundle = QueryBundle(query) if isinstance(query, str) else query
         dispatcher.event(SynthesizeStartEvent(query=bundle))
-        if not nodes:
-            empty = (
-                StreamingResponse(self._empty_response_generator())
-                if self._streaming
-                else Response(self._empty_response)
-            )
-            dispatcher.event(SynthesizeEndEvent(query=bundle, response=empty))
-            return empty
+        silent = self._silent(nodes)
+        if silent is not None:
+            given = StreamingResponse(iter_once(silent)) if self._streaming else Response(silent)
+            self._complete_silent(given, silent, bundle, nodes, additional_source_nodes)
+            return given
         with self._callback_manager.event(
             CBEventType.SYNTHESIZE, payload={EventPayload.QUERY_STR: bundle.query_str}
         ) as event:
-            planned = self._plan(bundle, nodes)
-            response = self._respond(planned, additional_source_nodes or [])
+            reading = self._plan(bundle, nodes)
+            response = self._respond(reading, additional_source_nodes or [])
             event.on_end(payload={EventPayload.RESPONSE: response})
         dispatcher.event(SynthesizeEndEvent(query=bundle, response=response))
         return response
@@ -136,81 +167,115 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
             return await asyncio.to_thread(self.synthesize, query, nodes, additional_source_nodes, **response_kwargs)
         bundle = QueryBundle(query) if isinstance(query, str) else query
         dispatcher.event(SynthesizeStartEvent(query=bundle))
-        if not nodes:
-            empty = AsyncStreamingResponse(self._empty_response_agenerator())
-            dispatcher.event(SynthesizeEndEvent(query=bundle, response=empty))
-            return empty
+        silent = self._silent(nodes)
+        if silent is not None:
+            given = AsyncStreamingResponse(aiter_once(silent))
+            self._complete_silent(given, silent, bundle, nodes, additional_source_nodes)
+            return given
         with self._callback_manager.event(
             CBEventType.SYNTHESIZE, payload={EventPayload.QUERY_STR: bundle.query_str}
         ) as event:
-            planned = await asyncio.to_thread(self._plan, bundle, nodes)
-            account = planned.account()
-            response = self._output(self._astream(planned, account), planned, account, additional_source_nodes or [])
+            reading = await asyncio.to_thread(self._plan, bundle, nodes)
+            response = self._output(self._astream(reading), reading, additional_source_nodes or [])
             event.on_end(payload={EventPayload.RESPONSE: response})
         dispatcher.event(SynthesizeEndEvent(query=bundle, response=response))
         return response
 
     def get_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> RESPONSE_TEXT_TYPE:
         """Answer from bare texts, for callers that have no nodes."""
-        planned = self._plan(QueryBundle(query_str), [NodeWithScore(node=TextNode(text=text)) for text in text_chunks])
-        account = planned.account()
-        return self._stream(planned, account) if self._streaming else self._generate(planned, account)
+        nodes = [NodeWithScore(node=TextNode(text=text)) for text in text_chunks]
+        if (silent := self._silent(nodes)) is not None:
+            return iter_once(silent) if self._streaming else silent
+        reading = self._plan(QueryBundle(query_str), nodes)
+        return self._stream(reading) if self._streaming else self._answer(reading)
 
     async def aget_response(
         self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any
     ) -> RESPONSE_TEXT_TYPE:
         """`get_response` with the work in threads."""
+        if not self._streaming:
+            return await asyncio.to_thread(self.get_response, query_str, text_chunks, **response_kwargs)
         nodes = [NodeWithScore(node=TextNode(text=text)) for text in text_chunks]
-        planned = await asyncio.to_thread(self._plan, QueryBundle(query_str), nodes)
-        account = planned.account()
-        if self._streaming:
-            return self._astream(planned, account)
-        return await asyncio.to_thread(self._generate, planned, account)
+        if (silent := self._silent(nodes)) is not None:
+            return aiter_once(silent)
+        return self._astream(await asyncio.to_thread(self._plan, QueryBundle(query_str), nodes))
 
-    def _plan(self, query: QueryBundle, nodes: Sequence[NodeWithScore]) -> PlannedPrompt:
-        planned = traced_plan(self._planner, query, nodes, self._generator.window - self._generation.max_new_tokens)
-        texts = [node.node.get_content() for node in planned.nodes]
-        dispatcher.event(GetResponseStartEvent(query_str=query.query_str, text_chunks=texts))
-        return planned
+    def _silent(self, nodes: Sequence[NodeWithScore]) -> str | None:
+        """The answer where the LLM does not run; None where it does."""
+        silent = silent_answer(self._mode, nodes)
+        return self._empty_response if not nodes and self._mode != "no_text" else silent
 
-    def _respond(self, planned: PlannedPrompt, additional: Sequence[NodeWithScore]) -> RESPONSE_TYPE:
-        account = planned.account()
-        text: RESPONSE_TEXT_TYPE = (
-            self._stream(planned, account) if self._streaming else self._generate(planned, account)
-        )
-        return self._output(text, planned, account, additional)
-
-    def _output(
+    def _complete_silent(
         self,
-        text: RESPONSE_TEXT_TYPE,
-        planned: PlannedPrompt,
-        account: dict[str, Any],
-        additional: Sequence[NodeWithScore],
-    ) -> RESPONSE_TYPE:
-        response = self._prepare_response_output(text, [*planned.nodes, *additional])
+        response: RESPONSE_TYPE,
+        answer: str,
+        query: QueryBundle,
+        nodes: Sequence[NodeWithScore],
+        additional: Sequence[NodeWithScore] | None,
+    ) -> None:
+        """Give a response that no LLM made its sources and its account, and tell of it."""
+        response.source_nodes = [*nodes, *(additional or [])]
+        shown = self._get_metadata_for_response([node.node for node in response.source_nodes]) or {}
+        response.metadata = {**shown, "compllm": empty_account(answer) | self._facts}
+        dispatcher.event(SynthesizeEndEvent(query=query, response=response))
+
+    def _plan(self, query: QueryBundle, nodes: Sequence[NodeWithScore]) -> Reading:
+        """Lay out the prompts of an answer, and answer all but the last of them."""
+        room = self._generation.max_new_tokens
+        budget = self._generator.window - room
+        prompts, dropped = allot(self._planner, query, nodes, mode=self._mode, budget=budget, answer_room=room)
+        texts = [node.node.get_content() for planned in prompts for node in planned.nodes]
+        dispatcher.event(GetResponseStartEvent(query_str=query.query_str, text_chunks=texts))
+        earlier: list[dict[str, Any]] = []
+        for i in range(1, len(prompts)):
+            own = prompts[i - 1].account()
+            existing = self._planner.cut(self._generate(Reading(prompts[i - 1], [], own, [])), room)
+            earlier.append(own)
+            again = prompts[i]
+            prompts[i] = self._planner.plan(
+                query, again.nodes, budget, existing=existing, bodies=again.bodies, overflow="drop"
+            )
+            dropped += prompts[i].dropped
+        account = joined_account(prompts, dropped) | self._facts
+        return Reading(prompts[-1], [node for planned in prompts for node in planned.nodes], account, earlier)
+
+    def _respond(self, reading: Reading, additional: Sequence[NodeWithScore]) -> RESPONSE_TYPE:
+        text = self._stream(reading) if self._streaming else self._answer(reading)
+        return self._output(text, reading, additional)
+
+    def _output(self, text: RESPONSE_TEXT_TYPE, reading: Reading, additional: Sequence[NodeWithScore]) -> RESPONSE_TYPE:
+        response = self._prepare_response_output(text, [*reading.nodes, *additional])
         # The dictionary itself, not a copy: a stream fills in its timings when it ends.
-        response.metadata = {**(response.metadata or {}), "compllm": account}
+        response.metadata = {**(response.metadata or {}), "compllm": reading.account}
         return response
 
-    def _generate(self, planned: PlannedPrompt, account: dict[str, Any]) -> str:
-        for _ in (stream := self._stream(planned, account)):
+    def _answer(self, reading: Reading) -> RESPONSE_TEXT_TYPE:
+        text = self._generate(reading)
+        if self._output_cls is None:
+            return text
+        reason, limit = reading.account["finish_reason"], self._generation.max_new_tokens
+        return parsed(self._output_cls, text, finish_reason=reason, limit=limit)
+
+    def _generate(self, reading: Reading) -> str:
+        for _ in (stream := self._stream(reading)):
             pass
         stream.close()
-        return str(account["answer"])
+        return str(reading.account["answer"])
 
-    def _stream(self, planned: PlannedPrompt, account: dict[str, Any]) -> TextStream[str, None, None]:
-        return self._pieces(planned, account, self._call())
+    def _stream(self, reading: Reading) -> TextStream[str, None, None]:
+        return self._pieces(reading, self._call())
 
-    def _astream(self, planned: PlannedPrompt, account: dict[str, Any]) -> AsyncGenerator[str, None]:
-        return in_thread(self._stream(planned, account))
+    def _astream(self, reading: Reading) -> AsyncGenerator[str, None]:
+        return in_thread(self._stream(reading))
 
     def _call(self) -> LLMCall:
         """A call whose span belongs to the span of now, whenever its pieces are wanted."""
         return LLMCall(self._llm, self._callback_manager, self._generation)
 
-    def _pieces(self, planned: PlannedPrompt, account: dict[str, Any], call: LLMCall) -> TextStream[str, None, None]:
+    def _pieces(self, reading: Reading, call: LLMCall) -> TextStream[str, None, None]:
         """Generate, telling LlamaIndex's instrumentation, and complete the account however it ends."""
         begun = time.perf_counter()
+        planned, account = reading.planned, reading.account
         prompt = self._readable(planned) if call.is_heard else ""
         cancel = threading.Event()
         stream = self._generator.stream(planned.plan, self._generation, cancel)
@@ -225,6 +290,7 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
         finally:
             cancel.set()
             _complete(account, planned, stream, waited_s)
+            add_earlier(account, reading.earlier)
             call.end(stream.result, account, error)
 
     def _readable(self, planned: PlannedPrompt) -> str:
@@ -250,6 +316,7 @@ def _complete(account: dict[str, Any], planned: PlannedPrompt, stream: TokenStre
     account["answer"] = made.text
     account["finish_reason"] = made.finish_reason
     account["new_tokens"] = len(made.token_ids)
+    account["reused_positions"] = made.reused_positions
     account["layout_s"] = planned.layout_s + made.layout_s
     account["prefill_s"] = made.prefill_s
     account["decode_s"] = made.decode_s

@@ -220,10 +220,12 @@ def span(name: str, **inputs: object) -> Iterator[dict[str, Any]]:
         active_span_id.reset(token)
 
 
-def traced_plan(planner: Planner, query: QueryBundle, nodes: Sequence[NodeWithScore], budget: int) -> PlannedPrompt:
+def traced_plan(
+    planner: Planner, query: QueryBundle, nodes: Sequence[NodeWithScore], budget: int, **options: Any
+) -> PlannedPrompt:
     """`Planner.plan` within a span, telling what came from the store and what had to be compressed."""
     with span("ConceptLibrary.fetch", query=query.query_str, node_ids=[n.node.node_id for n in nodes]) as result:
-        planned = planner.plan(query, nodes, budget)
+        planned = planner.plan(query, nodes, budget, **options)
         hits, misses = sum(f.hits for f in planned.facts), sum(f.misses for f in planned.facts)
         within, positions = active_span_id.get(), planned.plan.positions
         result |= {

@@ -21,7 +21,6 @@ from llama_index.core.vector_stores.types import (
     BasePydanticVectorStore,
     MetadataFilters,
     VectorStoreQuery,
-    VectorStoreQueryMode,
     VectorStoreQueryResult,
 )
 
@@ -30,8 +29,7 @@ from compllm_rag.catalog.catalog import Catalog
 from compllm_rag.catalog.flat_vectors import unit_vector
 from compllm_rag.catalog.rows import StoredNode
 from compllm_rag.errors import ConfigurationError, EmbedderMismatchError
-from compllm_rag.llamaindex.filters import matches
-from compllm_rag.llamaindex.node_search import allowed_ids, nearest
+from compllm_rag.llamaindex.node_search import allowed_ids, nearest, search_mode
 from compllm_rag.llamaindex.nodes import decode_node, encode_node
 
 
@@ -260,20 +258,22 @@ class FaissTextVectorStore(BasePydanticVectorStore):
 
         `query.doc_ids=[]` allows nothing; `query.node_ids=[]` is what LlamaIndex's retriever passes for "no limit".
 
+        Args:
+            query: What is asked. The modes are DEFAULT and MMR (similar to the query, and not to each other).
+            **kwargs: Of MMR: `mmr_threshold` (0 to 1; 0.5), and `mmr_prefetch_k` or `mmr_prefetch_factor`, how many
+                of the most similar nodes are chosen from: 4 times `similarity_top_k`, and 100 at least.
+
         Returns:
-            Nodes (without embeddings), cosine similarities and ids, best first; ties in order of arrival.
+            Nodes (without embeddings), cosine similarities and ids, best first; ties in order of arrival. Of MMR the
+            scores are those by which nodes were chosen.
 
         Raises:
             EmbedderMismatchError: The embedding has another number of dimensions.
-            ConfigurationError: It is missing, NaN, infinite or zero; a mode other than DEFAULT; a senseless filter.
+            ConfigurationError: It is missing, NaN, infinite or zero; another mode; an option that the mode does not
+                have; a filter that makes no sense.
             CorruptRecordError: A row fails its checksum, or the vectors were damaged.
         """
-        if query.mode != VectorStoreQueryMode.DEFAULT:
-            raise ConfigurationError(
-                "this store searches by similarity only",
-                got=query.mode.value,
-                expected=VectorStoreQueryMode.DEFAULT.value,
-            )
+        diversity = search_mode(query, kwargs)
         if query.similarity_top_k < 1:
             raise ConfigurationError(
                 "similarity_top_k makes no sense", got=query.similarity_top_k, expected="at least 1"
@@ -284,7 +284,7 @@ class FaissTextVectorStore(BasePydanticVectorStore):
         with self._catalog.reading() as connection:
             vectors = self._catalog.vectors()
             allowed = allowed_ids(connection, query)
-            found = nearest(connection, vectors, vector, query.similarity_top_k, allowed, query.filters)
+            found = nearest(connection, vectors, vector, query.similarity_top_k, allowed, diversity)
             nodes = [decode_node(row) for row, _ in found]
         return VectorStoreQueryResult(
             nodes=nodes, similarities=[score for _, score in found], ids=[node.node_id for node in nodes]
@@ -376,9 +376,10 @@ class FaissTextVectorStore(BasePydanticVectorStore):
     def _select(
         self, connection: sqlite3.Connection, node_ids: list[str] | None, filters: MetadataFilters | None
     ) -> Iterator[StoredNode]:
-        if node_ids is None:
-            rows: Iterator[StoredNode] = node_rows.read_all(connection)
-        else:
-            found = node_rows.read_ids(connection, node_rows.ids_where(connection, "node_id", node_ids))
-            rows = (found[id_] for id_ in sorted(found))
-        return (row for row in rows if filters is None or matches(filters, row.metadata, row.ref_doc_id))
+        if node_ids is None and filters is None:
+            return node_rows.read_all(connection)
+        query = VectorStoreQuery(node_ids=node_ids, filters=filters)
+        if node_ids == []:  # no node, and not LlamaIndex's "no limit"
+            return iter(())
+        allowed = allowed_ids(connection, query)
+        return node_rows.read_all(connection) if allowed is None else node_rows.read_each(connection, allowed.tolist())

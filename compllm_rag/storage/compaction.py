@@ -12,6 +12,7 @@ from typing import Any
 from compllm_rag.catalog.accounts import Accounts
 from compllm_rag.catalog.catalog import Catalog
 from compllm_rag.catalog.kv import KeyValues
+from compllm_rag.catalog.tracked import count_chunks
 from compllm_rag.errors import StorageMismatchError
 from compllm_rag.storage.manifest import CONCEPTS, META_KEY, Manifest, require_storage
 from compllm_rag.storage.migration import BACKUP
@@ -98,7 +99,7 @@ def compact_storage(folder: str | Path, *, progress: Progress | None = None) -> 
 
 def _require_counts(catalog: Catalog, accounts: Accounts) -> None:
     with catalog.reading() as connection:
-        (chunks,) = connection.execute("SELECT count(*) FROM nodes").fetchone()
+        chunks = count_chunks(connection)
     counted = accounts.total()[1].chunks
     if counted != chunks or not accounts.references.counted:
         raise StorageMismatchError(

@@ -9,6 +9,9 @@ from compllm_rag.catalog.accounts import Accounts
 from compllm_rag.catalog.catalog import Catalog
 from compllm_rag.catalog.kv import KeyValues
 from compllm_rag.catalog.pending import PendingChunks
+from compllm_rag.compression.pretrained import saved_config
+from compllm_rag.errors import UnsupportedFormatError
+from compllm_rag.storage.adapter_files import COMPRESSOR
 from compllm_rag.storage.manifest import CONCEPTS, META_KEY, Manifest, require_storage
 from compllm_rag.storage.stores import open_store
 from compllm_rag.store.base import StoreStats
@@ -25,11 +28,21 @@ def storage_stats(folder: Path) -> dict[str, Any]:
     with Catalog.open(folder, read_only=True) as catalog:
         manifest, values = Manifest.parse(catalog.get_meta(META_KEY)), KeyValues(catalog)
         with open_store(manifest, folder / CONCEPTS, read_only=True) as store:
-            return stats_fields(Accounts(values), len(PendingChunks(values)), store.stats(), manifest)
+            trained = _trained(folder)
+            return stats_fields(Accounts(values), len(PendingChunks(values)), store.stats(), manifest, trained=trained)
 
 
-def stats_fields(accounts: Accounts, pending: int, stored: StoreStats, manifest: Manifest) -> dict[str, Any]:
-    """Counts, rates and identities as plain values."""
+def _trained(folder: Path) -> bool | None:
+    try:
+        return saved_config(folder / COMPRESSOR).trained
+    except UnsupportedFormatError:
+        return None  # `verify` says what is wrong with it
+
+
+def stats_fields(
+    accounts: Accounts, pending: int, stored: StoreStats, manifest: Manifest, *, trained: bool | None
+) -> dict[str, Any]:
+    """Counts, rates and identities as plain values; `trained` is None where the compressor cannot be read."""
     documents, total = accounts.total()
     rate = total.source_tokens / total.concepts if total.concepts else None
     return {
@@ -46,6 +59,7 @@ def stats_fields(accounts: Accounts, pending: int, stored: StoreStats, manifest:
         "encoding": manifest.ingest.encoding,
         "bytes_per_source_token": stored.payload_bytes / total.source_tokens if total.source_tokens else None,
         "fingerprint": manifest.fingerprint,
+        "compressor": None if trained is None else "trained" if trained else "untrained",
         "llm": manifest.llm,
         "embedder": manifest.embedder,
         "rate": manifest.ingest.rate,

@@ -20,6 +20,7 @@ from compllm_rag.catalog.database import connected, has_tables, read_state
 from compllm_rag.catalog.generations import GenerationFiles
 from compllm_rag.catalog.pending import pending_keys
 from compllm_rag.catalog.references import count_keys, is_counted, referred_keys
+from compllm_rag.catalog.tracked import count_chunks
 from compllm_rag.errors import CompLLMError, CorruptRecordError, UnsupportedFormatError
 from compllm_rag.storage.adapter_files import FILES_KEY, damaged_adapters
 from compllm_rag.storage.manifest import CATALOG, CONCEPTS, META_KEY, Manifest, refuse_newer, require_storage
@@ -166,7 +167,7 @@ def _check_catalog(
     if not has_tables(connection):
         Manifest.parse(None)  # refuses: the making of the storage was interrupted
     _check_vectors(folder, connection, made, progress)  # begins the transaction in which the rest is read
-    made.chunks = int(connection.execute("SELECT count(*) FROM nodes").fetchone()[0])
+    made.chunks = count_chunks(connection)
     if made.deep:
         _check_rows(connection, made, progress)
     manifest = _check_manifest(connection, made)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 
 from compllm_rag.store.base import ConceptStore, StoreStats, check_hidden_size, check_keys, encode_record
+from compllm_rag.store.compaction import CompactReport
 from compllm_rag.store.encodings import FP16, encoding_named
+from compllm_rag.store.reading import Progress
 
 
 class MemoryStore(ConceptStore):
@@ -59,6 +61,18 @@ class MemoryStore(ConceptStore):
         found = self._find(keys)
         payloads = [payload for payload in found if payload is not None]
         return self._decode(payloads) if len(payloads) == len(found) else None
+
+    def compact(
+        self, live: Callable[[Sequence[str]], Sequence[bool]] | None = None, *, progress: Progress | None = None
+    ) -> CompactReport:
+        """Forget records that nothing refers to; see `DiskStore.compact`."""
+        with self._guard:
+            keys = list(self._records)
+            before = self._payload_bytes
+            dead = [] if live is None else [k for k, alive in zip(keys, live(keys), strict=True) if not alive]
+            for key in dead:
+                self._payload_bytes -= len(self._records.pop(key))
+            return CompactReport(len(self._records), len(dead), 0, 0, before, self._payload_bytes)
 
     def flush(self) -> None:
         """Do nothing: memory is as durable as it gets."""

@@ -9,12 +9,14 @@ import toy
 import trained
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.config import GenerationConfig
+from compllm_rag.errors import DeviceMemoryError
 from compllm_rag.evaluation.questions import Question
 from compllm_rag.evaluation.results import EvalConfig
 from compllm_rag.evaluation.runner import evaluate
+from compllm_rag.evaluation.scoring import ScoringGenerator
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.models.llm import TargetLLM
-from compllm_rag.prompt import QAPrompt, TextSpan
+from compllm_rag.prompt import PromptPlan, QAPrompt, TextSpan
 from tests.evaluation.evaluation_samples import questions
 
 
@@ -78,3 +80,48 @@ def test_scoring_leaves_the_answers_alone(compressor: Compressor) -> None:
     result = evaluate(compressor, questions(), mode="text", config=EvalConfig(max_new_tokens=6))
     expected = {q.id: alone.generate([prompt(compressor.llm, q)])[0].text for q in questions()}
     assert {r.id: r.answer for r in result.records} == expected
+
+
+@pytest.mark.parametrize("generate", [True, False])
+@pytest.mark.parametrize("deep", [True, False])
+def test_a_batch_that_is_halved_for_memory_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch, generate: bool, deep: bool
+) -> None:
+    llm = toy.llm()
+    made = trained.trained_deep(llm) if deep else Compressor(llm, information=trained.information(llm))
+    config = EvalConfig(batch_size=7, max_new_tokens=6, generate=generate)
+    expected = evaluate(made, questions(), mode="concepts", config=config)
+    lay_out, refused = LocalGenerator.lay_out, []
+
+    def short(self: LocalGenerator, plans: list[PromptPlan]) -> object:
+        if len(plans) > 2:
+            refused.append(len(plans))
+            raise DeviceMemoryError("no memory is left")
+        return lay_out(self, plans)
+
+    monkeypatch.setattr(LocalGenerator, "lay_out", short)
+    result = evaluate(made, questions(), mode="concepts", config=config)
+    assert refused
+    assert [(r.id, r.answer, r.option) for r in result.records] == [
+        (r.id, r.answer, r.option) for r in expected.records
+    ]
+    assert [r.nll for r in result.records] == pytest.approx([r.nll for r in expected.records], abs=1e-4)
+
+
+def test_memory_that_ends_while_decoding_leaves_no_half_read_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = toy.llm()
+    made, plans = ScoringGenerator(llm, GenerationConfig(max_new_tokens=4)), [prompt(llm, q) for q in questions()[:4]]
+    golds = [tuple(QAPrompt(llm.tokenizer).template.plain(q.answers[0])) for q in questions()[:4]]
+    answers, whole = made.run(plans, answer=True)
+    tokens = LocalGenerator._tokens
+
+    def short(self: LocalGenerator, forward: object, plans: list[PromptPlan], config: GenerationConfig):
+        for step, chosen in enumerate(tokens(self, forward, plans, config)):
+            if step == 1 and len(plans) > 1:
+                raise DeviceMemoryError("no memory is left")
+            yield chosen
+
+    monkeypatch.setattr(LocalGenerator, "_tokens", short)
+    halved, parts = made.run(plans, answer=True)
+    assert (halved, len(parts.parts)) == (answers, 4)
+    assert parts.log_likelihoods(golds) == pytest.approx(whole.log_likelihoods(golds), abs=1e-4)

@@ -318,7 +318,7 @@ def test_refused_nodes_leave_the_rest_alone(store: FaissTextVectorStore) -> None
     assert (store.n_nodes, store.catalog.pending) == (0, False)
 
 
-@pytest.mark.parametrize("mode", [VectorStoreQueryMode.HYBRID, VectorStoreQueryMode.MMR, VectorStoreQueryMode.SPARSE])
+@pytest.mark.parametrize("mode", [VectorStoreQueryMode.HYBRID, VectorStoreQueryMode.SPARSE])
 def test_other_query_modes_are_refused(store: FaissTextVectorStore, mode: VectorStoreQueryMode) -> None:
     store.add([node("a", axis(0))])
     with pytest.raises(ConfigurationError, match=mode.value):

@@ -1,0 +1,1 @@
+"""Chat over an index: conversations as text, passages as concepts."""

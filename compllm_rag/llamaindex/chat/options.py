@@ -1,0 +1,225 @@
+"""What `ConceptIndex.as_chat_engine` takes, in each mode; anything else is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
+
+from llama_index.core.chat_engine import SimpleChatEngine
+from llama_index.core.chat_engine.condense_plus_context import DEFAULT_CONDENSE_PROMPT_TEMPLATE
+from llama_index.core.chat_engine.condense_question import DEFAULT_TEMPLATE
+from llama_index.core.chat_engine.types import BaseChatEngine
+from llama_index.core.llms.llm import LLM
+from llama_index.core.memory import BaseMemory, ChatMemoryBuffer
+from llama_index.core.prompts import BasePromptTemplate, ChatPromptTemplate, PromptTemplate
+
+from compllm_rag.errors import ConfigurationError
+from compllm_rag.llamaindex.chat.condense import Condenser
+from compllm_rag.llamaindex.chat.engine import ChatMode, ConceptChatEngine, head_of
+from compllm_rag.llamaindex.chat.planner import Turn
+from compllm_rag.llamaindex.chat.synthesizer import TurnSynthesizer
+from compllm_rag.llamaindex.llm import ConceptLLM
+from compllm_rag.models.plaintext import encode_plain
+from compllm_rag.prompt import SYSTEM
+
+if TYPE_CHECKING:
+    from compllm_rag.llamaindex.index import ConceptIndex
+
+MODES = ("best", "condense_plus_context", "context", "condense_question", "simple")
+_CONVERSATION = {"memory", "chat_history", "system_prompt", "prefix_messages", "callback_manager"}
+# `streaming` and `use_async` change nothing: `chat` waits, `stream_chat` streams, `achat` and `astream_chat` await.
+_NOTHING = {"streaming", "use_async"}
+_READING = {"mode", "missing", "overflow", "choose", "node_postprocessors", "context_prompt", "context_template"}
+_CONDENSING = {"condense_prompt", "condense_question_prompt", "condense_llm", "skip_condense", "verbose"}
+
+
+def chat_engine(
+    index: ConceptIndex, chat_mode: object, llm: object, options: dict[str, Any], retriever_options: Collection[str]
+) -> BaseChatEngine:
+    """A chat engine over an index; see `ConceptIndex.as_chat_engine`.
+
+    Args:
+        index: The index.
+        chat_mode: One of `MODES`, or LlamaIndex's member for it.
+        llm: None, or a `ConceptLLM` of the index; any LLM in simple mode.
+        options: What else was given.
+        retriever_options: Names that the index's retriever takes.
+
+    Raises:
+        ConfigurationError: A mode, an LLM or an option that nothing here would heed.
+    """
+    mode = _mode(chat_mode)
+    own = llm is None or (isinstance(llm, ConceptLLM) and llm.runs(index.generator))
+    if mode == "simple" and not own:
+        return _stock_simple(llm, options)
+    if not own:
+        raise ConfigurationError(
+            "only the storage's own LLM can read its concepts",
+            got=f"llm={type(llm).__name__}",
+            expected=f"{index.generator.name}, which answers if llm is left out",
+            next_step="leave llm out; another LLM may condense questions: condense_llm=...",
+        )
+    known = _CONVERSATION | _NOTHING | {"generation"}
+    if mode != "simple":
+        known |= _READING | set(retriever_options)
+    if mode not in ("simple", "context"):
+        known |= _CONDENSING
+    _refuse(mode, set(options) - known, known - _NOTHING)
+    return _made(index, mode, {k: v for k, v in options.items() if v is not None and k not in _NOTHING})
+
+
+def _mode(given: object) -> str:
+    mode = str(getattr(given, "value", given))
+    if mode in ("react", "openai"):
+        raise ConfigurationError(
+            "LlamaIndex has removed this chat mode",
+            got=mode,
+            expected=", ".join(MODES),
+            next_step="make an agent (ReActAgent, FunctionAgent) with a QueryEngineTool over index.as_query_engine()",
+        )
+    if mode not in MODES:
+        raise ConfigurationError(
+            "chat mode unknown", got=mode, expected=", ".join(MODES), next_step="pass one of them as chat_mode"
+        )
+    return "condense_plus_context" if mode == "best" else mode
+
+
+def _refuse(mode: str, unheeded: Collection[str], known: Collection[str]) -> None:
+    if unheeded:
+        raise ConfigurationError(
+            f"a chat engine of mode {mode} has no such option",
+            got=", ".join(sorted(unheeded)),
+            expected=", ".join(sorted(known)),
+            next_step="leave it out",
+        )
+
+
+def _made(index: ConceptIndex, mode: str, options: dict[str, Any]) -> ConceptChatEngine:
+    generation = options.pop("generation", None) or index.generation
+    if mode != "simple":
+        options.setdefault("similarity_top_k", 4)
+    count = _counter(index)
+    memory = _memory(index, options, count)
+    context_prompt = _context_prompt(options)
+    condenser = _condenser(index, mode, options, count)
+    callback_manager = options.pop("callback_manager", None)
+    postprocessors = options.pop("node_postprocessors", ())
+    chat_mode = _chat_mode(mode, options)
+    reading = {name: options.pop(name) for name in ("mode", "missing", "overflow", "choose") if name in options}
+    reading |= {"generation": generation, "callback_manager": callback_manager, "queued": index.pending.among}
+
+    def synthesizer(turn: Turn, streaming: bool) -> TurnSynthesizer:
+        return TurnSynthesizer(index.library, index.generator, turn, context_prompt, streaming=streaming, **reading)
+
+    return ConceptChatEngine(
+        synthesizer,
+        memory,
+        chat_mode,
+        retriever=None if mode == "simple" else index.as_retriever(**options),
+        condenser=condenser,
+        node_postprocessors=postprocessors,
+        callback_manager=callback_manager,
+    )
+
+
+def _counter(index: ConceptIndex) -> Callable[[str], int]:
+    tokenizer = index.generator.tokenizer
+    return lambda text: len(encode_plain(tokenizer, text)["input_ids"])
+
+
+def _memory(index: ConceptIndex, options: dict[str, Any], count: Callable[[str], int]) -> BaseMemory:
+    """The conversation: the memory given, or one that keeps all; what of it a prompt holds, its planner decides."""
+    memory, history = options.pop("memory", None), options.pop("chat_history", None)
+    if memory is None:
+        memory = ChatMemoryBuffer.from_defaults(
+            token_limit=index.generator.window,
+            tokenizer_fn=lambda text: [0] * count(text),  # counted only
+        )
+    elif not isinstance(memory, BaseMemory):
+        raise ConfigurationError(
+            "memory is none of LlamaIndex's",
+            got=type(memory).__name__,
+            expected="Memory, ChatMemoryBuffer, ChatSummaryMemoryBuffer or another BaseMemory",
+            next_step="pass an object, not its class",
+        )
+    if history is not None:
+        memory.set(list(history))  # its own list: some memories add to the one they are given
+    return memory
+
+
+def _chat_mode(mode: str, options: dict[str, Any]) -> ChatMode:
+    system, prefix = options.pop("system_prompt", None), options.pop("prefix_messages", None)
+    if system is not None and prefix is not None:
+        raise ConfigurationError(
+            "system_prompt and prefix_messages exclude each other", next_step="put it into prefix_messages"
+        )
+    head = []
+    if prefix is not None:
+        system, head = head_of(prefix)
+    elif system is None:
+        system = "" if mode == "simple" else SYSTEM
+    condensed = mode == "condense_question"
+    return ChatMode(reads_history=not condensed, answers_condensed=condensed, system=system, head=head)
+
+
+def _context_prompt(options: dict[str, Any]) -> BasePromptTemplate | None:
+    given = {name: options.pop(name) for name in ("context_prompt", "context_template") if name in options}
+    if len(given) > 1:
+        raise ConfigurationError(
+            "context_prompt and context_template are two names of one option", next_step="leave one out"
+        )
+    for name, template in given.items():
+        made = PromptTemplate(template) if isinstance(template, str) else template
+        if not isinstance(made, BasePromptTemplate) or isinstance(made, ChatPromptTemplate):
+            kind = type(template).__name__
+        elif "context_str" not in made.template_vars:
+            kind = f"one of {', '.join(made.template_vars) or 'no variables'}"
+        else:
+            return made
+        raise ConfigurationError(
+            f"{name} is no template for the newest user turn",
+            got=kind,
+            expected="text or a PromptTemplate with {context_str}, and perhaps {query_str}",
+            next_step="put system turns into system_prompt or prefix_messages",
+        )
+    return None
+
+
+def _condenser(
+    index: ConceptIndex, mode: str, options: dict[str, Any], count: Callable[[str], int]
+) -> Condenser | None:
+    names = ("condense_prompt", "condense_question_prompt")
+    given = [options.pop(name) for name in names if name in options]
+    llm, skip, verbose = (options.pop(name, None) for name in ("condense_llm", "skip_condense", "verbose"))
+    if len(given) > 1:
+        raise ConfigurationError(f"{' and '.join(names)} are two names of one option", next_step="leave one out")
+    if mode in ("simple", "context") or skip:
+        return None
+    if llm is not None and not isinstance(llm, LLM):
+        raise ConfigurationError(
+            "condense_llm is no LLM of LlamaIndex", got=type(llm).__name__, next_step="pass an object that is one"
+        )
+    default = DEFAULT_TEMPLATE if mode == "condense_question" else DEFAULT_CONDENSE_PROMPT_TEMPLATE
+    prompt = given[0] if given else default
+    template = PromptTemplate(prompt) if isinstance(prompt, str) else prompt
+    if not isinstance(template, BasePromptTemplate) or not {"chat_history", "question"} <= {*template.template_vars}:
+        raise ConfigurationError(
+            "condensing prompt has no place for the conversation",
+            got=", ".join(getattr(template, "template_vars", [])) or type(prompt).__name__,
+            expected="{chat_history} and {question}",
+            next_step="add both to the template",
+        )
+    return Condenser(llm or ConceptLLM(index.generator), template, count, verbose=bool(verbose))
+
+
+def _stock_simple(llm: object, options: dict[str, Any]) -> SimpleChatEngine:
+    """LlamaIndex's own engine, for an LLM that is not ours."""
+    if not isinstance(llm, LLM):
+        raise ConfigurationError(
+            "llm is no LLM of LlamaIndex",
+            got=type(llm).__name__,
+            next_step="pass an object that is one, or leave it out",
+        )
+    known = _CONVERSATION - {"callback_manager"}
+    _refuse("simple with another LLM", set(options) - known - _NOTHING, known)
+    return SimpleChatEngine.from_defaults(llm=llm, **{k: v for k, v in options.items() if k not in _NOTHING})
