@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, Unpack, cast
 
 from llama_index.core import StorageContext, VectorStoreIndex
 from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -37,6 +37,7 @@ from compllm_rag.llamaindex.llm import ConceptLLM
 from compllm_rag.llamaindex.node_parser import ConceptNodeParser
 from compllm_rag.llamaindex.observer import AccountsObserver
 from compllm_rag.llamaindex.opening import IndexParts, create_index, load_index
+from compllm_rag.llamaindex.options import CreateOptions, LoadOptions
 from compllm_rag.llamaindex.other_store import GarbageReport, adopt, collect_garbage, parts_beside
 from compllm_rag.llamaindex.reentrant_lock import ReentrantLock
 from compllm_rag.llamaindex.retrieval import VECTOR_OPTIONS, hybrid_retriever
@@ -147,7 +148,7 @@ class ConceptIndex(VectorStoreIndex):
         namespace: str | None = None,
         generator: Generator | None = None,
         resume: bool = True,
-        **options: Any,
+        **options: Unpack[CreateOptions],
     ) -> Self:
         """Make an empty storage, or open an existing one for writing.
 
@@ -172,7 +173,7 @@ class ConceptIndex(VectorStoreIndex):
         namespace: str | None = None,
         generator: Generator | None = None,
         resume: bool = True,
-        **options: Any,
+        **options: Unpack[LoadOptions],
     ) -> Self:
         """Open a storage that exists.
 
