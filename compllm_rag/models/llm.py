@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,10 @@ from compllm_rag.models.checkpoints import check_dtype, default_device, load_che
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
+IN_MEMORY = "in-memory"
+"""Source of an LLM that has no name."""
 _PROVENANCE = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures", "use_cache"}
 
 
@@ -39,7 +45,7 @@ class TargetLLM:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        source: str = "in-memory",
+        source: str = IN_MEMORY,
         digests: dict[str, str] | None = None,
     ) -> None:
         _check(model)
@@ -49,6 +55,7 @@ class TargetLLM:
         self.model = frozen
         self.tokenizer: Any = tokenizer
         self.source = source
+        self.reader: Path | None = None  # where the adapter lies that `from_pretrained` merged
         self.digests = digests if digests is not None else _tensor_digests(model, tokenizer)
 
     @classmethod
@@ -91,6 +98,7 @@ class TargetLLM:
             raise ConfigurationError(
                 "device and device_map exclude each other", got=f"{device} and {device_map}", expected="one of them"
             )
+        begun = time.perf_counter()
         place = device or default_device()
         dtype = dtype or ("float32" if place == "cpu" and device_map is None else "bfloat16")
         check_dtype(dtype)
@@ -110,7 +118,17 @@ class TargetLLM:
 
             digests |= {f"reader/{name}": digest for name, digest in merge_adapter(model, reader).items()}
         model = placed(model, dtype, place if device_map is None else None)
-        return cls(model, tokenizer, source=files.source, digests=digests)
+        made = cls(model, tokenizer, source=files.source, digests=digests)
+        made.reader = reader
+        logger.info(
+            "loaded LLM %s as %s on %s%s in %.1f s",
+            made.source,
+            dtype,
+            device_map or place,
+            "" if reader is None else ", a reader merged,",
+            time.perf_counter() - begun,
+        )
+        return made
 
     @property
     def identity(self) -> str:
