@@ -20,6 +20,8 @@ _READERS: dict[str, Reader] = {
     **dict.fromkeys(_CODE.split(), pages.read_code),
     ".txt": pages.read_text,
     ".text": pages.read_text,
+    ".adoc": pages.read_text,
+    ".org": pages.read_text,
     ".md": pages.read_markdown,
     ".markdown": pages.read_markdown,
     ".rst": pages.read_rst,
@@ -31,6 +33,7 @@ _READERS: dict[str, Reader] = {
     ".json": rows.read_json,
     ".jsonl": rows.read_lines,
     ".ndjson": rows.read_lines,
+    ".ipynb": rows.read_notebook,
     ".csv": rows.read_table,
     ".tsv": rows.read_table,
 }

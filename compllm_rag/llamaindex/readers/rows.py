@@ -11,6 +11,7 @@ from typing import Any
 from compllm_rag.errors import UnreadableFileError
 from compllm_rag.llamaindex.readers.decoding import decoded, joined, whole
 from compllm_rag.llamaindex.readers.found import Piece, SourceFile, broken, shown
+from compllm_rag.llamaindex.readers.titles import markdown_title
 
 _MOST_COMPLAINTS = 20  # of one file, line by line; the others are counted
 _WANTED = 'each line must be {"id": ..., "title": ..., "text": ...}'
@@ -66,6 +67,21 @@ def read_json(source: SourceFile) -> Iterator[Piece]:
     if remark:
         source.note(remark)
     yield Piece(plain, shown(source.path.name))
+
+
+def read_notebook(source: SourceFile) -> Iterator[Piece]:
+    """A Jupyter notebook: what its cells say, without what they gave."""
+    text, remark = decoded(source.stream.read())
+    if remark:
+        source.note(remark)
+    try:
+        said = ["".join(cell["source"]) for cell in _parsed(text)["cells"]]
+    except (KeyError, TypeError) as error:
+        raise broken("no notebook: cells with sources are missing") from error
+    text, remark = whole("\n\n".join(said))
+    if remark:
+        source.note(remark)
+    yield Piece(text, markdown_title(text) or source.stem)
 
 
 def read_table(source: SourceFile) -> Iterator[Piece]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pypdf
@@ -102,6 +103,16 @@ def test_tables(tmp_path: Path, name: str, text: str, wanted: str | None) -> Non
     documents = load_documents(tmp_path)
     assert [d.text for d in documents] == ([] if wanted is None else [wanted])
     assert not documents.skipped
+
+
+def test_notebooks(tmp_path: Path) -> None:
+    cells = [{"cell_type": "markdown", "source": ["# A try\n", "text"]}, {"cell_type": "code", "source": "x = 1"}]
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells, "nbformat": 4}))
+    (document,) = load_documents(tmp_path)
+    assert (document.metadata["title"], document.text) == ("A try", "# A try\ntext\n\nx = 1")
+    for text in ('{"cells": [{}]}', "[]", '{"cells": 1}', "{"):
+        (tmp_path / "a.ipynb").write_text(text)
+        assert reason(tmp_path / "a.ipynb").startswith("no ")
 
 
 def test_code_and_json(tmp_path: Path) -> None:
