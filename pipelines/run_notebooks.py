@@ -52,7 +52,7 @@ def execute(notebook: Any, folder: Path, parameters: dict[str, str] | None = Non
 
 def tidy(notebook: Any) -> None:
     """Leave only what belongs to the notebook: no stderr, no times, no kernel of this machine."""
-    notebook.metadata = nbformat.NotebookNode(kernelspec=_KERNEL, language_info={"name": "python"})
+    notebook.metadata = nbformat.from_dict({"kernelspec": _KERNEL, "language_info": {"name": "python"}})
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":

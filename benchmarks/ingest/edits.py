@@ -94,11 +94,11 @@ def measure_edits(index: ConceptIndex, documents: list[Document], target: int, r
         for place in range(repeats):
             text = edited(original.text, kind, place, repeats)
             index.ingest(documents)
-            nodes = {node.node_id for node in index.faiss.iter_nodes()}
+            nodes = {node.node_id for node in index.faiss.get_nodes()}
             again = [*documents[:target], Document(id_=original.id_, text=text), *documents[target + 1 :]]
             work = index.metrics.work.segments
             seconds = timed(lambda again=again: index.ingest(again))  # type: ignore[misc]
-            made = {node.node_id for node in index.faiss.iter_nodes()} - nodes
+            made = {node.node_id for node in index.faiss.get_nodes()} - nodes
             compressed = index.metrics.work.segments - work
             rows.append({"kind": kind, "segments": compressed, "chunks": len(made), "seconds": seconds})
     shares = [row["seconds"] / first_s for row in rows]
@@ -138,11 +138,11 @@ def replay(index: ConceptIndex, history: list[tuple[str, str]]) -> list[dict[str
         cut = sentences(text)
         same = sum(len(sentence) for sentence in cut if sentence in known)
         known.update(cut)
-        nodes = {node.node_id for node in index.faiss.iter_nodes()}
+        nodes = {node.node_id for node in index.faiss.get_nodes()}
         begun = index.metrics.work.segments
         seconds = timed(lambda text=text: index.ingest([Document(id_="page", text=text)]))  # type: ignore[misc]
         compressed, segments = index.metrics.work.segments - begun, index.stats()["segments"]
-        now = {node.node_id for node in index.faiss.iter_nodes()}
+        now = {node.node_id for node in index.faiss.get_nodes()}
         rows.append(
             {
                 "revision": name,

@@ -194,13 +194,14 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
             ConfigurationError: An option that is not heeded, such as `storage_context`.
         """
         check_folder(storage_dir)
-        stock = creating(options)
+        given: dict[str, Any] = {**options}
+        stock = creating(given)
         if storage_dir is None:
-            parts = create_index(None, namespace=namespace, **options)
+            parts = create_index(None, namespace=namespace, **given)
             return cls.of(parts, generator=generator)._with(stock)
         folder = namespace_folder(storage_dir, namespace)
         prepare_namespace(Path(storage_dir), folder)
-        parts = create_index(folder, namespace=namespace, **options)
+        parts = create_index(folder, namespace=namespace, **given)
         return cls.of(parts, generator=generator, resume=resume)._with(stock)
 
     @classmethod
@@ -227,8 +228,9 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
             ConfigurationError: An option that is not heeded.
         """
         check_folder(storage_dir)
-        stock = loading(options)
-        parts = load_index(existing_namespace(storage_dir, namespace), **options)
+        given: dict[str, Any] = {**options}
+        stock = loading(given)
+        parts = load_index(existing_namespace(storage_dir, namespace), **given)
         return cls.of(parts, generator=generator, resume=resume)._with(stock)
 
     @classmethod
@@ -581,7 +583,7 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
         """`insert` in a thread."""
         await asyncio.to_thread(self.insert, document, **insert_kwargs)
 
-    def delete_nodes(self, node_ids: list[str], delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
+    def delete_nodes(self, node_ids: list[str] | str, delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
         """Delete nodes: vector and text are gone; concepts that others share stay."""
         node_ids = [node_ids] if isinstance(node_ids, str) else node_ids
         with self.bulk():

@@ -27,8 +27,9 @@ def sound_documents(documents: Iterable[Document] | Document) -> Iterator[Docume
     Raises:
         ConfigurationError: Something else is among them, or see `sound_node`.
     """
-    if isinstance(documents, str | bytes):
-        raise _no_document(documents)
+    given: object = documents
+    if isinstance(given, str | bytes):
+        raise _no_document(given)
     for document in [documents] if isinstance(documents, BaseNode) else documents:
         if not isinstance(document, Document):
             raise _no_document(document)
