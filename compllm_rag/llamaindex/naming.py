@@ -85,7 +85,8 @@ class Names:
         file = document.file
         if self._others is None:
             self._others = self._index.origins.of_same_name()
-        files = {doc_id: self._file(doc_id) for doc_id in (asked, *self._others.get(asked, ()))}
+        known: list[str] = [asked, *self._others.get(asked, ())]
+        files: dict[str, str | None] = {doc_id: self._file(doc_id) for doc_id in known}
         for doc_id, other in files.items():
             if other == file or (other and _same(other, file)):
                 return doc_id
@@ -95,19 +96,19 @@ class Names:
             return self._likest(left, document.text)
         if files[asked] is None:
             return asked
-        doc_id = next((one for one in _longer(document) if self._file(one) is None), None)
-        if doc_id is None:
+        longer = next((one for one in _longer(document) if self._file(one) is None), None)
+        if longer is None:
             raise ConfigurationError(
                 "two documents have the same id",
                 got=f"{asked!r} of {file}",
                 expected="unique ids",
                 next_step="rename one",
             )
-        self._index.origins.call(doc_id, asked)
-        self._others.setdefault(asked, []).append(doc_id)
+        self._index.origins.call(longer, asked)
+        self._others.setdefault(asked, []).append(longer)
         holder = files[asked] or "another document"
-        self.notes.append(FileNote(shown(file), f"{asked} is the id of {shown(holder)}; this one is {doc_id}"))
-        return doc_id
+        self.notes.append(FileNote(shown(file), f"{asked} is the id of {shown(holder)}; this one is {longer}"))
+        return longer
 
     def _file(self, doc_id: str) -> str | None:
         """The file of a document that is there, empty where it has none, None where there is no such document."""
