@@ -23,6 +23,8 @@ from compllm_rag.llamaindex.tracked_store import NodeStore
 
 logger = logging.getLogger(__name__)
 _STDIN = "-"
+# Share of words that two states of a document have in common at least.
+_ALIKE = 1 / 3
 
 
 class Named(Protocol):
@@ -85,14 +87,16 @@ class Names:
         file = document.file
         if self._others is None:
             self._others = self._index.origins.of_same_name()
-        files: dict[str, str | None] = {doc_id: self._file(doc_id) for doc_id in (asked, *self._others.get(asked, ()))}
+        known: list[str] = [asked, *self._others.get(asked, ())]
+        files: dict[str, str | None] = {doc_id: self._file(doc_id) for doc_id in known}
         for doc_id, other in files.items():
             if other == file or (other and _same(other, file)):
                 return doc_id
         left = [doc_id for doc_id, other in files.items() if other and _gone(other) and doc_id not in self._given]
-        if left:
+        moved = self._moved(left, document.text) if left else None
+        if moved is not None:
             self.moved += 1
-            return self._likest(left, document.text)
+            return moved
         if files[asked] is None:
             return asked
         longer = next((one for one in _longer(document) if self._file(one) is None), None)
@@ -105,7 +109,9 @@ class Names:
             )
         self._index.origins.call(longer, asked)
         self._others.setdefault(asked, []).append(longer)
-        holder = files[asked] or "another document"
+        holder = {"": "another document", _STDIN: "a text from standard input"}.get(
+            files[asked] or "", files[asked] or ""
+        )
         self.notes.append(FileNote(shown(file), f"{asked} is the id of {shown(holder)}; this one is {longer}"))
         return longer
 
@@ -125,14 +131,24 @@ class Names:
                 return os.path.abspath(path if path and line.isdigit() else source)  # noqa: PTH100
         return ""
 
-    def _likest(self, doc_ids: list[str], text: str) -> str:
-        """Of documents whose files are gone, the one with this text, else the first."""
-        if len(doc_ids) > 1:
-            for doc_id in doc_ids:
-                nodes = self._index.faiss.get_nodes(self._index.faiss.node_ids(doc_id))
-                if "".join(node.get_content() for node in nodes) == text:
-                    return doc_id
-        return doc_ids[0]
+    def _moved(self, doc_ids: list[str], text: str) -> str | None:
+        """Of documents whose files are gone, the one that this text is a later state of, None where it is of none.
+
+        A file that is gone may as well lie on a disk that is not mounted: what says something else is no successor.
+        """
+        alike = []
+        for doc_id in doc_ids:
+            nodes = self._index.faiss.get_nodes(self._index.faiss.node_ids(doc_id))
+            former = [node.get_content() for node in nodes]
+            if "".join(former) == text:
+                return doc_id
+            if not former or any(part in text for part in former if part.strip()):
+                alike.append(doc_id)
+            else:
+                words, others = set(text.split()), set(" ".join(former).split())
+                if len(words & others) >= _ALIKE * len(words | others):
+                    alike.append(doc_id)
+        return alike[0] if alike else None
 
 
 def _longer(document: FileDocument) -> Iterator[str]:

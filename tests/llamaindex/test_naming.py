@@ -83,6 +83,22 @@ def test_a_folder_that_moved_takes_its_documents_along(index: ConceptIndex, fold
     assert held(index) == BOTH
 
 
+def test_a_file_that_is_gone_is_succeeded_by_what_says_the_like(
+    index: ConceptIndex, folders: tuple[Path, Path]
+) -> None:
+    boats, bread = folders
+    index.ingest(load_documents([boats]))
+    boats = boats.rename(boats.with_name("elsewhere"))  # or on a disk that is not mounted
+    (bread / "ferry.md").write_text("Knead for ten minutes, then wait.")
+    (bread / "bread.jsonl").write_text(json.dumps({"id": 1, "text": "A line of boats, edited."}))
+    report = index.ingest(load_documents([bread]))
+    assert (report.documents_moved, len(report.notes)) == (1, 1)
+    assert held(index) == {"ferry.md": "boats.", "1": "edited.", "bread/ferry.md": "wait."}
+    (boats / "ferry.md").write_text("# Ferry\n\nWhat is said of boats now.")
+    assert index.ingest(load_documents([boats / "ferry.md"])).documents_moved == 1
+    assert held(index)["ferry.md"] == "now."
+
+
 def test_other_names_of_a_folder_make_no_other_documents(
     index: ConceptIndex, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
