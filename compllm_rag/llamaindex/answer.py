@@ -45,9 +45,10 @@ def answer(
     begun = time.perf_counter()
     found = list(nodes) if nodes is not None else retrieve(index, question, top_k)
     retrieval_s = time.perf_counter() - begun if nodes is None else 0.0
+    if not found:
+        return _empty(mode, retrieval_s)
     response = index.as_synthesizer(mode=mode, streaming=True).synthesize(QueryBundle(question), found)
     if not isinstance(response, StreamingResponse) or response.metadata is None:
-        # Only an empty retrieval answers without having read anything.
         return _empty(mode, retrieval_s)
     for piece in response.response_gen:
         if on_piece:
