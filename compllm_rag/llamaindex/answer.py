@@ -60,6 +60,8 @@ def answer(
     begun = time.perf_counter()
     found = list(nodes) if nodes is not None else retrieve(index, question, top_k, retrieval=retrieval, filters=filters)
     retrieval_s = time.perf_counter() - begun if nodes is None else 0.0
+    if not found:
+        return _empty(mode, retrieval_s)
     response = index.as_synthesizer(mode=mode, streaming=True).synthesize(QueryBundle(question), found)
     account = (response.metadata or {})["compllm"]
     if not isinstance(response, StreamingResponse) or not account["prompts"]:

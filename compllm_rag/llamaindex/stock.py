@@ -14,7 +14,7 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.base.llms.base import BaseLLM
 from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.schema import TransformComponent
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.llamaindex.ingest import IngestReport, Progress
@@ -118,8 +118,9 @@ def check_options(options: Iterable[str], *opened_by: Callable[..., Any]) -> Non
     Raises:
         ConfigurationError: Naming the first of them, and what may have been meant.
     """
-    known = {name for f in (*opened_by, TargetLLM.from_pretrained) for name in inspect.signature(f).parameters}
-    known -= {"folder", "expect", "complete", "model_options", "cls", "source", "spec"}
+    known = {*inspect.signature(TargetLLM.from_pretrained).parameters} - {"spec", "reader"}
+    known |= {name for function in opened_by for name in inspect.signature(function).parameters}
+    known -= {"folder", "expect", "complete", "model_options"}
     for name in sorted(set(options) - known):
         raise refused(name, known)
 
