@@ -12,7 +12,8 @@ _PLAIN = re.compile(r"\w+")  # the standard library is ten times as fast, and kn
 _WORD = regex.compile(r"[\p{L}\p{N}\p{M}_]+")
 # Of these, nobody can tell words without a dictionary; pairs of neighbouring characters find them nearly as well.
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
-_NOT_PLAIN = regex.compile(rf"[{_UNSPACED}\p{{M}}]")
+# Latin, Greek and Cyrillic letters and general punctuation: no marks, and nothing of a later Unicode.
+_NOT_PLAIN = re.compile("[^\x00-\u02ff\u0370-\u0482\u048a-\u0527\u1e00-\u206f]")
 _PART = regex.compile(rf"(?V1)([{_UNSPACED}][{_UNSPACED}\p{{M}}]*)|[[\p{{L}}\p{{N}}\p{{M}}_]--[{_UNSPACED}]]+")
 _CHARACTER = regex.compile(r"\X")
 
