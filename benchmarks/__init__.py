@@ -15,6 +15,7 @@ FOLDERS = {
     "ttft": ("ttft", "ttft_deep", "query", "startup"),
     "loft": ("loft", "equal_cost"),
     "reuse": ("reuse",),
+    "chat": ("chat",),
     "ingest": ("ingest", "ingest_scale", "edits"),
     "storage": ("storage_size", "storage_quality", "store_read"),
     "rivals": ("rivals",),

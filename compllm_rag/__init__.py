@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from compllm_rag.config import GenerationConfig as GenerationConfig
     from compllm_rag.config import IngestConfig as IngestConfig
     from compllm_rag.generation.local import LocalGenerator as LocalGenerator
+    from compllm_rag.generation.reuse import PrefixCache as PrefixCache
     from compllm_rag.library import ConceptLibrary as ConceptLibrary
     from compllm_rag.llamaindex.documents import load_documents as load_documents
     from compllm_rag.llamaindex.embedding import load_embedder as load_embedder
@@ -54,6 +55,7 @@ _HOME = {
     "LocalGenerator": "generation.local",
     "MemoryStore": "store",
     "Metrics": "metrics",
+    "PrefixCache": "generation.reuse",
     "TargetLLM": "models.llm",
     "UploadQueue": "llamaindex.uploads",
     "compact_storage": "storage.compaction",

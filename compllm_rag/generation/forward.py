@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 
@@ -40,7 +40,7 @@ class Forward(Protocol):
         """Go on with tokens (batch, n), the first behind the prompt; logits (batch, n, vocab_size) behind each."""
         ...
 
-    def fork(self) -> Self:
+    def fork(self) -> Forward:
         """The same prompts as they were read, to be gone on with in another way."""
         ...
 

@@ -69,7 +69,7 @@ class PrefixCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all KV caches that are kept."""
+        """Bytes of all that is kept: KV caches, and concepts to compare with."""
         with self._lock:
             return sum(kept.nbytes for kept in self._kept.values())
 
@@ -116,7 +116,8 @@ class PrefixCache:
             Its number; None if it is not kept.
         """
         own = tuple(map(fork_cache, caches))
-        kept = _Kept(owner, atoms, own, sum(map(_nbytes, own)))
+        concepts = sum(atom.concepts.nbytes for atom in atoms if not isinstance(atom, int))
+        kept = _Kept(owner, atoms, own, sum(map(_nbytes, own)) + concepts)
         with self._lock:
             if instead is not None:
                 if self._kept.pop(instead, None) is None:
@@ -173,8 +174,13 @@ class ReusingForward:
         return logits
 
     def extend(self, ids: torch.Tensor) -> torch.Tensor:
-        """See `Forward.extend`."""
-        logits = self._inner.extend(ids)
+        """See `Forward.extend`; where memory runs short, what was kept is given up for the next answer."""
+        try:
+            logits = self._inner.extend(ids)
+        except (RuntimeError, MemoryError) as error:
+            if memory_trouble(error) is not None:
+                self._prefixes.clear()
+            raise
         if self._follow and self._number is not None:
             self._atoms = [*self._atoms, *ids[0].tolist()]
             self._number = self._prefixes.keep(self._inner.owner, self._atoms, self._inner.caches, instead=self._number)
@@ -241,4 +247,4 @@ def _cut(kept: _Kept, n: int) -> Past | None:
 
 def _nbytes(cache: Any) -> int:
     tensors = [each for layer in cache.layers for each in (layer.keys, layer.values) if each is not None]
-    return sum(each.numel() * each.element_size() for each in tensors)
+    return sum(each.nbytes for each in tensors)

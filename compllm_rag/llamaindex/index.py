@@ -362,7 +362,7 @@ class ConceptIndex(VectorStoreIndex):
         """
         return sub_question_engine(self, tools, question_gen=question_gen, verbose=verbose, options=options)
 
-    def as_chat_engine(self, chat_mode: ChatMode | str = "best", llm: Any = None, **kwargs: Any) -> BaseChatEngine:  # type: ignore[override]
+    def as_chat_engine(self, chat_mode: ChatMode | str = "best", llm: Any = None, **kwargs: Any) -> BaseChatEngine:
         """A chat engine that reads concepts.
 
         Passages stand as concepts behind the earlier turns, right in front of the newest question, so that the

@@ -30,13 +30,16 @@ from compllm_rag.store import CompactReport
 from tests.docs.pages import PAGES, ROOT, blocks, commands, mentions, name_of, read
 from toy_embedder import HashEmbedder
 
+# With a storage made elsewhere.
 GO_ON = (
     "docs/guide/query.md",
     "docs/guide/engines.md",
     "docs/guide/retrieval.md",
+    "docs/guide/chat.md",
+    "docs/guide/agents.md",
     "docs/guide/upkeep.md",
     "docs/extend/generator.md",
-)  # with a storage made elsewhere
+)
 NOT_RUN = 1  # one more is a decision
 COMMANDS = [(name_of(page), " ".join(words), words) for page in PAGES for words in commands(page)]
 MENTIONS = [(name_of(page), " ".join(words), words) for page in PAGES for words in mentions(page)]

@@ -20,7 +20,7 @@ from compllm_rag.llamaindex.chat.planner import Turn
 from compllm_rag.llamaindex.chat.synthesizer import TurnSynthesizer
 from compllm_rag.llamaindex.llm import ConceptLLM
 from compllm_rag.models.plaintext import encode_plain
-from compllm_rag.prompt import SYSTEM
+from compllm_rag.prompt import SYSTEM, Message
 
 if TYPE_CHECKING:
     from compllm_rag.llamaindex.index import ConceptIndex
@@ -105,7 +105,9 @@ def _made(index: ConceptIndex, mode: str, options: dict[str, Any]) -> ConceptCha
     callback_manager = options.pop("callback_manager", None)
     postprocessors = options.pop("node_postprocessors", ())
     chat_mode = _chat_mode(mode, options)
-    reading = {name: options.pop(name) for name in ("mode", "missing", "overflow", "choose") if name in options}
+    reading: dict[str, Any] = {
+        name: options.pop(name) for name in ("mode", "missing", "overflow", "choose") if name in options
+    }
     reading |= {"generation": generation, "callback_manager": callback_manager, "queued": index.pending.among}
 
     def synthesizer(turn: Turn, streaming: bool) -> TurnSynthesizer:
@@ -129,16 +131,19 @@ def _counter(index: ConceptIndex) -> Callable[[str], int]:
 
 def _memory(index: ConceptIndex, options: dict[str, Any], count: Callable[[str], int]) -> BaseMemory:
     """The conversation: the memory given, or one that keeps all; what of it a prompt holds, its planner decides."""
-    memory, history = options.pop("memory", None), options.pop("chat_history", None)
-    if memory is None:
+    given, history = options.pop("memory", None), options.pop("chat_history", None)
+    memory: BaseMemory
+    if given is None:
         memory = ChatMemoryBuffer.from_defaults(
             token_limit=index.generator.window,
             tokenizer_fn=lambda text: [0] * count(text),  # counted only
         )
-    elif not isinstance(memory, BaseMemory):
+    elif isinstance(given, BaseMemory):
+        memory = given
+    else:
         raise ConfigurationError(
             "memory is none of LlamaIndex's",
-            got=type(memory).__name__,
+            got=type(given).__name__,
             expected="Memory, ChatMemoryBuffer, ChatSummaryMemoryBuffer or another BaseMemory",
             next_step="pass an object, not its class",
         )
@@ -153,7 +158,7 @@ def _chat_mode(mode: str, options: dict[str, Any]) -> ChatMode:
         raise ConfigurationError(
             "system_prompt and prefix_messages exclude each other", next_step="put it into prefix_messages"
         )
-    head = []
+    head: list[Message] = []
     if prefix is not None:
         system, head = head_of(prefix)
     elif system is None:

@@ -1,0 +1,1 @@
+"""What a chat costs from turn to turn."""
