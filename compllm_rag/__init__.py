@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from compllm_rag.library import ConceptLibrary as ConceptLibrary
     from compllm_rag.llamaindex.documents import load_documents as load_documents
     from compllm_rag.llamaindex.embedding import load_embedder as load_embedder
+    from compllm_rag.llamaindex.importing import import_index as import_index
     from compllm_rag.llamaindex.index import ConceptIndex as ConceptIndex
     from compllm_rag.llamaindex.llm import ConceptLLM as ConceptLLM
     from compllm_rag.llamaindex.node_parser import ConceptNodeParser as ConceptNodeParser
@@ -60,6 +61,7 @@ _HOME = {
     "UploadQueue": "llamaindex.uploads",
     "compact_storage": "storage.compaction",
     "delete_namespace": "storage.namespaces",
+    "import_index": "llamaindex.importing",
     "list_namespaces": "storage.namespaces",
     "load_compressor_for": "compression.loading",
     "load_documents": "llamaindex.documents",

@@ -165,6 +165,10 @@ class StoreReadOnlyError(CompLLMError, PermissionError):
     """The storage was opened for reading, or its folder cannot be written."""
 
 
+class NotTransferableError(CompLLMError, TypeError):
+    """Something that holds files and locks was to be pickled or copied."""
+
+
 class PromptTooLongError(CompLLMError, ValueError):
     """The prompt does not fit the window of the target LLM."""
 

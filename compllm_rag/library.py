@@ -27,10 +27,13 @@ from compllm_rag.errors import (
     MissingConceptsError,
 )
 from compllm_rag.fingerprint import record_key
+from compllm_rag.handles import ProcessBound
 from compllm_rag.metrics import Metrics
 from compllm_rag.prompt import ConceptSpan
 from compllm_rag.store.base import ConceptStore
 from compllm_rag.store.codec import largest
+from compllm_rag.store.memo import ConceptMemo
+from compllm_rag.unicode_text import whole
 
 _REMEMBERED = 4096
 # Concepts made between two writes: bounds memory, and what an interruption can lose.
@@ -72,7 +75,7 @@ class Fetched:
 
     Attributes:
         concepts: (n_concepts, hidden_size), None when the passage should be read as text.
-        hits: Segments found in the store.
+        hits: Segments found in the store, or made for a question of before and still in memory.
         misses: Segments not found.
         compress_s: Seconds spent compressing what was missing.
         places: Of deep concepts: the token of the passage that each stands for, (n_concepts,), increasing.
@@ -102,7 +105,7 @@ class Fetched:
         return ConceptSpan(self.concepts, passage, self.places, self.n_tokens)
 
 
-class ConceptLibrary:
+class ConceptLibrary(ProcessBound):
     """Compressor, store, rate and namespace in one hand.
 
     Args:
@@ -116,6 +119,8 @@ class ConceptLibrary:
         FingerprintMismatchError: The store keeps concepts of another width.
         RateOutOfReachError: See `FixedRate`.
     """
+
+    _opened_by = "make one there, over a compressor and a store of that process"
 
     def __init__(
         self,
@@ -140,7 +145,7 @@ class ConceptLibrary:
         numeric = isinstance(rate, int | float)
         self.policy: RatePolicy = FixedRate(rate, self.spec.config.longest_unit) if numeric else rate  # type: ignore[arg-type, assignment]
         self._known: OrderedDict[str, Passage] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._memo = threading.Lock(), ConceptMemo()
         self._most_rms = _MOST_RMS * self.spec.scale
 
     @property
@@ -153,7 +158,8 @@ class ConceptLibrary:
         return self._compressor.get() if isinstance(self._compressor, DeferredCompressor) else self._compressor
 
     def passage(self, text: str) -> Passage:
-        """Cut a passage up; the last few thousand are remembered."""
+        """Cut a passage up; the last few thousand are remembered. Half characters count as U+FFFD."""
+        text = whole(text)
         with self._lock:
             if text in self._known:
                 self._known.move_to_end(text)
@@ -214,8 +220,8 @@ class ConceptLibrary:
 
         Args:
             text: The passage, as it was ingested.
-            missing: What to do about segments that are not stored: compress them now (and keep them, where the store
-                can be written), read the passage as text, or raise.
+            missing: What to do about segments that are not stored: compress them now (they stay in memory for the next
+                question, and are not written: `ensure` is for that), read the passage as text, or raise.
 
         Raises:
             MissingConceptsError: Concepts are missing and `missing` is "error".
@@ -230,9 +236,11 @@ class ConceptLibrary:
         if joined is not None:
             self.metrics.fetched(len(passage.keys), 0)
             return self._fetched(passage, joined, len(passage.keys), 0, 0.0)
-        found = self.store.get(passage.keys)
+        found = self._at_hand(passage)
         misses = sum(concepts is None for concepts in found)
         self.metrics.fetched(len(found) - misses, misses)
+        if not misses:
+            return self._fetched(passage, torch.cat([c for c in found if c is not None]), len(found), 0, 0.0)
         if missing == "text":
             return Fetched(None, len(found) - misses, misses, 0.0)
         if missing == "error":
@@ -272,7 +280,18 @@ class ConceptLibrary:
                 next_step="look at the compressor that made them",
             )
 
+    def _at_hand(self, passage: Passage) -> list[torch.Tensor | None]:
+        """Concepts of each segment: from the store, or made for a question of before; else None."""
+        found = self.store.get(passage.keys)
+        known = self._memo.find([key for key, concepts in zip(passage.keys, found, strict=True) if concepts is None])
+        return [known.get(k) if concepts is None else concepts for k, concepts in zip(passage.keys, found, strict=True)]
+
     def _complete(self, passage: Passage, found: list[torch.Tensor | None]) -> torch.Tensor:
+        """Make what is missing, for this answer and in memory for the next.
+
+        Never into the store: what a postprocessor, a citation or a sub-question wrote is no chunk, nothing would ever
+        refer to it or delete it, and a question must not wait for whoever writes.
+        """
         absent = {passage.keys[i]: i for i, concepts in enumerate(found) if concepts is None}
         made = dict(
             zip(
@@ -283,13 +302,10 @@ class ConceptLibrary:
                 strict=True,
             )
         )
-        self._check_scale(torch.cat(list(made.values())))  # before it is kept
-        if not self.store.read_only:
-            self.store.put(made.items())
-            # A server that answers for weeks must not keep the writer's lock in between.
-            self.store.flush()
-        # Through the storage's precision, so that the answer is the same now and when read back next time.
+        self._check_scale(torch.cat(list(made.values())))
+        # Through the storage's precision, so that the answer is what it would be had the concepts been stored.
         rounded = {key: self.store.encoding.rounded(concepts) for key, concepts in made.items()}
+        self._memo.keep(rounded.items())
         parts = [
             rounded[key] if concepts is None else concepts for key, concepts in zip(passage.keys, found, strict=True)
         ]

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from compllm_rag.errors import ConfigurationError, InvalidConceptsError
 from compllm_rag.models.plaintext import encode_plain
+from compllm_rag.unicode_text import whole
 
 if TYPE_CHECKING:
     from compllm_rag.models.llm import TargetLLM
@@ -214,8 +215,8 @@ class PromptTemplate:
         return out
 
     def plain(self, text: str) -> list[int]:
-        """Token ids of text that must never become special tokens."""
-        return list(encode_plain(self.tokenizer, text)["input_ids"])
+        """Token ids of text that must never become special tokens; half characters are read as U+FFFD."""
+        return list(encode_plain(self.tokenizer, whole(text))["input_ids"])
 
     def _text(self, text: str) -> TextSpan:
         return TextSpan(tuple(self.plain(text)))

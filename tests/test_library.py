@@ -146,7 +146,7 @@ def test_remembered_passages_are_bounded(library: ConceptLibrary, monkeypatch: p
 # What is missing
 
 
-def test_missing_concepts_are_made_now_and_kept(library: ConceptLibrary, counting: Counting) -> None:
+def test_missing_concepts_are_made_now_and_not_written(library: ConceptLibrary, counting: Counting) -> None:
     library.ensure(PARAGRAPHS[:1])
     text = PARAGRAPHS[0] + "\n\n" + PARAGRAPHS[1]
     new = set(library.passage(text).keys) - set(library.passage(PARAGRAPHS[0]).keys)
@@ -158,7 +158,9 @@ def test_missing_concepts_are_made_now_and_kept(library: ConceptLibrary, countin
     again = library.fetch(text, missing="error")
     assert fetched.concepts is not None
     assert again.concepts is not None
-    # The same answer now as when read back.
+    # In memory, and not among what is stored: nothing refers to it.
+    assert library.store.stats().records == len(set(library.passage(PARAGRAPHS[0]).keys))
+    # The same answer now as from memory.
     assert fetched.concepts.dtype == again.concepts.dtype == torch.float16
     assert torch.equal(fetched.concepts, again.concepts)
 

@@ -28,6 +28,7 @@ from compllm_rag.catalog.flat_vectors import FlatVectors
 from compllm_rag.catalog.generations import sync_folder
 from compllm_rag.catalog.vectors import CatalogVectors
 from compllm_rag.errors import ConfigurationError, StorageNotFoundError, StoreReadOnlyError
+from compllm_rag.handles import ProcessBound
 from compllm_rag.store.index_database import make_private
 from compllm_rag.store.lock import WriterLock
 from compllm_rag.store.sqlite import connect_uri
@@ -36,7 +37,7 @@ _DATABASE = "catalog.db"
 _RELOADS = 20  # a writer would have to commit twice during each of them
 
 
-class Catalog:
+class Catalog(ProcessBound):
     """Rows and vectors that commit together. Safe between threads; one writer at a time between processes.
 
     Changes are visible in this instance at once, and durable and visible to others after `commit`. `close` gives
@@ -44,6 +45,8 @@ class Catalog:
 
     Use `Catalog.create`, `Catalog.open` or `Catalog.in_memory`; the constructor is theirs.
     """
+
+    _opened_by = "open it again there: Catalog.open(path, read_only=True)"
 
     def __init__(self, path: Path | None, connection: sqlite3.Connection, *, read_only: bool) -> None:
         self.path, self.read_only = path, read_only

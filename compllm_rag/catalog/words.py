@@ -6,7 +6,7 @@ import re
 import unicodedata
 from itertools import pairwise
 
-import regex
+import regex  # type: ignore[import-untyped, unused-ignore]
 
 _PLAIN = re.compile(r"\w+")  # the standard library is ten times as fast, and knows no combining marks
 _WORD = regex.compile(r"[\p{L}\p{N}\p{M}_]+")

@@ -14,6 +14,7 @@ import typer
 from compllm_rag.cli import bench as bench_commands
 from compllm_rag.cli import chat as chat_commands
 from compllm_rag.cli import eval as eval_commands
+from compllm_rag.cli import import_index as import_commands
 from compllm_rag.cli import models as models_commands
 from compllm_rag.cli import namespace as namespace_commands
 from compllm_rag.cli import storage as storage_commands
@@ -261,6 +262,7 @@ def demo(
 for _more in (
     chat_commands,
     models_commands,
+    import_commands,
     storage_commands,
     namespace_commands,
     eval_commands,

@@ -85,11 +85,9 @@ def _group(filters: MetadataFilters) -> tuple[str, list[Any]]:
 
 def _single(part: MetadataFilter) -> tuple[str, list[Any]]:
     """One filter; `m` is the metadata's value under its key."""
+    values: list[Any] = []
     if part.operator == FilterOperator.IS_EMPTY:
-        test, values = (
-            "NOT (m.type = 'null' OR m.type = 'text' AND m.value = '' OR m.type = 'array' AND m.value = '[]')",
-            [],
-        )
+        test = "NOT (m.type = 'null' OR m.type = 'text' AND m.value = '' OR m.type = 'array' AND m.value = '[]')"
     else:
         test, values = _test(part)
         test = f"m.type <> 'null' AND {test}"

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from llama_index.core import StorageContext, VectorStoreIndex
+from llama_index.core import VectorStoreIndex
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.chat_engine.types import BaseChatEngine, ChatMode
 from llama_index.core.data_structs.data_structs import IndexDict
+from llama_index.core.indices.registry import INDEX_STRUCT_TYPE_TO_INDEX_CLASS
 from llama_index.core.query_engine import RetrieverQueryEngine
-from llama_index.core.schema import BaseNode, Document, MetadataMode
+from llama_index.core.schema import BaseNode, Document, ImageNode, IndexNode, MetadataMode, TransformComponent
+from llama_index.core.storage.docstore.types import RefDocInfo
+from llama_index.core.utils import iter_batch
 from llama_index.core.vector_stores.types import BasePydanticVectorStore
 
 from compllm_rag.catalog.accounts import Accounts
@@ -27,11 +31,13 @@ from compllm_rag.errors import CompLLMError, ConfigurationError
 from compllm_rag.generation.base import Generator
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.generation.reuse import PrefixCache
+from compllm_rag.handles import ProcessBound
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.chat.options import chat_engine
 from compllm_rag.llamaindex.embedding import embedder_identity
 from compllm_rag.llamaindex.engines import citation_engine, query_engine, sub_question_engine
-from compllm_rag.llamaindex.ingest import IngestReport, Progress, ingest_documents
+from compllm_rag.llamaindex.index_struct import TYPE, ConceptIndexStruct, ConceptStorageContext
+from compllm_rag.llamaindex.ingest import IngestReport, Progress, changed_documents, ingest_documents
 from compllm_rag.llamaindex.kvstore import CatalogDocumentStore, CatalogKVStore
 from compllm_rag.llamaindex.llm import ConceptLLM
 from compllm_rag.llamaindex.node_parser import ConceptNodeParser
@@ -39,8 +45,14 @@ from compllm_rag.llamaindex.observer import AccountsObserver
 from compllm_rag.llamaindex.opening import IndexParts, create_index, load_index
 from compllm_rag.llamaindex.other_store import GarbageReport, adopt, collect_garbage, parts_beside
 from compllm_rag.llamaindex.reentrant_lock import ReentrantLock
-from compllm_rag.llamaindex.retrieval import VECTOR_OPTIONS, hybrid_retriever
+from compllm_rag.llamaindex.ref_docs import ref_doc_info
+from compllm_rag.llamaindex.retrieval import hybrid_retriever
+from compllm_rag.llamaindex.retriever import OPTIONS as RETRIEVER_OPTIONS
+from compllm_rag.llamaindex.retriever import ConceptRetriever
 from compllm_rag.llamaindex.retrievers import ConceptBM25Retriever, HybridRetriever, keyword_index
+from compllm_rag.llamaindex.sound import sound_documents, sound_nodes
+from compllm_rag.llamaindex.splitting import Splitting
+from compllm_rag.llamaindex.stock import StockOptions, bar, check_folder, creating, loading, refused
 from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer
 from compllm_rag.llamaindex.tracing import traced_ensure
 from compllm_rag.llamaindex.tracked_store import NodeStore, TrackedVectorStore
@@ -63,7 +75,7 @@ if TYPE_CHECKING:
     from compllm_rag.storage.verification import StorageCheck
 
 
-class ConceptIndex(VectorStoreIndex):
+class ConceptIndex(ProcessBound, VectorStoreIndex):
     """Vectors, text and concepts of a corpus, kept together and committed together.
 
     Build one with `from_documents`, `create` or `load`; the constructor joins parts that are made already.
@@ -79,6 +91,8 @@ class ConceptIndex(VectorStoreIndex):
         storage_dir: Where it all lies; None when it lies in memory.
         manifest: Of the storage; None describes the parts given.
     """
+
+    _opened_by = "open it again there: ConceptIndex.load(storage_dir, read_only=True)"
 
     def __init__(
         self,
@@ -104,6 +118,7 @@ class ConceptIndex(VectorStoreIndex):
         self._generation = generation or self.generator.config
         self.faiss: NodeStore = vector_store
         self.parser = ConceptNodeParser(self.library.spec.segmenter, self.config.chunk_size)
+        self.splitting = Splitting(vector_store.catalog, self.parser)
         kvstore = CatalogKVStore(vector_store.catalog)
         values = kvstore.values
         self.accounts, self.origins, self.pending = Accounts(values), Origins(values), PendingChunks(values)
@@ -112,13 +127,21 @@ class ConceptIndex(VectorStoreIndex):
         self._uploads: UploadQueue | None = None
         self._keywords: KeywordIndex | None = None
         super().__init__(
-            nodes=[],
+            index_struct=ConceptIndexStruct(storage_dir=str(storage_dir.absolute()) if storage_dir else ""),
             embed_model=embedder,
-            storage_context=StorageContext.from_defaults(
+            storage_context=ConceptStorageContext.from_defaults(
                 vector_store=vector_store, docstore=CatalogDocumentStore(kvstore)
             ),
             transformations=[self.parser],
         )
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuse what LlamaIndex's constructor takes and this one does not, by name."""
+        known = inspect.signature(cls.__init__).parameters
+        unknown = ["nodes"] if args and isinstance(args[0], list | tuple) else [k for k in kwargs if k not in known]
+        if unknown and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            raise refused(unknown[0], set(known) - {"self"})
+        return super().__new__(cls)
 
     @classmethod
     def from_documents(  # type: ignore[override]
@@ -132,11 +155,16 @@ class ConceptIndex(VectorStoreIndex):
             **options: See `create`, and `progress` of `ingest`.
 
         Raises:
+            EmptyCorpusError: There are no documents.
             StorageMismatchError: The storage exists and was made with other settings.
         """
         progress = options.pop("progress", None)
         index = cls.create(storage_dir, **options)
-        index.ingest(documents, progress=progress)
+        try:
+            index.ingest(documents, progress=progress, show_progress=bool(options.get("show_progress")))
+        except BaseException:
+            index.close()
+            raise
         return index
 
     @classmethod
@@ -156,13 +184,22 @@ class ConceptIndex(VectorStoreIndex):
             namespace: Tenant; those of one folder share nothing. None takes the folder's own.
             generator: Runs the target LLM; None runs it in this process.
             resume: Go on, in the background, with uploads that an earlier process left without concepts.
-            **options: See `llamaindex.opening.create_index`, and for what it raises.
+            **options: See `llamaindex.opening.create_index`, and for what it raises; and of LlamaIndex's
+                `transformations`, `embed_model`, `insert_batch_size`, `callback_manager`, `show_progress`, `use_async`,
+                see `llamaindex.stock.StockOptions`.
+
+        Raises:
+            ConfigurationError: An option that is not heeded, such as `storage_context`.
         """
+        check_folder(storage_dir)
+        stock = creating(options)
         if storage_dir is None:
-            return cls.of(create_index(None, namespace=namespace, **options), generator=generator)
+            parts = create_index(None, namespace=namespace, **options)
+            return cls.of(parts, generator=generator)._with(stock)
         folder = namespace_folder(storage_dir, namespace)
         prepare_namespace(Path(storage_dir), folder)
-        return cls.of(create_index(folder, namespace=namespace, **options), generator=generator, resume=resume)
+        parts = create_index(folder, namespace=namespace, **options)
+        return cls.of(parts, generator=generator, resume=resume)._with(stock)
 
     @classmethod
     def load(
@@ -181,13 +218,19 @@ class ConceptIndex(VectorStoreIndex):
             namespace: Tenant; None takes the folder's own.
             generator: Runs the target LLM; None runs it in this process.
             resume: Go on, in the background, with uploads that an earlier process left without concepts.
-            **options: See `llamaindex.opening.load_index`, and for what it raises.
+            **options: See `llamaindex.opening.load_index`, and for what it raises; and those of LlamaIndex's that
+                `create` takes.
+
+        Raises:
+            ConfigurationError: An option that is not heeded.
         """
+        check_folder(storage_dir)
+        stock = loading(options)
         parts = load_index(existing_namespace(storage_dir, namespace), **options)
-        return cls.of(parts, generator=generator, resume=resume)
+        return cls.of(parts, generator=generator, resume=resume)._with(stock)
 
     @classmethod
-    def from_vector_store(  # type: ignore[override]
+    def from_vector_store(
         cls,
         vector_store: BasePydanticVectorStore,
         embed_model: str | BaseEmbedding | None = None,
@@ -212,13 +255,14 @@ class ConceptIndex(VectorStoreIndex):
             **options: See `create`.
 
         Raises:
-            ConfigurationError: This is no vector store that concepts can be kept beside.
+            ConfigurationError: This is no vector store that concepts can be kept beside, or an option is not heeded.
             StorageMismatchError: The storage was made for another kind of store, or with other settings.
         """
-        parts = parts_beside(
-            vector_store, storage_dir, embed_model=embed_model, namespace=namespace, read_only=read_only, **options
-        )
-        return cls.of(parts, generator=generator, resume=resume and storage_dir is not None)
+        if embed_model is not None:
+            options["embed_model"] = embed_model
+        stock = creating(options)
+        parts = parts_beside(vector_store, storage_dir, namespace=namespace, read_only=read_only, **options)
+        return cls.of(parts, generator=generator, resume=resume and storage_dir is not None)._with(stock)
 
     @classmethod
     def of(cls, parts: IndexParts, *, generator: Generator | None = None, resume: bool = False) -> Self:
@@ -244,6 +288,35 @@ class ConceptIndex(VectorStoreIndex):
             UploadQueue(index)
         return index
 
+    def _with(self, stock: StockOptions) -> Self:
+        """Heed what was asked for in LlamaIndex's words."""
+        self._insert_batch_size, self._show_progress = stock.insert_batch_size, stock.show_progress
+        self._use_async = stock.use_async
+        if stock.callback_manager is not None:
+            self._callback_manager = self._embed_model.callback_manager = stock.callback_manager
+        if stock.transformations is not None:
+            self.use_transformations(stock.transformations)
+        return self
+
+    def use_transformations(self, transformations: Sequence[TransformComponent]) -> None:
+        """From now on make nodes of documents by these, in place of the `ConceptNodeParser`.
+
+        Chunks that are no runs of whole segments work as well; an edit then compresses more of them again. Documents that
+        were split otherwise count as changed when they are brought in next.
+
+        Args:
+            transformations: LlamaIndex node parsers, extractors and the like; `[index.parser]` is the default again.
+        """
+        self.splitting.use(transformations)
+        self._transformations = self.splitting.transformations
+
+    @property
+    def ref_doc_info(self) -> dict[str, RefDocInfo]:
+        """The nodes of every document, with its metadata."""
+        if isinstance(self.faiss, TrackedVectorStore):
+            return self.faiss.ref_doc_info()
+        return ref_doc_info(self.faiss.catalog)
+
     @property
     def compressor(self) -> ConceptCompressor:
         """The compressor all concepts in the storage come from; loaded now if nothing was compressed before."""
@@ -261,6 +334,7 @@ class ConceptIndex(VectorStoreIndex):
         progress: Progress | None = None,
         within: Iterable[str | Path] = (),
         prune: bool = False,
+        show_progress: bool = False,
     ) -> IngestReport:
         """Bring documents into the storage: new ones added, changed ones replaced, others left alone.
 
@@ -268,18 +342,24 @@ class ConceptIndex(VectorStoreIndex):
         committed about once a minute and at the end; an interrupted run is taken up by calling this again.
 
         Args:
-            documents: A stream, consumed batch by batch.
+            documents: A stream, consumed batch by batch; or a single document.
             progress: Called with a running report after each batch.
             within: The files and folders that the documents come from, as given to `load_documents`; where each came
                 from is remembered for `prune`.
             prune: At the end, delete documents that came from within these paths and are not there any more.
+            show_progress: Show a bar on standard error.
 
         Raises:
-            ConfigurationError: `prune` without `within`.
+            ConfigurationError: `prune` without `within`, or a document that cannot be kept (see `llamaindex.metadata`).
             EmptyCorpusError: There are no documents at all; nothing is pruned then.
             StoreLockedError: Another process writes, or compacts.
         """
-        return ingest_documents(self, documents, progress=progress, within=within, prune=prune)
+        with bar(self, documents, progress, show_progress) as report:
+            return ingest_documents(self, documents, progress=report, within=within, prune=prune)
+
+    async def aingest(self, documents: Iterable[Document], **options: Any) -> IngestReport:
+        """`ingest` in a thread; options as of it."""
+        return await asyncio.to_thread(self.ingest, documents, **options)
 
     @property
     def uploads(self) -> UploadQueue:
@@ -301,6 +381,10 @@ class ConceptIndex(VectorStoreIndex):
     def upload(self, documents: Iterable[Document]) -> UploadReceipt:
         """Bring documents in without waiting for their concepts; see `UploadQueue.put`."""
         return self.uploads.put(documents)
+
+    async def aupload(self, documents: Iterable[Document]) -> UploadReceipt:
+        """`upload` in a thread."""
+        return await asyncio.to_thread(self.upload, documents)
 
     @property
     def llm(self) -> ConceptLLM:
@@ -382,7 +466,7 @@ class ConceptIndex(VectorStoreIndex):
         Raises:
             ConfigurationError: A mode, an LLM or an option that nothing here would heed.
         """
-        return chat_engine(self, chat_mode, llm, kwargs, VECTOR_OPTIONS)
+        return chat_engine(self, chat_mode, llm, kwargs, RETRIEVER_OPTIONS)
 
     @property
     def generation(self) -> GenerationConfig:
@@ -429,6 +513,15 @@ class ConceptIndex(VectorStoreIndex):
         """
         return hybrid_retriever(self, **options)
 
+    def as_retriever(self, **kwargs: Any) -> ConceptRetriever:
+        """A retriever over all nodes of the index; options as of LlamaIndex's `VectorIndexRetriever`.
+
+        Raises:
+            ConfigurationError: An option that it does not have.
+        """
+        given = {"callback_manager": self._callback_manager, "object_map": self._object_map}
+        return ConceptRetriever(self, **{**given, **kwargs})
+
     def as_synthesizer(self, **options: Any) -> ConceptSynthesizer:
         """The synthesizer of this index; options as of `ConceptSynthesizer`."""
         options.setdefault("generation", self._generation)
@@ -443,13 +536,16 @@ class ConceptIndex(VectorStoreIndex):
         **insert_kwargs: Any,
     ) -> None:
         """Concepts first, unless they are there already or to be made `later`; then vector and text."""
-        nodes = list({node.node_id: node for node in nodes}.values())
+        nodes = list({node.node_id: node for node in sound_nodes(nodes)}.values())
         with self.bulk():
             if nodes:
                 self.faiss.catalog.claim()  # see `ingest._ingest_batch`
             if not later:
                 traced_ensure(self.library, (node.get_content(MetadataMode.NONE) for node in nodes))
-            super()._add_nodes_to_index(index_struct, nodes, show_progress, **insert_kwargs)
+            # Not by LlamaIndex's own method: it keeps some kinds of nodes in the document store as well, where nothing
+            # deletes them, and has its retriever look among those alone from then on.
+            for batch in iter_batch(nodes, self._insert_batch_size):
+                self._vector_store.add(self._get_node_with_embedding(batch, show_progress), **insert_kwargs)
 
     async def _async_add_nodes_to_index(
         self, index_struct: IndexDict, nodes: Sequence[BaseNode], show_progress: bool = False, **insert_kwargs: Any
@@ -457,10 +553,19 @@ class ConceptIndex(VectorStoreIndex):
         await asyncio.to_thread(self._add_nodes_to_index, index_struct, nodes, show_progress, **insert_kwargs)
 
     def insert(self, document: Document, **insert_kwargs: Any) -> None:
-        """Insert a document; one of the same id is replaced."""
+        """Insert a document; one of the same id is replaced.
+
+        Raises:
+            ConfigurationError: It is no document, or cannot be kept; see `llamaindex.metadata`.
+        """
+        (document,) = sound_documents([document])
         with self.bulk():
+            nodes = self.splitting.nodes([document], show_progress=self._show_progress)
             self._forget(document.id_)
-            super().insert(document, **insert_kwargs)
+            with self._callback_manager.as_trace("insert"):
+                self.insert_nodes(nodes, **insert_kwargs)
+            self.docstore.set_document_hash(document.id_, self.splitting.hash_of(document))
+            self.splitting.remember()
 
     async def ainsert(self, document: Document, **insert_kwargs: Any) -> None:
         """`insert` in a thread."""
@@ -468,8 +573,14 @@ class ConceptIndex(VectorStoreIndex):
 
     def delete_nodes(self, node_ids: list[str], delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
         """Delete nodes: vector and text are gone; concepts that others share stay."""
+        node_ids = [node_ids] if isinstance(node_ids, str) else node_ids
         with self.bulk():
-            super().delete_nodes(node_ids, delete_from_docstore, **delete_kwargs)
+            self._vector_store.delete_nodes(node_ids, **delete_kwargs)
+            for node_id in node_ids:
+                kept = self.docstore.get_document(node_id, raise_error=False)
+                # LlamaIndex's own methods put these two kinds there; a storage may have them from before this class.
+                if kept is not None and (delete_from_docstore or isinstance(kept, ImageNode | IndexNode)):
+                    self.docstore.delete_document(node_id, raise_error=False)
 
     async def adelete_nodes(
         self, node_ids: list[str], delete_from_docstore: bool = False, **delete_kwargs: Any
@@ -486,10 +597,35 @@ class ConceptIndex(VectorStoreIndex):
         """`delete_ref_doc` in a thread."""
         await asyncio.to_thread(self.delete_ref_doc, ref_doc_id, delete_from_docstore, **delete_kwargs)
 
+    def update_ref_doc(self, document: Document, **update_kwargs: Any) -> None:
+        """Replace a document, in one step: where the new one cannot be kept, the former one stays."""
+        (document,) = sound_documents([document])
+        with self.bulk():
+            super().update_ref_doc(document, **update_kwargs)
+
+    async def aupdate_ref_doc(self, document: Document, **update_kwargs: Any) -> None:
+        """`update_ref_doc` in a thread."""
+        await asyncio.to_thread(self.update_ref_doc, document, **update_kwargs)
+
     def refresh_ref_docs(self, documents: Sequence[Document], **update_kwargs: Any) -> list[bool]:
         """Insert new documents and replace changed ones; tells for each whether it was."""
+        insert_kwargs = {**update_kwargs.pop("insert_kwargs", {}), **update_kwargs.pop("update_kwargs", {})}
+        if update_kwargs:
+            raise ConfigurationError(
+                "a refresh has no such option",
+                got=", ".join(sorted(update_kwargs)),
+                expected="insert_kwargs",
+                next_step="leave it out",
+            )
+        sound = list(sound_documents(documents))
         with self.bulk():
-            return super().refresh_ref_docs(documents, **update_kwargs)
+            refreshed = []
+            for document in sound:  # one after the other: an id may come twice
+                changed = changed_documents(self, [document])
+                for each in changed:
+                    self.insert(each, **insert_kwargs)
+                refreshed.append(bool(changed))
+            return refreshed
 
     async def arefresh_ref_docs(self, documents: Sequence[Document], **update_kwargs: Any) -> list[bool]:
         """`refresh_ref_docs` in a thread."""
@@ -626,3 +762,11 @@ class ConceptIndex(VectorStoreIndex):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _opened(index_struct: ConceptIndexStruct, storage_context: object, **options: Any) -> ConceptIndex:
+    """What `load_index_from_storage` calls for the index of a `ConceptIndexStruct`; options as of `load`."""
+    return ConceptIndex.load(index_struct.folder(), **options)
+
+
+INDEX_STRUCT_TYPE_TO_INDEX_CLASS[TYPE] = cast(Any, _opened)

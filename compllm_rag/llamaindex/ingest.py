@@ -16,10 +16,10 @@ from compllm_rag.catalog.accounts import Accounts
 from compllm_rag.catalog.kv import KeyValues
 from compllm_rag.catalog.origins import Origins
 from compllm_rag.catalog.pending import PendingChunks
-from compllm_rag.errors import ConfigurationError
+from compllm_rag.errors import ConfigurationError, EmptyCorpusError
 from compllm_rag.library import ConceptLibrary
-from compllm_rag.llamaindex.documents import empty_corpus
-from compllm_rag.llamaindex.node_parser import ConceptNodeParser
+from compllm_rag.llamaindex.sound import sound_documents
+from compllm_rag.llamaindex.splitting import Splitting
 from compllm_rag.llamaindex.tracing import traced_ensure
 from compllm_rag.llamaindex.tracked_store import NodeStore
 from compllm_rag.models.device_memory import release_unused
@@ -100,7 +100,7 @@ class Corpus(Protocol):
         ...
 
     @property
-    def parser(self) -> ConceptNodeParser:
+    def splitting(self) -> Splitting:
         """Cuts documents into chunks."""
         ...
 
@@ -163,7 +163,7 @@ def ingest_documents(
         )
     index.origins = Origins(KeyValues(index.faiss.catalog), roots)
     with index.bulk():
-        for batch in _batches(documents):
+        for batch in _batches(sound_documents(documents)):
             report = _ingest_batch(index, batch, report)
             met.update(document.id_ for document in batch)
             now = time.perf_counter()
@@ -174,7 +174,13 @@ def ingest_documents(
             if progress:
                 progress(report)
         if not report.documents:
-            raise empty_corpus()  # nor is anything pruned then: a folder that is not mounted looks the same
+            # Nor is anything pruned then: a folder that is not mounted looks the same.
+            raise EmptyCorpusError(
+                "there are no documents to ingest",
+                got="none",
+                expected="at least one",
+                next_step="pass some; ConceptIndex.create(storage_dir) makes an index without any",
+            )
         if prune:
             gone = index.origins.gone(met)
             for doc_id in gone:
@@ -184,12 +190,11 @@ def ingest_documents(
 
 
 def _ingest_batch(index: Corpus, documents: list[Document], report: IngestReport) -> IngestReport:
-    hashes = {d.id_: index.docstore.get_document_hash(d.id_) for d in documents}
-    changed = [d for d in documents if hashes[d.id_] != d.hash]
+    changed = changed_documents(index, documents)
     if changed:
         # Before anything is compressed: a compaction must not take concepts away that are about to be referred to.
         index.faiss.catalog.claim()
-    nodes = index.parser.get_nodes_from_documents(changed)
+    nodes = index.splitting.nodes(changed)
     made = traced_ensure(index.library, (node.get_content(MetadataMode.NONE) for node in nodes))
     replace_documents(index, changed, nodes, later=True)  # they are there by now
     for document in documents:
@@ -209,6 +214,16 @@ def _ingest_batch(index: Corpus, documents: list[Document], report: IngestReport
         source_tokens=report.source_tokens + sum(t.source_tokens for t in totals),
         concepts=report.concepts + sum(t.concepts for t in totals),
     )
+
+
+def changed_documents(index: Corpus, documents: Iterable[Document]) -> list[Document]:
+    """Documents that are new or differ from what is there, in their text, their metadata, or how they are split.
+
+    Raises:
+        StorageMismatchError: See `Splitting.check`.
+    """
+    index.splitting.check()  # else all of them would count as changed
+    return [d for d in documents if index.docstore.get_document_hash(d.id_) != index.splitting.hash_of(d)]
 
 
 def replace_documents(
@@ -232,7 +247,9 @@ def replace_documents(
     index.delete_nodes(going)
     index.insert_nodes(coming, later=later)
     for document in changed:
-        index.docstore.set_document_hash(document.id_, document.hash)
+        index.docstore.set_document_hash(document.id_, index.splitting.hash_of(document))
+    if changed:
+        index.splitting.remember()
 
 
 def _keep_embeddings(index: Corpus, going: Sequence[str], coming: Sequence[BaseNode]) -> None:

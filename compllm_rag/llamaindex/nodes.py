@@ -21,6 +21,7 @@ from compllm_rag.errors import ConfigurationError
 _KINDS: dict[str, type[BaseNode]] = {
     kind.__name__: kind for kind in (TextNode, Node, IndexNode, ImageNode, Document, ImageDocument)
 }
+_RESOURCES = ("text_resource", "image_resource", "audio_resource", "video_resource")  # of `Node`; data is base64
 
 
 def encode_node(node: BaseNode) -> NodeRow:
@@ -36,6 +37,10 @@ def encode_node(node: BaseNode) -> NodeRow:
         fields = node.model_dump(mode="json", exclude={"embedding"})
         if isinstance(node, TextNode):
             del fields["text"]
+        for name in _RESOURCES:
+            resource = getattr(node, name, None)
+            if resource is not None and resource.data is not None:  # LlamaIndex leaves it out of what it writes
+                fields[name]["data"] = resource.data.decode("ascii")
         body = json.dumps({"kind": kind, "fields": fields}, ensure_ascii=False)
     except (TypeError, ValueError) as error:  # pydantic's own derive from ValueError
         raise ConfigurationError(

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores.types import BasePydanticVectorStore
 
@@ -56,7 +55,6 @@ def parts_beside(
     vector_store: BasePydanticVectorStore,
     storage_dir: str | Path | None,
     *,
-    embed_model: str | BaseEmbedding | None = None,
     namespace: str | None = None,
     read_only: bool = False,
     **options: Any,
@@ -76,9 +74,6 @@ def parts_beside(
             expected="a LlamaIndex vector store, such as QdrantVectorStore",
             next_step="for vectors of this package, use ConceptIndex.create or ConceptIndex.load",
         )
-    if embed_model is not None and options.get("embedder") is not None:
-        raise ConfigurationError("embed_model and embedder are the same", got="both", next_step="leave one out")
-    options["embedder"] = options.get("embedder") or embed_model
     options["elsewhere"] = type(vector_store).__name__
     if storage_dir is None:
         parts = create_index(None, namespace=namespace, **options)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.callbacks import CallbackManager
-from llama_index.core.indices.vector_store.retrievers import VectorIndexRetriever
 from llama_index.core.vector_stores.types import MetadataFilters
 
 from compllm_rag.catalog.keywords import KeywordIndex
 from compllm_rag.errors import ConfigurationError
+from compllm_rag.llamaindex.retriever import OPTIONS
 from compllm_rag.llamaindex.retrievers import ConceptBM25Retriever, HybridRetriever, candidates_for
 
-VECTOR_OPTIONS = frozenset({*inspect.signature(VectorIndexRetriever.__init__).parameters, "vector_store_kwargs"}) - {
-    "self", "index", "kwargs", "callback_manager",
-}  # fmt: skip
+VECTOR_OPTIONS = OPTIONS  # of `as_retriever`
 RETRIEVALS = ("vector", "bm25", "hybrid")
 _OF_BM25 = ("similarity_top_k", "filters", "doc_ids", "node_ids", "callback_manager")
 _OF_HYBRID = (*_OF_BM25, "candidates", "weights")

@@ -20,6 +20,7 @@ from compllm_rag.catalog.rows import StoredNode
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.llamaindex.node_search import allowed_ids
 from compllm_rag.llamaindex.nodes import decode_node
+from compllm_rag.llamaindex.retriever import readable
 
 _RRF_K = 60.0  # of the paper that proposed it, and of LlamaIndex's fusion
 _CANDIDATES_FACTOR, _CANDIDATES_LEAST = 4, 20
@@ -73,9 +74,7 @@ class ConceptBM25Retriever(BaseRetriever):
         return allowed_ids(connection, self._limits)
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        if not query_bundle.query_str.strip():
-            raise ConfigurationError("the question is empty", expected="words", next_step="ask in words")
-        found = self.keywords.search(query_bundle.query_str, self.similarity_top_k, self._allowed)
+        found = self.keywords.search(readable(query_bundle).query_str, self.similarity_top_k, self._allowed)
         return [NodeWithScore(node=decode_node(row), score=score) for row, score in found]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:

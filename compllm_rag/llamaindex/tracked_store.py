@@ -11,10 +11,11 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn, Protocol
+from typing import Any, ClassVar, NoReturn, Protocol
 
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.schema import BaseNode
+from llama_index.core.storage.docstore.types import RefDocInfo
 from llama_index.core.vector_stores import SimpleVectorStore
 from llama_index.core.vector_stores.types import (
     BasePydanticVectorStore,
@@ -27,9 +28,11 @@ from compllm_rag.catalog.catalog import Catalog
 from compllm_rag.catalog.rows import StoredNode
 from compllm_rag.catalog.tracked import TrackedNode, TrackedNodes
 from compllm_rag.errors import ConfigurationError, StorageMismatchError
+from compllm_rag.handles import ProcessBound
 from compllm_rag.library import Passage
 from compllm_rag.llamaindex.filters import matches
 from compllm_rag.llamaindex.nodes import decode_node, encode_node
+from compllm_rag.llamaindex.sound import sound_nodes
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 
 _PAGE = 256
@@ -58,7 +61,7 @@ class TrackingObserver(Protocol):
         """All nodes are taken away."""
 
 
-class TrackedVectorStore(BasePydanticVectorStore):
+class TrackedVectorStore(ProcessBound, BasePydanticVectorStore):
     """A vector store of somebody else's, with a catalog that keeps count of its nodes' concepts.
 
     `ConceptIndex.from_vector_store` makes it; `client` is the other store.
@@ -73,6 +76,7 @@ class TrackedVectorStore(BasePydanticVectorStore):
     _inner: BasePydanticVectorStore = PrivateAttr()
     _tracked: TrackedNodes = PrivateAttr()
     _observer: TrackingObserver | None = PrivateAttr(default=None)
+    _opened_by: ClassVar[str] = "open it there with ConceptIndex.from_vector_store"
 
     def __init__(self, inner: BasePydanticVectorStore, catalog: Catalog) -> None:
         if not inner.is_embedding_query:
@@ -117,7 +121,7 @@ class TrackedVectorStore(BasePydanticVectorStore):
         Raises:
             StoreLockedError, StoreReadOnlyError, StoreFullError: See `Catalog.writing`.
         """
-        latest = list({node.node_id: node for node in nodes}.values())
+        latest = list({node.node_id: node for node in sound_nodes(nodes)}.values())
         if latest:
             with self.catalog.writing():
                 known = self._tracked.get([node.node_id for node in latest])
@@ -265,6 +269,19 @@ class TrackedVectorStore(BasePydanticVectorStore):
         nodes = [_node_of(kept[node_id]) for node_id in result.ids or []]
         return VectorStoreQueryResult(nodes=nodes, similarities=result.similarities, ids=result.ids)
 
+    def ref_doc_info(self) -> dict[str, RefDocInfo]:
+        """The nodes of every document, and the metadata of its first.
+
+        Raises:
+            ConfigurationError: The store cannot list its nodes.
+        """
+        found: dict[str, RefDocInfo] = {}
+        for nodes in self.iter_pages():
+            for node in nodes:
+                document = found.setdefault(node.ref_doc_id or node.node_id, RefDocInfo(metadata=node.metadata))
+                document.node_ids.append(node.node_id)
+        return found
+
     def commit(self) -> None:
         """Make durable what the catalog knows; the other store has done so in its own way."""
         self.catalog.commit()
@@ -280,9 +297,10 @@ class TrackedVectorStore(BasePydanticVectorStore):
         self.catalog.close()
 
     def persist(self, persist_path: str = "", fs: Any = None) -> None:
-        """Commit, and let the other store persist in its way."""
+        """Commit, and let the other store persist in its way where a path is given."""
         self.commit()
-        self._inner.persist(persist_path, fs=fs)
+        if persist_path:
+            self._inner.persist(persist_path, fs=fs)
 
     async def async_add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
         """`add` in a thread."""

@@ -25,7 +25,8 @@ from compllm_rag.errors import (
     StoreReadOnlyError,
     UploadQueueFullError,
 )
-from compllm_rag.llamaindex.ingest import Corpus, replace_documents
+from compllm_rag.llamaindex.ingest import Corpus, changed_documents, replace_documents
+from compllm_rag.llamaindex.sound import sound_documents
 from compllm_rag.llamaindex.tracing import traced_ensure
 
 logger = logging.getLogger(__name__)
@@ -130,11 +131,11 @@ class UploadQueue:
             StoreLockedError: Another process writes.
             StoreReadOnlyError: The storage was opened for reading.
         """
-        index, given = self._index, {document.id_: document for document in documents}
+        index, given = self._index, {document.id_: document for document in sound_documents(documents)}
         with index.bulk():
-            changed = [d for d in given.values() if index.docstore.get_document_hash(d.id_) != d.hash]
+            changed = changed_documents(index, given.values())
             self._check_room(len(changed))
-            nodes = index.parser.get_nodes_from_documents(changed)
+            nodes = index.splitting.nodes(changed)
             if changed:
                 replace_documents(index, changed, nodes, later=True)
             queued = index.pending.among([node.node_id for node in nodes])

@@ -10,7 +10,7 @@ import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import fsspec  # type: ignore[import-untyped, unused-ignore]
 import numpy as np
@@ -29,8 +29,10 @@ from compllm_rag.catalog.catalog import Catalog
 from compllm_rag.catalog.flat_vectors import unit_vector
 from compllm_rag.catalog.rows import StoredNode
 from compllm_rag.errors import ConfigurationError
+from compllm_rag.handles import ProcessBound
 from compllm_rag.llamaindex.node_search import allowed_ids, nearest, search_mode
 from compllm_rag.llamaindex.nodes import decode_node, encode_node
+from compllm_rag.llamaindex.sound import sound_nodes
 
 
 class NodeObserver(Protocol):
@@ -46,21 +48,22 @@ class NodeObserver(Protocol):
         """All nodes are deleted."""
 
 
-class FaissTextVectorStore(BasePydanticVectorStore):
+class FaissTextVectorStore(ProcessBound, BasePydanticVectorStore):
     """Vectors in FAISS, nodes in SQLite, one commit for both.
 
     Scores are cosine similarities: higher is better. Changes are visible in this instance at once, and durable and
     visible to other processes after `commit` (or `persist`). `close` gives uncommitted work up; a `with` block commits
     at its end, or rolls back when it ends by an exception. Safe between threads; one writer at a time.
 
-    Ids may be of any length and hold any character, NUL included; lone surrogates, which UTF-8 cannot express, are
-    refused in ids and text alike.
+    Ids may be of any length and hold any character, NUL included. Half surrogates, which UTF-8 cannot express, are
+    refused in ids and replaced by U+FFFD in text and metadata; see `sound` and `metadata`.
 
     Args:
         dim: Dimensions of every vector.
         catalog: Where all of it lies; None keeps it in memory. See `create` and `open` for folders.
     """
 
+    _opened_by: ClassVar[str] = "open it again there: FaissTextVectorStore.open(path, read_only=True)"
     stores_text: bool = True
     is_embedding_query: bool = True
     dim: int
@@ -128,6 +131,7 @@ class FaissTextVectorStore(BasePydanticVectorStore):
             ConfigurationError: An embedding is missing, NaN, infinite or zero; metadata or an id cannot be kept.
             StoreLockedError, StoreReadOnlyError, StoreFullError: See `Catalog.writing`.
         """
+        nodes = sound_nodes(nodes)
         latest = list({node.node_id: node for node in nodes}.values())
         if latest:
             rows = [encode_node(node) for node in latest]
@@ -345,6 +349,7 @@ class FaissTextVectorStore(BasePydanticVectorStore):
     ) -> Iterator[StoredNode]:
         if node_ids is None and filters is None:
             return node_rows.read_all(connection)
+        node_ids = [node_ids] if isinstance(node_ids, str) else node_ids  # its letters would be ids of no node
         query = VectorStoreQuery(node_ids=node_ids, filters=filters)
         if node_ids == []:  # no node, and not LlamaIndex's "no limit"
             return iter(())

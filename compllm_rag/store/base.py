@@ -16,6 +16,7 @@ from typing import Self
 import torch
 
 from compllm_rag.errors import ConfigurationError, InvalidConceptsError
+from compllm_rag.handles import ProcessBound
 from compllm_rag.metrics import Traffic
 from compllm_rag.store.codec import Encoding
 from compllm_rag.store.encodings import FP16
@@ -44,7 +45,7 @@ class StoreStats:
     encoding: str = FP16.name
 
 
-class ConceptStore(ABC):
+class ConceptStore(ProcessBound, ABC):
     """Concepts by record key. Safe to share between threads.
 
     Attributes:
@@ -54,6 +55,7 @@ class ConceptStore(ABC):
         traffic: Bytes of payloads read and written so far.
     """
 
+    _opened_by = "open it again there: DiskStore(path, hidden_size=..., read_only=True)"
     hidden_size: int
     read_only: bool = False
     encoding: Encoding = FP16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from llama_index.core.vector_stores import MetadataFilter, MetadataFilters, Simp
 from llama_index.core.vector_stores.types import BasePydanticVectorStore, VectorStoreQuery, VectorStoreQueryResult
 
 from compllm_rag import Compressor, ConceptIndex
-from compllm_rag.errors import ConfigurationError, StorageMismatchError
+from compllm_rag.errors import ConfigurationError, NotTransferableError, StorageMismatchError
 from compllm_rag.llamaindex.repair import repair_storage
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 from compllm_rag.storage.stats import storage_stats
@@ -296,8 +297,20 @@ def test_a_storage_belongs_to_one_kind_of_store(compressor: Compressor, tmp_path
 def test_other_things_are_no_vector_stores(wrong: Any, compressor: Compressor) -> None:
     with pytest.raises(ConfigurationError, match="ConceptIndex.create"):
         beside(wrong, compressor)
-    with pytest.raises(ConfigurationError, match="embed_model and embedder"):
+    with pytest.raises(ConfigurationError, match="embedder and embed_model"):
         beside(Bare(), compressor, embedder=HashEmbedder())
+
+
+def test_documents_are_listed(listing: str, compressor: Compressor) -> None:
+    with beside(KINDS[listing](), compressor, show_progress=False) as index:
+        index.ingest(documents(2))
+        found = index.ref_doc_info
+        assert {doc: info.metadata["title"] for doc, info in found.items()} == {"d0": "T0", "d1": "T1"}
+        assert found["d1"].node_ids == index.faiss.node_ids("d1")
+        with pytest.raises(NotTransferableError, match="from_vector_store"):
+            pickle.dumps(index.faiss)
+    with pytest.raises(ConfigurationError, match="no such option.*got chunksize"):
+        beside(Bare(), compressor, chunksize=9)
 
 
 def test_vectors_of_another_storage_are_no_silent_answer(compressor: Compressor) -> None:

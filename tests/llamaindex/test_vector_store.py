@@ -344,17 +344,15 @@ def test_strange_ids_round_trip(store: FaissTextVectorStore, name: str, tmp_path
     assert find(store, axis(0), 3) == ["nul"]
 
 
-def test_lone_surrogates_are_refused(store: FaissTextVectorStore) -> None:
-    for bad in (
-        node("bad\ud800", axis(0)),
-        node("a", axis(0), doc="bad\ud800"),
-        node("a", axis(0), text="bad\ud800"),
-        node("a", axis(0), title="bad\ud800"),
-    ):
-        with pytest.raises(ConfigurationError):
+def test_half_characters_are_replaced_in_text_and_refused_in_ids(store: FaissTextVectorStore) -> None:
+    for bad in (node("bad\ud800", axis(0)), node("a", axis(0), doc="bad\ud800")):
+        with pytest.raises(ConfigurationError, match="half a character"):
             store.add([bad])
     assert store.n_nodes == 0
     assert store.node_ids("bad\ud800") == []  # what cannot be there is not there
+    store.add([node("a", axis(0), text="bad\ud800", title="x\udfff", pair="\ud835\udc65")])
+    (kept,) = store.get_nodes()
+    assert (kept.text, kept.metadata["title"], kept.metadata["pair"]) == ("bad\ufffd", "x\ufffd", "\U0001d465")
 
 
 def test_async_twins(store: FaissTextVectorStore) -> None:
