@@ -1,8 +1,8 @@
 """Text that can be written down: what is no Unicode is replaced, by one rule for documents, metadata and questions.
 
-Extractors of PDF files, and programs that cut texts between the two halves of a character, leave half surrogates behind.
-No file, tokenizer or database takes them. Two halves that follow one another become the character they are halves of;
-a half alone becomes U+FFFD, the replacement character. NUL and all other characters stay.
+Extractors of PDF files, and programs that cut texts between the two halves of a character, leave half surrogates
+behind. No file, tokenizer or database takes them. Two halves that follow one another become the
+character they are halves of; a half alone becomes U+FFFD, the replacement character. NUL and all others stay.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from compllm_rag.catalog.database import connected, has_tables, locked, make_tables, read_state, storable
+from compllm_rag.catalog.database import BUSY_S, connected, has_tables, locked, make_tables, read_state, storable
 from compllm_rag.catalog.faults import damaged, translated_errors
 from compllm_rag.catalog.flat_vectors import FlatVectors
 from compllm_rag.catalog.generations import sync_folder
@@ -31,7 +31,7 @@ from compllm_rag.errors import ConfigurationError, StorageNotFoundError, StoreRe
 from compllm_rag.handles import ProcessBound
 from compllm_rag.store.index_database import make_private
 from compllm_rag.store.lock import WriterLock
-from compllm_rag.store.sqlite import connect_uri
+from compllm_rag.store.sqlite import Connection, connect, connect_uri
 
 _DATABASE = "catalog.db"
 _RELOADS = 20  # a writer would have to commit twice during each of them
@@ -150,7 +150,7 @@ class Catalog(ProcessBound):
             The connection to read rows with; `vectors` gives the vectors that belong to them.
         """
         with self._guard, translated_errors(self._database, writing=False):
-            connection = self._alive()
+            connection = self._latest()
             if connection.in_transaction:
                 yield connection
                 return
@@ -316,6 +316,14 @@ class Catalog(ProcessBound):
         if self._connection is None:
             raise ConfigurationError("this catalog is closed", got=self._database, next_step="open it again")
         return self._connection
+
+    def _latest(self) -> sqlite3.Connection:
+        """The connection; a new one where the one there is would not see what was written since."""
+        connection = self._alive()
+        if isinstance(connection, Connection) and not connection.lasting and not connection.in_transaction:
+            self._connection, _ = connect(self._database, writing=False, busy_s=BUSY_S)
+            connection.close()
+        return self._alive()
 
     def _begin_read(self, connection: sqlite3.Connection) -> None:
         for _ in range(_RELOADS):

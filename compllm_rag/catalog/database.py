@@ -15,7 +15,7 @@ from compllm_rag.store.lock import WriterLock
 from compllm_rag.store.sqlite import connect
 
 CATALOG_VERSION = 1
-_BUSY_S = 5.0  # only a checkpoint or a foreign program makes us wait
+BUSY_S = 5.0  # only a checkpoint or a foreign program makes us wait
 _SCHEMA = """
 CREATE TABLE state (
     one INTEGER PRIMARY KEY CHECK (one = 1), format_version INTEGER NOT NULL,
@@ -51,7 +51,7 @@ def connected(database: Path, *, writing: bool) -> Iterator[sqlite3.Connection]:
             raise StoreReadOnlyError(
                 "the catalog cannot be written", got=database, next_step="open it with read_only=True"
             )
-        connection, _ = connect(database, writing=writing, busy_s=_BUSY_S)
+        connection, _ = connect(database, writing=writing, busy_s=BUSY_S)
         try:
             if writing:
                 connection.execute("PRAGMA journal_mode = WAL")

@@ -35,6 +35,7 @@ from compllm_rag.handles import ProcessBound
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.chat.options import chat_engine
 from compllm_rag.llamaindex.embedding import embedder_identity
+from compllm_rag.llamaindex.embedding_texts import EmbeddingTexts
 from compllm_rag.llamaindex.engines import citation_engine, query_engine, sub_question_engine
 from compllm_rag.llamaindex.index_struct import TYPE, ConceptIndexStruct, ConceptStorageContext
 from compllm_rag.llamaindex.ingest import IngestReport, Progress, changed_documents, ingest_documents
@@ -124,6 +125,7 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
         self.accounts, self.origins, self.pending = Accounts(values), Origins(values), PendingChunks(values)
         vector_store.observed_by(AccountsObserver(self.library, self.accounts, self.pending))
         self._writing, self._kept = ReentrantLock(), Work()
+        self._texts = EmbeddingTexts(embedder)
         self._uploads: UploadQueue | None = None
         self._keywords: KeywordIndex | None = None
         super().__init__(
@@ -301,8 +303,8 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
     def use_transformations(self, transformations: Sequence[TransformComponent]) -> None:
         """From now on make nodes of documents by these, in place of the `ConceptNodeParser`.
 
-        Chunks that are no runs of whole segments work as well; an edit then compresses more of them again. Documents that
-        were split otherwise count as changed when they are brought in next.
+        Chunks that are no runs of whole segments work as well; an edit then compresses more of them again. Documents
+        that were split otherwise count as changed when they are brought in next.
 
         Args:
             transformations: LlamaIndex node parsers, extractors and the like; `[index.parser]` is the default again.
@@ -547,6 +549,13 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
             for batch in iter_batch(nodes, self._insert_batch_size):
                 self._vector_store.add(self._get_node_with_embedding(batch, show_progress), **insert_kwargs)
 
+    def _get_node_with_embedding(self, nodes: Sequence[BaseNode], show_progress: bool = False) -> list[BaseNode]:
+        """Copies of nodes with their embeddings, made where they have none; see `embedding_texts`."""
+        lacking = [node for node in nodes if node.embedding is None]
+        made = self._embed_model.get_text_embedding_batch(self._texts.of(lacking), show_progress=show_progress)
+        fresh = {node.node_id: vector for node, vector in zip(lacking, made, strict=True)}
+        return [node.model_copy(update={"embedding": fresh.get(node.node_id, node.embedding)}) for node in nodes]
+
     async def _async_add_nodes_to_index(
         self, index_struct: IndexDict, nodes: Sequence[BaseNode], show_progress: bool = False, **insert_kwargs: Any
     ) -> None:
@@ -646,6 +655,8 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
         run their work. Threads take turns; what is called from within the block belongs to it.
         """
         with self._writing.acquired() as outermost:
+            if outermost:
+                self._texts.begin()
             try:
                 yield
                 if outermost:

@@ -45,7 +45,7 @@ class ConceptIndexStruct(IndexDict):
         if not self.storage_dir:
             raise ConfigurationError(
                 "this index lies in memory, there is nothing to load it from",
-                next_step="make it with ConceptIndex.create(storage_dir), and open it with ConceptIndex.load(storage_dir)",
+                next_step="make it with ConceptIndex.create(storage_dir), and open that with ConceptIndex.load",
             )
         return self.storage_dir
 

@@ -6,7 +6,7 @@
 | numpy numbers, times and texts | plain ones |
 | dates and times, paths, UUIDs, members of an `Enum` | ISO 8601, the path, the digits, the value |
 | tuples, sets of texts or of numbers | lists; those of sets in order |
-| NaN, infinity, bytes, arrays and tensors, anything else, what holds itself | refused, by the names of the document and the key |
+| NaN, infinity, bytes, arrays, tensors, anything else, what holds itself | refused, naming document and key |
 """
 
 from __future__ import annotations

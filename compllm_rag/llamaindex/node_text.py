@@ -8,6 +8,7 @@ from typing import Any
 from llama_index.core.schema import DEFAULT_METADATA_TMPL, DEFAULT_TEXT_NODE_TMPL, BaseNode, MetadataMode
 
 from compllm_rag.errors import ConfigurationError
+from compllm_rag.llamaindex.shown import hidden_keys
 from compllm_rag.prompt import PromptTemplate, Span, TextSpan
 
 
@@ -18,9 +19,14 @@ def text_of_node(node: BaseNode) -> str:
 
 def shown_metadata(node: BaseNode) -> tuple[str, dict[str, Any]]:
     """Title of a node, and whatever other metadata the LLM may see."""
-    shown = {k: v for k, v in node.metadata.items() if k not in node.excluded_llm_metadata_keys}
+    shown = _shown(node)
     title = shown.pop("title", None) or shown.pop("file_name", "")
     return str(title), shown
+
+
+def _shown(node: BaseNode) -> dict[str, Any]:
+    hidden = hidden_keys(node)
+    return {key: value for key, value in node.metadata.items() if key not in hidden}
 
 
 def node_spans(template: PromptTemplate, number: int, node: BaseNode, body: Sequence[Span]) -> list[Span]:
@@ -62,7 +68,9 @@ def _text_template(node: BaseNode) -> str:
 
 def _around(node: BaseNode) -> tuple[str, str]:
     """Text in front of and behind the body of a node with templates of its own."""
-    template, metadata = _text_template(node), node.get_metadata_str(MetadataMode.LLM)
+    template = _text_template(node)
+    lines = [node.metadata_template.format(key=key, value=str(value)) for key, value in _shown(node).items()]
+    metadata = node.metadata_separator.join(lines)
     if template == DEFAULT_TEXT_NODE_TMPL:
         return (f"{metadata}\n" if metadata else ""), ""
     pieces = template.split("{content}")

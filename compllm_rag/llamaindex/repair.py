@@ -30,6 +30,7 @@ from compllm_rag.catalog.rows import StoredNode
 from compllm_rag.catalog.tracked import STORE_KEY
 from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.errors import CorruptRecordError, StorageMismatchError, StorageNotFoundError
+from compllm_rag.llamaindex.embedding_texts import EmbeddingTexts
 from compllm_rag.llamaindex.index import ConceptIndex
 from compllm_rag.llamaindex.nodes import decode_node
 from compllm_rag.llamaindex.observer import passages_of
@@ -227,9 +228,7 @@ def _pages(connection: sqlite3.Connection) -> Iterator[list[StoredNode]]:
 
 
 def _embed(vectors: FlatVectors, page: list[StoredNode], embed: BaseEmbedding, dimension: int) -> None:
-    texts = [
-        decode_node(row).get_content(metadata_mode=MetadataMode.EMBED) for row in page
-    ]  # as LlamaIndex embeds nodes
+    texts = EmbeddingTexts(embed).of([decode_node(row) for row in page])  # as an index embeds them
     made = [unit_vector(v, dimension, "a chunk") for v in embed.get_text_embedding_batch(texts)]
     vectors.add([row.id for row in page], np.stack(made))
 

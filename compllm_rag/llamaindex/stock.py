@@ -1,4 +1,4 @@
-"""What a stock `VectorStoreIndex` takes: heeded here by the same name, or refused by name with the way that does work."""
+"""What a stock `VectorStoreIndex` takes: heeded by the same name, or refused by name with the way that does work."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class StockOptions:
                 "the LLM of an index is named, since concepts are made for it alone",
                 got=f"llm=a {type(llm).__name__}",
                 expected="an alias, a folder or org/name@revision",
-                next_step="leave it out for the default; another LLM answers from text: get_response_synthesizer(llm=...)",
+                next_step="leave it out; another LLM answers from text, by LlamaIndex's get_response_synthesizer(llm=)",
             )
         if made.insert_batch_size < 1:
             raise ConfigurationError(

@@ -109,6 +109,12 @@ def _from_code(code: int, path: Path, cause: BaseException, writing: bool, subje
         return _busy(path, subject)
     if primary in _DAMAGED or code == sqlite3.SQLITE_IOERR_SHORT_READ:
         return damaged_database(path, cause, subject)
+    if primary == sqlite3.SQLITE_IOERR:
+        return UnreadableFileError(
+            f"{subject.files} cannot be used",
+            got=f"{cause} at {path}",
+            next_step="free some space if the disk is full; look at the disk otherwise",
+        )
     return None
 
 
