@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from compllm_rag.generation.local import LocalGenerator as LocalGenerator
     from compllm_rag.generation.reuse import PrefixCache as PrefixCache
     from compllm_rag.library import ConceptLibrary as ConceptLibrary
+    from compllm_rag.llamaindex.collector import ConceptCollector as ConceptCollector
     from compllm_rag.llamaindex.documents import load_documents as load_documents
     from compllm_rag.llamaindex.embedding import load_embedder as load_embedder
     from compllm_rag.llamaindex.importing import import_index as import_index
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Compressor": "compression.compressor",
     "CompressorConfig": "config",
+    "ConceptCollector": "llamaindex.collector",
     "ConceptIndex": "llamaindex.index",
     "ConceptLLM": "llamaindex.llm",
     "ConceptLibrary": "library",

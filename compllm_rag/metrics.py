@@ -11,7 +11,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -276,13 +276,18 @@ def exposition(families: Iterable[Metric], labels: Mapping[str, str] | None = No
 
     class Labelled(Collector):
         def collect(self) -> Iterable[Metric]:
-            for family in families:
-                labelled = copy.copy(family)
-                labelled.samples = [s._replace(labels={**(labels or {}), **s.labels}) for s in family.samples]
-                if labelled.samples:
-                    yield labelled
+            return labelled(families, labels or {})
 
     return generate_latest(Labelled()).decode()
+
+
+def labelled(families: Iterable[Metric], labels: Mapping[str, str]) -> Iterator[Metric]:
+    """Families with labels added to every sample; those without a sample are left out."""
+    for family in families:
+        made = copy.copy(family)
+        made.samples = [s._replace(labels={**labels, **s.labels}) for s in family.samples]
+        if made.samples:
+            yield made
 
 
 def spread_families(found: Mapping[str, Any], prefix: str = "") -> list[Metric]:

@@ -275,8 +275,9 @@ for _more in (
 def _index(storage: Path, *, create: bool, show: Any, **options: Any) -> ConceptIndex:
     from compllm_rag.llamaindex.index import ConceptIndex
 
-    make = ConceptIndex.create if create else ConceptIndex.load
-    return make(storage, progress=show.fetching, **options)
+    if create:
+        return ConceptIndex.create(storage, progress=show.fetching, **options)
+    return ConceptIndex.load(storage, progress=show.fetching, **options)
 
 
 def main() -> None:

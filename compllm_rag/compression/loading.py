@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -17,6 +18,8 @@ from compllm_rag.config import DEFAULT_LLM, Codec, CompressorConfig, checked
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import QAPrompt
+
+logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 
@@ -99,7 +102,9 @@ def load_compressor(
 ) -> ConceptCompressor:
     """Load a compressor of either kind; arguments and errors as of `read_compressor`."""
     saved = read_compressor(folder, llm, revision=revision, **llm_options)
-    return DeepCompressor.of(saved) if saved.config.deep else Compressor.of(saved)
+    made = DeepCompressor.of(saved) if saved.config.deep else Compressor.of(saved)
+    logger.info("loaded compressor %s of LLM %s", made.fingerprint[:16], made.llm.source)
+    return made
 
 
 def untrained_deep(

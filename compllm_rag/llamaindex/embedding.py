@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +16,9 @@ from compllm_rag.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding
+
+
+logger = logging.getLogger(__name__)
 
 
 def load_embedder(
@@ -40,6 +45,7 @@ def load_embedder(
         UnsupportedModelError: The folder is not a sentence-transformers model.
         UnknownModelError, ModelFetchError, DigestMismatchError, UnsafeModelError: See `resolve_model`.
     """
+    begun = time.perf_counter()
     files = resolve_model(spec, cache_dir=cache_dir, offline=offline, progress=progress)
     from llama_index.embeddings.huggingface import HuggingFaceEmbedding
 
@@ -55,6 +61,7 @@ def load_embedder(
             expected="a folder that sentence-transformers loads",
             next_step="name another embedder",
         ) from error
+    logger.info("loaded embedder %s in %.1f s", files.source, time.perf_counter() - begun)
     return embedder, files.source, mapping_digest("compllm-rag/embedder", files.digests)
 
 

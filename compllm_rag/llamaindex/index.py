@@ -7,7 +7,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, Unpack, cast
 
 from llama_index.core import VectorStoreIndex
 from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -44,6 +44,7 @@ from compllm_rag.llamaindex.llm import ConceptLLM
 from compllm_rag.llamaindex.node_parser import ConceptNodeParser
 from compllm_rag.llamaindex.observer import AccountsObserver
 from compllm_rag.llamaindex.opening import IndexParts, create_index, load_index
+from compllm_rag.llamaindex.options import CreateOptions, LoadOptions
 from compllm_rag.llamaindex.other_store import GarbageReport, adopt, collect_garbage, parts_beside
 from compllm_rag.llamaindex.reentrant_lock import ReentrantLock
 from compllm_rag.llamaindex.ref_docs import ref_doc_info
@@ -118,7 +119,7 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
         )
         self._generation = generation or self.generator.config
         self.faiss: NodeStore = vector_store
-        self.parser = ConceptNodeParser(self.library.spec.segmenter, self.config.chunk_size)
+        self.parser = ConceptNodeParser(self.library.spec.segmenter, self.config.chunk_size, llm=compressor.llm.source)
         self.splitting = Splitting(vector_store.catalog, self.parser)
         kvstore = CatalogKVStore(vector_store.catalog)
         values = kvstore.values
@@ -177,7 +178,7 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
         namespace: str | None = None,
         generator: Generator | None = None,
         resume: bool = True,
-        **options: Any,
+        **options: Unpack[CreateOptions],
     ) -> Self:
         """Make an empty storage, or open an existing one for writing.
 
@@ -211,7 +212,7 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
         namespace: str | None = None,
         generator: Generator | None = None,
         resume: bool = True,
-        **options: Any,
+        **options: Unpack[LoadOptions],
     ) -> Self:
         """Open a storage that exists.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -24,6 +25,8 @@ from compllm_rag.llamaindex.tracing import traced_ensure
 from compllm_rag.llamaindex.tracked_store import NodeStore
 from compllm_rag.models.device_memory import release_unused
 from compllm_rag.store.base import ConceptStore
+
+logger = logging.getLogger(__name__)
 
 # Characters of the documents worked on together; bounds memory and fills the compressor's batches.
 _BATCH_CHARS = 400_000
@@ -170,6 +173,7 @@ def ingest_documents(
             report = replace(report, seconds=now - begun)
             if now - last > _COMMIT_EVERY_S:
                 index.commit()
+                _log_commit(report)
                 last = time.perf_counter()
             if progress:
                 progress(report)
@@ -186,7 +190,22 @@ def ingest_documents(
             for doc_id in gone:
                 index.delete_ref_doc(doc_id)
             report = replace(report, documents_deleted=len(gone))
-    return replace(report, seconds=time.perf_counter() - begun)
+    report = replace(report, seconds=time.perf_counter() - begun)
+    _log_commit(report)
+    return report
+
+
+def _log_commit(report: IngestReport) -> None:
+    """What is durable now, in numbers: logs are kept elsewhere than documents."""
+    logger.info(
+        "committed: %d documents so far, %d changed, %d deleted, %d of %d units compressed, %.1f s",
+        report.documents,
+        report.documents_changed,
+        report.documents_deleted,
+        report.segments_compressed,
+        report.segments,
+        report.seconds,
+    )
 
 
 def _ingest_batch(index: Corpus, documents: list[Document], report: IngestReport) -> IngestReport:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -26,6 +26,7 @@ from llama_index_instrumentation import get_dispatcher
 
 from compllm_rag.config import GenerationConfig
 from compllm_rag.generation.base import Generation, Generator
+from compllm_rag.generation.named import LLMName, named_generator
 from compllm_rag.llamaindex.decoding import generation_of
 from compllm_rag.llamaindex.streams import in_thread
 from compllm_rag.llamaindex.structured import Model, parsed, refuse_stream, schema_of, with_instructions
@@ -82,6 +83,32 @@ class ConceptLLM(LLM):
             is_chat_model=True,
             model_name=self._generator.name,
         )
+
+    def to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """The LLM by its name, with its settings, for `from_dict`."""
+        name, settings = LLMName.of(self._generator), self._defaults.model_dump(mode="json")
+        return {
+            **super().to_dict(**kwargs),
+            "llm": None if name is None else name.model_dump(mode="json"),
+            "generation": settings,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], generator: Generator | None = None, **kwargs: Any) -> Self:
+        """What `to_dict` described.
+
+        Args:
+            data: The description.
+            generator: Runs the LLM; None loads the one that `data` names when it is first asked.
+            **kwargs: Fields to change.
+
+        Raises:
+            ConfigurationError: No LLM is named: it was an object in memory, or ran elsewhere.
+        """
+        named = ("class_name", "llm", "generation")
+        fields = {name: value for name, value in data.items() if name not in named}
+        settings = data.get("generation") or {}
+        return cls(generator or named_generator(data), **{**settings, **fields, **kwargs})
 
     def to_payload(self) -> dict[str, Any]:
         """What observers are told of this LLM: name, window and settings."""

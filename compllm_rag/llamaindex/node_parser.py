@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.node_parser import NodeParser
@@ -14,7 +15,10 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeRelationship, Te
 from llama_index.core.utils import get_tqdm_iterable
 
 from compllm_rag.compression.segmentation import Segmenter, TokenizedText, chunk_bounds
+from compllm_rag.errors import ConfigurationError, FingerprintMismatchError
 from compllm_rag.fingerprint import tagged_digest
+from compllm_rag.models.llm import IN_MEMORY
+from compllm_rag.models.tokenizer import load_tokenizer, vocabulary_digest
 
 
 class ConceptNodeParser(NodeParser):
@@ -23,19 +27,25 @@ class ConceptNodeParser(NodeParser):
     The chunks of a document joined are its text, to the letter. A node's id depends on the document's id, the chunk's
     text and metadata alone, so chunks that an edit did not touch keep theirs.
 
+    `from_dict` loads the tokenizer of the LLM that the dictionary names, and nothing else of it.
+
     Args:
         segmenter: Of the compressor the chunks are for.
         chunk_size: Tokens of the target LLM per chunk, about.
+        llm: How the LLM is named whose tokenizer it is (alias, folder or `org/name@revision`); for `to_dict`.
     """
 
     chunk_size: int = Field(default=200, ge=20, description="target tokens of a chunk, about")
     segment_length: int = Field(default=20, description="most tokens of a segment")
+    llm: str | None = Field(default=None, description="the LLM whose tokenizer cuts")
+    rules: dict[str, int] = Field(default_factory=dict, description="what the segmenter is made with")
     _segmenter: Segmenter = PrivateAttr()
 
-    def __init__(self, segmenter: Segmenter, chunk_size: int = 200, **kwargs: Any) -> None:
+    def __init__(self, segmenter: Segmenter, chunk_size: int = 200, *, llm: str | None = None, **kwargs: Any) -> None:
         # Links between neighbours would change with every edit nearby, and with them nodes that did not.
         kwargs.setdefault("include_prev_next_rel", False)
         kwargs |= {"chunk_size": chunk_size, "segment_length": segmenter.segment_length}
+        kwargs |= {"llm": None if llm == IN_MEMORY else llm, "rules": _rules_of(segmenter)}
         super().__init__(**kwargs)
         self._segmenter = segmenter
 
@@ -43,6 +53,48 @@ class ConceptNodeParser(NodeParser):
     def class_name(cls) -> str:
         """Name in LlamaIndex's serialised form."""
         return "ConceptNodeParser"
+
+    @cached_property
+    def _vocabulary(self) -> str:
+        return vocabulary_digest(self._segmenter.tokenizer)
+
+    def to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """Settings, and the LLM whose tokenizer cuts, by its name."""
+        return {**super().to_dict(**kwargs), "vocabulary": self._vocabulary}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], segmenter: Segmenter | None = None, **kwargs: Any) -> Self:
+        """What `to_dict` described.
+
+        Args:
+            data: The description.
+            segmenter: Cuts; None loads the tokenizer that `data` names.
+            **kwargs: Fields to change.
+
+        Raises:
+            ConfigurationError: No LLM is named: it was an object in memory.
+            FingerprintMismatchError: The tokenizer, or the rules of `segmenter`, are not those of then.
+            UnknownModelError, ModelFetchError, UnsupportedModelError: See `load_tokenizer`.
+        """
+        fields = {name: value for name, value in (data | kwargs).items() if name not in ("class_name", "id_func")}
+        vocabulary, rules = fields.pop("vocabulary", ""), fields.pop("rules", {})
+        if segmenter is None and not (fields.get("llm") and rules):
+            raise ConfigurationError(
+                "this dictionary names no LLM whose tokenizer could be loaded",
+                got="a parser whose LLM was given as an object",
+                expected="the parser of a ConceptIndex over a named LLM",
+                next_step="pass segmenter= to from_dict",
+            )
+        segmenter = segmenter or Segmenter(load_tokenizer(fields["llm"]), **rules)
+        made = cls(segmenter, **fields)
+        if (made._vocabulary, made.rules) != (vocabulary, rules):
+            raise FingerprintMismatchError(
+                "another tokenizer, or other rules, than this parser was made with",
+                got=f"{made.llm or 'the given one'} with {made.rules}",
+                expected=f"the tokens of then, with {rules}",
+                next_step="make the parser anew; chunks of the former one are told apart by their ids",
+            )
+        return made
 
     def _parse_nodes(self, nodes: Sequence[BaseNode], show_progress: bool = False, **kwargs: Any) -> list[BaseNode]:
         out: list[BaseNode] = []
@@ -53,6 +105,11 @@ class ConceptNodeParser(NodeParser):
                 seen[text] += 1
                 out.append(_chunk_node(node, text, start, end, seen[text]))
         return out
+
+
+def _rules_of(segmenter: Segmenter) -> dict[str, int]:
+    """What a segmenter is made with, beside its tokenizer."""
+    return {name: value for name, value in vars(segmenter).items() if isinstance(value, int)}
 
 
 def chunk_texts(tokenized: TokenizedText, chunk_size: int) -> Iterator[tuple[str, int, int]]:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from pydantic import ValidationError
@@ -35,6 +35,7 @@ from compllm_rag.config import (
     IngestConfig,
 )
 from compllm_rag.errors import CompLLMError, ConfigurationError, StorageMismatchError, UntrainedCompressorWarning
+from compllm_rag.llamaindex.options import CreateOptions, LoadOptions, ModelOptions, known_options
 from compllm_rag.llamaindex.storage_parts import (
     defer_own_compressor,
     embedder_named,
@@ -92,7 +93,7 @@ def create_index(
     generation: GenerationConfig | None = None,
     progress: Callable[[str, float | None], None] | None = None,
     elsewhere: str | None = None,
-    **model_options: Any,
+    **model_options: Unpack[ModelOptions],
 ) -> IndexParts:
     """Make an empty storage, or open an existing one for writing.
 
@@ -115,10 +116,11 @@ def create_index(
         **model_options: `dtype`, `device`, `cache_dir`, `offline` of `TargetLLM.from_pretrained`.
 
     Raises:
-        ConfigurationError: A setting makes no sense, or `folder` is a file.
+        ConfigurationError: A setting makes no sense or is not known, or `folder` is a file.
         StorageMismatchError: The storage exists and was made with other settings.
         StoreLockedError: Another process writes to it.
     """
+    settings = known_options(model_options, CreateOptions.__optional_keys__)
     if folder is not None and folder.exists() and not folder.is_dir():
         raise ConfigurationError(
             "storage is not a folder", got=folder, expected="a folder, or a path where one can be made"
@@ -135,7 +137,7 @@ def create_index(
             entry_layer=entry_layer,
             elsewhere=elsewhere,
             expect={"rate": rate, "chunk_size": chunk_size, "namespace": namespace, "encoding": encoding},
-            **model_options,
+            **settings,
         )
     made = (
         compressor
@@ -147,7 +149,7 @@ def create_index(
             codec=codec or "deep",
             entry_layer=entry_layer,
             progress=progress,
-            **model_options,
+            **settings,
         )
     )
     _check_codec(codec, entry_layer, made.config)
@@ -156,7 +158,7 @@ def create_index(
         _warn_untrained(made)
     config = _config(rate=rate, chunk_size=chunk_size, namespace=namespace, encoding=encoding)
     _check_rate(config, made)
-    embed, source, identity = embedder_named(embedder or DEFAULT_EMBEDDER, progress, model_options)
+    embed, source, identity = embedder_named(embedder or DEFAULT_EMBEDDER, progress, settings)
     dimension = len(embed.get_text_embedding("dimension"))
     manifest = Manifest.of(made.spec, made.llm, source, identity, dimension, config)
     if folder is None:
@@ -187,7 +189,7 @@ def load_index(
     codec: Codec | str | None = None,
     entry_layer: int | None = None,
     elsewhere: str | None = None,
-    **model_options: Any,
+    **model_options: Unpack[ModelOptions],
 ) -> IndexParts:
     """Open a storage that exists.
 
@@ -207,21 +209,23 @@ def load_index(
         **model_options: `dtype`, `device`, `cache_dir`, `offline` of `TargetLLM.from_pretrained`.
 
     Raises:
+        ConfigurationError: There is no such option.
         StorageNotFoundError: There is no storage here.
         FingerprintMismatchError: The LLM or compressor is not the one the storage was made by.
         EmbedderMismatchError: The same for the embedder.
         StorageMismatchError: Its vectors lie in another vector store, or do not.
         UnsupportedFormatError, CorruptRecordError: The storage is damaged or too new.
     """
+    settings = known_options(model_options, LoadOptions.__optional_keys__)
     vectors = open_vectors(folder, read_only=read_only)
     try:
         manifest = Manifest.parse(vectors.catalog.get_meta(META_KEY))
         _check_elsewhere(vectors, elsewhere)
         manifest.check_ingest(**(expect or {}))
-        made = compressor or defer_own_compressor(folder, manifest, llm, progress, model_options)
+        made = compressor or defer_own_compressor(folder, manifest, llm, progress, settings)
         manifest.check_compressor(made.spec.fingerprint, made.llm.source)
         _check_codec(codec, entry_layer, made.spec.config)
-        embed = load_embedder_of(manifest, embedder, progress, model_options)
+        embed = load_embedder_of(manifest, embedder, progress, settings)
         store = open_store(manifest, folder / CONCEPTS, read_only=read_only)
         if complete:
             _check_complete(vectors, store)

@@ -28,7 +28,7 @@ from compllm_rag.catalog import rows as node_rows
 from compllm_rag.catalog.catalog import Catalog
 from compllm_rag.catalog.flat_vectors import unit_vector
 from compllm_rag.catalog.rows import StoredNode
-from compllm_rag.errors import ConfigurationError
+from compllm_rag.errors import ConfigurationError, EmbedderMismatchError
 from compllm_rag.handles import ProcessBound
 from compllm_rag.llamaindex.node_search import allowed_ids, nearest, search_mode
 from compllm_rag.llamaindex.nodes import decode_node, encode_node
@@ -94,6 +94,39 @@ class FaissTextVectorStore(ProcessBound, BasePydanticVectorStore):
     def class_name(cls) -> str:
         """The name of this class."""
         return "FaissTextVectorStore"
+
+    def to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """Where it lies, for `from_dict`; not what is in it."""
+        where = {"folder": None if self._catalog.path is None else str(self._catalog.path)}
+        return {**super().to_dict(**kwargs), **where, "read_only": self._catalog.read_only}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> Self:
+        """Open the store that `to_dict` described.
+
+        Raises:
+            ConfigurationError: It lay in memory.
+            EmbedderMismatchError: The one in that folder has vectors of another length now.
+            StorageNotFoundError: There is none in that folder any more; further errors as of `Catalog.open`.
+        """
+        fields = data | kwargs
+        if not fields.get("folder"):
+            raise ConfigurationError(
+                "this dictionary names no folder that could be opened",
+                got="a vector store in memory",
+                expected="one made by FaissTextVectorStore.create, or of a ConceptIndex with a storage_dir",
+                next_step="make a new one and add the nodes again",
+            )
+        made = cls.open(fields["folder"], read_only=bool(fields.get("read_only")))
+        if made.dim != fields["dim"]:
+            made.close()
+            raise EmbedderMismatchError(
+                "the vectors in this folder are of another length",
+                got=f"{made.dim} dimensions in {fields['folder']}",
+                expected=f"{fields['dim']}",
+                next_step="open the folder that was meant",
+            )
+        return made
 
     @property
     def client(self) -> Any:

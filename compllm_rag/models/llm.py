@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,10 @@ from compllm_rag.models.quiet import quiet_transformers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
+IN_MEMORY = "in-memory"
+"""Source of an LLM that has no name."""
 _PROVENANCE = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures", "use_cache"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,7 +47,7 @@ class TargetLLM:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        source: str = "in-memory",
+        source: str = IN_MEMORY,
         digests: dict[str, str] | None = None,
     ) -> None:
         _check(model)
@@ -51,6 +57,7 @@ class TargetLLM:
         self.model = frozen
         self.tokenizer: Any = tokenizer
         self.source = source
+        self.reader: Path | None = None  # where the adapter lies that `from_pretrained` merged
         self.digests = digests if digests is not None else _tensor_digests(model, tokenizer)
 
     @classmethod
@@ -90,6 +97,7 @@ class TargetLLM:
                 expected=" or ".join(_DTYPES),
                 next_step="pass one of these, or leave it out",
             )
+        begun = time.perf_counter()
         files = resolve_model(str(spec), cache_dir=cache_dir, offline=offline, progress=progress)
         model, tokenizer = _load(files.path)
         digests = dict(files.digests)
@@ -98,7 +106,17 @@ class TargetLLM:
 
             digests |= {f"reader/{name}": digest for name, digest in merge_adapter(model, reader).items()}
         model.to(device=device, dtype=_DTYPES[dtype])
-        return cls(model, tokenizer, source=files.source, digests=digests)
+        made = cls(model, tokenizer, source=files.source, digests=digests)
+        made.reader = reader
+        logger.info(
+            "loaded LLM %s as %s on %s%s in %.1f s",
+            made.source,
+            dtype,
+            device,
+            "" if reader is None else ", a reader merged,",
+            time.perf_counter() - begun,
+        )
+        return made
 
     @property
     def identity(self) -> str:

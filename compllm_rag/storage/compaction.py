@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,6 +21,9 @@ from compllm_rag.storage.stores import open_store
 from compllm_rag.store.compaction import CompactReport
 
 Progress = Callable[[str, float | None], None]
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,16 @@ def compact_storage(folder: str | Path, *, progress: Progress | None = None) -> 
         catalog.reclaim()
     finally:
         catalog.close()
-    return StorageCompaction(report, before, _size(path), time.perf_counter() - begun)
+    made = StorageCompaction(report, before, _size(path), time.perf_counter() - begun)
+    logger.info(
+        "compacted: %d records dropped, %d packs rewritten, %d bytes before and %d after, %.1f s",
+        report.records_dropped,
+        report.packs_rewritten,
+        made.bytes_before,
+        made.bytes_after,
+        made.seconds,
+    )
+    return made
 
 
 def _require_counts(catalog: Catalog, accounts: Accounts) -> None:
