@@ -174,8 +174,13 @@ class ReusingForward:
         return logits
 
     def extend(self, ids: torch.Tensor) -> torch.Tensor:
-        """See `Forward.extend`."""
-        logits = self._inner.extend(ids)
+        """See `Forward.extend`; where memory runs short, what was kept is given up for the next answer."""
+        try:
+            logits = self._inner.extend(ids)
+        except (RuntimeError, MemoryError) as error:
+            if memory_trouble(error) is not None:
+                self._prefixes.clear()
+            raise
         if self._follow and self._number is not None:
             self._atoms = [*self._atoms, *ids[0].tolist()]
             self._number = self._prefixes.keep(self._inner.owner, self._atoms, self._inner.caches, instead=self._number)

@@ -77,7 +77,8 @@ def _settings_of(index: ConceptIndex, llm: object, own: dict[str, Any]) -> objec
         llm: Of LlamaIndex; one that `as_structured_llm` made says the class of answers.
         own: Options of the synthesizer, completed here.
     """
-    inner, said = llm, dict[str, Any]()
+    inner: object = llm
+    said: dict[str, Any] = {}
     if isinstance(llm, StructuredLLM):
         inner, said = llm.llm, {"output_cls": llm.output_cls}
     if not isinstance(inner, ConceptLLM) or not inner.runs(index.generator) or inner.system_prompt:

@@ -48,7 +48,8 @@ from compllm_rag.llamaindex.options import CreateOptions, LoadOptions
 from compllm_rag.llamaindex.other_store import GarbageReport, adopt, collect_garbage, parts_beside
 from compllm_rag.llamaindex.reentrant_lock import ReentrantLock
 from compllm_rag.llamaindex.ref_docs import ref_doc_info
-from compllm_rag.llamaindex.retrieval import VECTOR_OPTIONS, hybrid_retriever
+from compllm_rag.llamaindex.retrieval import hybrid_retriever
+from compllm_rag.llamaindex.retriever import OPTIONS as RETRIEVER_OPTIONS
 from compllm_rag.llamaindex.retriever import ConceptRetriever
 from compllm_rag.llamaindex.retrievers import ConceptBM25Retriever, HybridRetriever, keyword_index
 from compllm_rag.llamaindex.sound import sound_documents, sound_nodes
@@ -471,7 +472,7 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
         Raises:
             ConfigurationError: A mode, an LLM or an option that nothing here would heed.
         """
-        return chat_engine(self, chat_mode, llm, kwargs, VECTOR_OPTIONS)
+        return chat_engine(self, chat_mode, llm, kwargs, RETRIEVER_OPTIONS)
 
     @property
     def generation(self) -> GenerationConfig:

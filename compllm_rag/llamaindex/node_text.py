@@ -19,10 +19,14 @@ def text_of_node(node: BaseNode) -> str:
 
 def shown_metadata(node: BaseNode) -> tuple[str, dict[str, Any]]:
     """Title of a node, and whatever other metadata the LLM may see."""
-    hidden = hidden_keys(node)
-    shown = {k: v for k, v in node.metadata.items() if k not in hidden}
+    shown = _shown(node)
     title = shown.pop("title", None) or shown.pop("file_name", "")
     return str(title), shown
+
+
+def _shown(node: BaseNode) -> dict[str, Any]:
+    hidden = hidden_keys(node)
+    return {key: value for key, value in node.metadata.items() if key not in hidden}
 
 
 def node_spans(template: PromptTemplate, number: int, node: BaseNode, body: Sequence[Span]) -> list[Span]:
@@ -64,8 +68,9 @@ def _text_template(node: BaseNode) -> str:
 
 def _around(node: BaseNode) -> tuple[str, str]:
     """Text in front of and behind the body of a node with templates of its own."""
-    seen = node.model_copy(update={"excluded_llm_metadata_keys": sorted(hidden_keys(node))})
-    template, metadata = _text_template(node), seen.get_metadata_str(MetadataMode.LLM)
+    template = _text_template(node)
+    lines = [node.metadata_template.format(key=key, value=str(value)) for key, value in _shown(node).items()]
+    metadata = node.metadata_separator.join(lines)
     if template == DEFAULT_TEXT_NODE_TMPL:
         return (f"{metadata}\n" if metadata else ""), ""
     pieces = template.split("{content}")

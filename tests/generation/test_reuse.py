@@ -289,6 +289,25 @@ def test_memory_that_runs_short_is_taken_from_what_is_kept() -> None:
     handle.remove()
 
 
+def test_memory_that_runs_short_in_the_middle_of_an_answer_is_there_for_the_next() -> None:
+    compressor = trained_deep(toy.llm(layers=4))
+    prefixed = LocalGenerator(compressor.llm, LIMIT, prefixes=PrefixCache())
+    calls = 0
+
+    def refuse(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise torch.OutOfMemoryError("no room")
+
+    handle = compressor.llm.model.model.layers[2].mlp.register_forward_pre_hook(refuse)
+    with pytest.raises(DeviceMemoryError):
+        prefixed.generate([text(*OPENING, 70)])
+    handle.remove()
+    assert len(prefixed.prefixes) == 0
+    assert prefixed.generate([text(*OPENING, 70)])[0].reused_positions == 0
+
+
 def test_threads_share_what_is_kept() -> None:
     library, prefixes = library_of("llama"), PrefixCache(prompts=2)
     prefixed, plain = generator_of(prefixes=prefixes), generator_of()

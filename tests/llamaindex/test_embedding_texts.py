@@ -13,7 +13,7 @@ import toy
 from compllm_rag import Compressor, ConceptIndex
 from compllm_rag.llamaindex.embedding import load_embedder
 from compllm_rag.llamaindex.embedding_texts import EmbeddingTexts
-from compllm_rag.llamaindex.planner import shown_metadata
+from compllm_rag.llamaindex.node_text import shown_metadata
 from compllm_rag.llamaindex.shown import is_path
 from toy_embedder import HashEmbedder, save_sentence_transformer
 
