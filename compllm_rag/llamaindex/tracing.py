@@ -99,10 +99,15 @@ class ConceptsCompressedEvent(_ConceptEvent):
         return "ConceptsCompressedEvent"
 
 
-def usage_of(made: Generation) -> dict[str, int]:
+def usage_of(made: Generation) -> dict[str, Any]:
     """What an answer took, by the names that TokenCountingHandler and tracers look for; a position is a token."""
     prompt, new = made.prompt_positions, len(made.token_ids)
-    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+    return {
+        "prompt_tokens": prompt,
+        "prompt_tokens_details": {"cached_tokens": made.reused_positions},
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
+    }
 
 
 def raw_of(made: Generation, model: str, account: Mapping[str, Any] | None = None) -> dict[str, Any]:

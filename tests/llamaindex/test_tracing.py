@@ -185,6 +185,21 @@ async def test_positions_and_new_tokens_are_counted(index: ConceptIndex, mode: s
     assert all(account["new_tokens"] for account in accounts)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_prompt_of_a_refined_answer_is_counted(index: ConceptIndex, spans: Spans, streaming: bool) -> None:
+    counter = TokenCountingHandler(tokenizer=lambda text: [0] * 10_000)
+    engine = index.as_query_engine(
+        response_mode="refine", streaming=streaming, callback_manager=CallbackManager([counter])
+    )
+    response = engine.query(QUESTION)
+    for _ in getattr(response, "response_gen", ()):
+        pass
+    account = response.metadata["compllm"]
+    assert account["prompts"] == len(counter.llm_token_counts) == len(spans.named("ConceptLLM.answer")) > 1
+    assert counter.prompt_llm_token_count == account["prompt_positions"]
+    assert counter.completion_llm_token_count == account["new_tokens"]
+
+
 async def test_a_chat_is_counted_too(index: ConceptIndex) -> None:
     counter = TokenCountingHandler(tokenizer=lambda text: [0] * 10_000)
     llm = ConceptLLM(index.generator, callback_manager=CallbackManager([counter]))
@@ -278,6 +293,7 @@ async def test_openinference_sees_model_tokens_output_and_account(
         assert seen["llm.model_name"] == index.generator.name
         assert seen["llm.token_count.prompt"] == account["prompt_positions"]
         assert seen["llm.token_count.completion"] == account["new_tokens"]
+        assert seen["llm.token_count.prompt_details.cache_read"] == account["reused_positions"]
         assert seen["output.value"] == account["answer"]
         assert seen["llm.finish_reason"] == account["finish_reason"]
         assert json.loads(seen["input.value"])["max_new_tokens"] == SHORT.max_new_tokens
