@@ -335,7 +335,7 @@ def _keep_embeddings(index: Corpus, going: Sequence[str], coming: Sequence[BaseN
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     batch: dict[str, Document] = {}
-    size, room = 0, _FIRST_BATCH_CHARS
+    size, room = 0, min(_FIRST_BATCH_CHARS, _BATCH_CHARS)
     for document in documents:
         if document.id_ in batch:
             # An id that comes again is a change of the document, to be made once the first is in.
