@@ -350,7 +350,8 @@ class FaissTextVectorStore(ProcessBound, BasePydanticVectorStore):
         if node_ids is None:
             rows: Iterator[StoredNode] = node_rows.read_all(connection)
         else:
-            node_ids = [node_ids] if isinstance(node_ids, str) else node_ids  # its letters would be ids of no node
+            asked: Any = node_ids
+            node_ids = [asked] if isinstance(asked, str) else node_ids  # its letters would be ids of no node
             found = node_rows.read_ids(connection, node_rows.ids_where(connection, "node_id", node_ids))
             rows = (found[id_] for id_ in sorted(found))
         return (row for row in rows if filters is None or matches(filters, row.metadata, row.ref_doc_id))
