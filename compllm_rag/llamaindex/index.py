@@ -586,7 +586,8 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
 
     def delete_nodes(self, node_ids: list[str] | str, delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
         """Delete nodes: vector and text are gone; concepts that others share stay."""
-        node_ids = [node_ids] if isinstance(node_ids, str) else node_ids
+        given: Any = node_ids
+        node_ids = [given] if isinstance(given, str) else node_ids
         with self.bulk():
             self._vector_store.delete_nodes(node_ids, **delete_kwargs)
             for node_id in node_ids:

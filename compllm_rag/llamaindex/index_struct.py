@@ -67,7 +67,7 @@ class ConceptStorageContext(StorageContext):
         Raises:
             ConfigurationError: The index lies in memory, so that nothing would persist.
         """
-        self.vector_store.persist(str(persist_dir))
+        self.vector_store.persist("")  # a commit; its path is not used
         written = StorageContext.from_defaults()
         for struct in self.index_store.index_structs():
             written.index_store.add_index_struct(struct)

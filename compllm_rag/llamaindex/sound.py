@@ -7,7 +7,7 @@ plain values (see `metadata`). An id must stay what it is, so one with half a ch
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from llama_index.core.schema import BaseNode, Document, MetadataMode, RelatedNodeInfo, RelatedNodeType
 
@@ -27,10 +27,10 @@ def sound_documents(documents: Iterable[Document] | Document) -> Iterator[Docume
     Raises:
         ConfigurationError: Something else is among them, or see `sound_node`.
     """
-    given: object = documents
+    given: Any = documents  # whatever a caller has: letters of a text, and fields of a node, would be iterated over
     if isinstance(given, str | bytes):
         raise _no_document(given)
-    for document in [documents] if isinstance(documents, BaseNode) else documents:
+    for document in [given] if isinstance(given, BaseNode) else given:
         if not isinstance(document, Document):
             raise _no_document(document)
         yield sound_node(document)
@@ -45,8 +45,9 @@ def sound_nodes(nodes: Iterable[BaseNode] | BaseNode) -> list[BaseNode]:
     Raises:
         ConfigurationError: Something else is among them, or see `sound_node`.
     """
+    given: Any = nodes
     out = []
-    for node in [nodes] if isinstance(nodes, BaseNode) else nodes:
+    for node in [given] if isinstance(given, BaseNode) else given:
         if not isinstance(node, BaseNode):
             raise ConfigurationError(
                 "this is no node",

@@ -382,7 +382,8 @@ class FaissTextVectorStore(ProcessBound, BasePydanticVectorStore):
     ) -> Iterator[StoredNode]:
         if node_ids is None and filters is None:
             return node_rows.read_all(connection)
-        node_ids = [node_ids] if isinstance(node_ids, str) else node_ids  # its letters would be ids of no node
+        asked: Any = node_ids
+        node_ids = [asked] if isinstance(asked, str) else node_ids  # its letters would be ids of no node
         query = VectorStoreQuery(node_ids=node_ids, filters=filters)
         if node_ids == []:  # no node, and not LlamaIndex's "no limit"
             return iter(())
