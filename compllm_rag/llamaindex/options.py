@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -10,6 +10,8 @@ from compllm_rag.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding
+    from llama_index.core.callbacks.base import CallbackManager
+    from llama_index.core.schema import TransformComponent
 
     from compllm_rag.compression.compressor import Compressor
     from compllm_rag.compression.deep import DeepCompressor
@@ -27,7 +29,18 @@ class ModelOptions(TypedDict, total=False):
     offline: bool
 
 
-class LoadOptions(ModelOptions, total=False):
+class StockNames(TypedDict, total=False):
+    """Of LlamaIndex's; see `stock.StockOptions`."""
+
+    embed_model: str | BaseEmbedding | None
+    transformations: Sequence[TransformComponent] | None
+    insert_batch_size: int
+    callback_manager: CallbackManager | None
+    use_async: bool
+    show_progress: bool
+
+
+class LoadOptions(ModelOptions, StockNames, total=False):
     """Of `ConceptIndex.load`; see `load_index`."""
 
     llm: str | None
@@ -40,7 +53,7 @@ class LoadOptions(ModelOptions, total=False):
     entry_layer: int | None
 
 
-class CreateOptions(ModelOptions, total=False):
+class CreateOptions(ModelOptions, StockNames, total=False):
     """Of `ConceptIndex.create`; see `create_index`."""
 
     llm: str | None
