@@ -195,14 +195,14 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
             ConfigurationError: An option that is not heeded, such as `storage_context`.
         """
         check_folder(storage_dir)
-        given: dict[str, Any] = {**options}
-        stock = creating(given)
+        own: dict[str, Any] = {**options}
+        stock = creating(own)
         if storage_dir is None:
-            parts = create_index(None, namespace=namespace, **given)
+            parts = create_index(None, namespace=namespace, **own)
             return cls.of(parts, generator=generator)._with(stock)
         folder = namespace_folder(storage_dir, namespace)
         prepare_namespace(Path(storage_dir), folder)
-        parts = create_index(folder, namespace=namespace, **given)
+        parts = create_index(folder, namespace=namespace, **own)
         return cls.of(parts, generator=generator, resume=resume)._with(stock)
 
     @classmethod
@@ -229,9 +229,9 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
             ConfigurationError: An option that is not heeded.
         """
         check_folder(storage_dir)
-        given: dict[str, Any] = {**options}
-        stock = loading(given)
-        parts = load_index(existing_namespace(storage_dir, namespace), **given)
+        own: dict[str, Any] = {**options}
+        stock = loading(own)
+        parts = load_index(existing_namespace(storage_dir, namespace), **own)
         return cls.of(parts, generator=generator, resume=resume)._with(stock)
 
     @classmethod

@@ -10,7 +10,7 @@ from compllm_rag.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding
-    from llama_index.core.callbacks import CallbackManager
+    from llama_index.core.callbacks.base import CallbackManager
     from llama_index.core.schema import TransformComponent
 
     from compllm_rag.compression.compressor import Compressor
@@ -30,10 +30,10 @@ class ModelOptions(TypedDict, total=False):
 
 
 class StockNames(TypedDict, total=False):
-    """Options of LlamaIndex's that are heeded under their own names; see `llamaindex.stock.StockOptions`."""
+    """Of LlamaIndex's; see `stock.StockOptions`."""
 
+    embed_model: str | BaseEmbedding | None
     transformations: Sequence[TransformComponent] | None
-    embed_model: BaseEmbedding | str
     insert_batch_size: int
     callback_manager: CallbackManager | None
     use_async: bool
