@@ -19,7 +19,7 @@ from llama_index.core.postprocessor import SimilarityPostprocessor
 from compllm_rag import Compressor, ConceptIndex, ConceptLLM, GenerationConfig
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.llamaindex.chat.engine import ConceptChatEngine
-from compllm_rag.prompt import SYSTEM, TextSpan
+from compllm_rag.prompt import SYSTEM, QAPrompt, TextSpan
 from tests.llamaindex.chat_samples import RETRIEVING, TALK, Readings, deep_compressor, open_index
 
 
@@ -332,3 +332,12 @@ def test_what_is_said_never_becomes_a_turn(index: ConceptIndex, monkeypatch: pyt
             5,
             4,
         )  # system, user, assistant, user, and where the answer begins
+
+
+def test_the_opening_is_read_once_for_all_queries(index: ConceptIndex) -> None:
+    engine = index.as_query_engine(similarity_top_k=2)
+    index.generator.prefixes.clear()
+    accounts = [engine.query(question).metadata["compllm"] for question in TALK]
+    opening = len(QAPrompt(index.generator.tokenizer).opening)
+    assert accounts[0]["reused_positions"] == 0
+    assert all(opening <= a["reused_positions"] < a["prompt_positions"] for a in accounts[1:])
