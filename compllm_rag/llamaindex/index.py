@@ -584,7 +584,7 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
         """`insert` in a thread."""
         await asyncio.to_thread(self.insert, document, **insert_kwargs)
 
-    def delete_nodes(self, node_ids: list[str] | str, delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
+    def delete_nodes(self, node_ids: list[str], delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
         """Delete nodes: vector and text are gone; concepts that others share stay."""
         given: Any = node_ids
         node_ids = [given] if isinstance(given, str) else node_ids
