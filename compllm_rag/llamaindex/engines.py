@@ -28,7 +28,7 @@ from compllm_rag.llamaindex.retrieval import VECTOR_OPTIONS, chosen_retriever
 if TYPE_CHECKING:
     from llama_index.core.prompts.mixin import PromptDictType
 
-    from compllm_rag.llamaindex.index import ConceptIndex
+    from compllm_rag.llamaindex.index_asking import IndexAsking
 
 _SYNTHESIZER_OPTIONS = (
     "mode", "streaming", "missing", "overflow", "choose", "text_qa_template", "refine_template", "response_mode",
@@ -42,7 +42,7 @@ _QUESTIONS = PromptTemplate(
 )
 
 
-def query_engine(index: ConceptIndex, llm: object, options: dict[str, Any]) -> ConceptQueryEngine:
+def query_engine(index: IndexAsking, llm: object, options: dict[str, Any]) -> ConceptQueryEngine:
     """A query engine over an index; see `ConceptIndex.as_query_engine`."""
     own = {name: options.pop(name) for name in _SYNTHESIZER_OPTIONS if name in options}
     llm = _settings_of(index, llm, own)
@@ -69,7 +69,7 @@ def query_engine(index: ConceptIndex, llm: object, options: dict[str, Any]) -> C
     return ConceptQueryEngine(retriever, given or index.as_synthesizer(**own), postprocessors)
 
 
-def _settings_of(index: ConceptIndex, llm: object, own: dict[str, Any]) -> object:
+def _settings_of(index: IndexAsking, llm: object, own: dict[str, Any]) -> object:
     """Take from an index's own LLM what it says of answers; None then, else the LLM, which is another.
 
     Args:
@@ -115,7 +115,7 @@ class ConceptCitationEngine(CitationQueryEngine):
 
 
 def citation_engine(
-    index: ConceptIndex,
+    index: IndexAsking,
     *,
     citation_chunk_size: int | None,
     citation_chunk_overlap: int | None,
@@ -206,7 +206,7 @@ class StructuredQuestionGenerator(BaseQuestionGenerator):
 
 
 def sub_question_engine(
-    index: ConceptIndex,
+    index: IndexAsking,
     tools: Sequence[QueryEngineTool] | None,
     *,
     question_gen: BaseQuestionGenerator | None,

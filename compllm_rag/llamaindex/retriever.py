@@ -14,7 +14,7 @@ from compllm_rag.errors import ConfigurationError
 from compllm_rag.unicode_text import is_whole, whole
 
 if TYPE_CHECKING:
-    from compllm_rag.llamaindex.index import ConceptIndex
+    from compllm_rag.llamaindex.index_asking import IndexAsking
 
 # LlamaIndex's retriever takes any name without a word.
 OPTIONS = frozenset(inspect.signature(VectorIndexRetriever.__init__).parameters) - {
@@ -36,7 +36,7 @@ class ConceptRetriever(VectorIndexRetriever):
         ConfigurationError: It has no such option.
     """
 
-    def __init__(self, index: ConceptIndex, **options: Any) -> None:
+    def __init__(self, index: IndexAsking, **options: Any) -> None:
         unheeded = sorted(options.keys() - OPTIONS - {"callback_manager", "object_map"})
         if unheeded:
             raise ConfigurationError(

@@ -22,7 +22,7 @@ from compllm_rag.llamaindex.opening import create_index, load_index
 from compllm_rag.models.llm import TargetLLM
 
 if TYPE_CHECKING:
-    from compllm_rag.llamaindex.index import ConceptIndex
+    from compllm_rag.llamaindex.index_base import IndexBase
 
 # Names of LlamaIndex that mean something else here, and what to do in their place.
 _ELSEWHERE = {
@@ -171,9 +171,7 @@ def check_folder(storage_dir: object) -> None:
 
 
 @contextmanager
-def bar(
-    index: ConceptIndex, documents: Iterable[Any], progress: Progress | None, show: bool
-) -> Iterator[Progress | None]:
+def bar(index: IndexBase, documents: Iterable[Any], progress: Progress | None, show: bool) -> Iterator[Progress | None]:
     """A progress bar on standard error for a block that brings documents in.
 
     Args:

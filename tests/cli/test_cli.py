@@ -193,7 +193,7 @@ def test_ctrl_c_says_what_to_do(storage: Path, corpus: Path, monkeypatch: pytest
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("compllm_rag.llamaindex.index.ingest_documents", interrupted)
+    monkeypatch.setattr("compllm_rag.llamaindex.index_writing.ingest_documents", interrupted)
     assert "run the same command again" in run("ingest", corpus, "--storage", storage, code=130).stderr
 
 

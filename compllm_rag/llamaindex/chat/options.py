@@ -23,7 +23,7 @@ from compllm_rag.models.plaintext import encode_plain
 from compllm_rag.prompt import SYSTEM, Message
 
 if TYPE_CHECKING:
-    from compllm_rag.llamaindex.index import ConceptIndex
+    from compllm_rag.llamaindex.index_asking import IndexAsking
 
 MODES = ("best", "condense_plus_context", "context", "condense_question", "simple")
 _CONVERSATION = {"memory", "chat_history", "system_prompt", "prefix_messages", "callback_manager"}
@@ -34,7 +34,7 @@ _CONDENSING = {"condense_prompt", "condense_question_prompt", "condense_llm", "s
 
 
 def chat_engine(
-    index: ConceptIndex, chat_mode: object, llm: object, options: dict[str, Any], retriever_options: Collection[str]
+    index: IndexAsking, chat_mode: object, llm: object, options: dict[str, Any], retriever_options: Collection[str]
 ) -> BaseChatEngine:
     """A chat engine over an index; see `ConceptIndex.as_chat_engine`.
 
@@ -94,7 +94,7 @@ def _refuse(mode: str, unheeded: Collection[str], known: Collection[str]) -> Non
         )
 
 
-def _made(index: ConceptIndex, mode: str, options: dict[str, Any]) -> ConceptChatEngine:
+def _made(index: IndexAsking, mode: str, options: dict[str, Any]) -> ConceptChatEngine:
     generation = options.pop("generation", None) or index.generation
     if mode != "simple":
         options.setdefault("similarity_top_k", 4)
@@ -124,12 +124,12 @@ def _made(index: ConceptIndex, mode: str, options: dict[str, Any]) -> ConceptCha
     )
 
 
-def _counter(index: ConceptIndex) -> Callable[[str], int]:
+def _counter(index: IndexAsking) -> Callable[[str], int]:
     tokenizer = index.generator.tokenizer
     return lambda text: len(encode_plain(tokenizer, text)["input_ids"])
 
 
-def _memory(index: ConceptIndex, options: dict[str, Any], count: Callable[[str], int]) -> BaseMemory:
+def _memory(index: IndexAsking, options: dict[str, Any], count: Callable[[str], int]) -> BaseMemory:
     """The conversation: the memory given, or one that keeps all; what of it a prompt holds, its planner decides."""
     given, history = options.pop("memory", None), options.pop("chat_history", None)
     memory: BaseMemory
@@ -190,9 +190,7 @@ def _context_prompt(options: dict[str, Any]) -> BasePromptTemplate | None:
     return None
 
 
-def _condenser(
-    index: ConceptIndex, mode: str, options: dict[str, Any], count: Callable[[str], int]
-) -> Condenser | None:
+def _condenser(index: IndexAsking, mode: str, options: dict[str, Any], count: Callable[[str], int]) -> Condenser | None:
     names = ("condense_prompt", "condense_question_prompt")
     given = [options.pop(name) for name in names if name in options]
     llm, skip, verbose = (options.pop(name, None) for name in ("condense_llm", "skip_condense", "verbose"))
