@@ -10,7 +10,6 @@ import typer
 
 from compllm_rag.cli.base import AsJson, print_json, progress_show, reported
 from compllm_rag.cli.flags import flagged
-from compllm_rag.compression.loading import AUTO
 from compllm_rag.config import DEFAULT_LLM
 from compllm_rag.training.job_options import (
     DEEP_DATA,
@@ -139,7 +138,7 @@ def selector(
     data_dir: Annotated[Path, typer.Option("--data-dir", help="Holds train/*.jsonl(.gz) with questions.")],
     from_: Annotated[
         str, typer.Option("--from", help="A compressor of deep concepts; auto: the shipped one, or an untrained one.")
-    ] = AUTO,
+    ] = "auto",
     llm: Annotated[str, typer.Option("--llm", help="Target LLM: alias, folder or org/name@revision.")] = DEFAULT_LLM,
     groups: Annotated[
         int, typer.Option("--groups", min=1, help="Groups of questions that share passages to learn from, at most.")

@@ -8,6 +8,7 @@ what lies between two of them is cut so: an edit reaches the two such cuts aroun
 
 from __future__ import annotations
 
+import codecs
 import math
 from itertools import pairwise
 
@@ -24,6 +25,8 @@ _AT_LINE, _AT_PAUSE, _AT_BLANK, _AT_CHARACTER, _WITHIN = range(5)
 # are fuller and an edit costs more of them: of a transcript, 27 and 5 % new at 0.6, 25 and 8 % at 0.75.
 _LONG, _REACH = 4, 0.6
 
+# Looked up now: a process that gives up rights later may not be able to load it any more.
+_CODEC = codecs.lookup("utf-32-le").name
 _HASH_BITS = 48
 _ODD = np.asarray([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB], dtype=np.uint64)  # of splitmix64
 _WIDE = 0x2E80  # from here on punctuation carries its own space
@@ -118,7 +121,7 @@ def _best(ranks: list[int], size: int, parts: int) -> int:
 
 def _ranks(text: str, ids: list[int], offsets: list[tuple[int, int]], ends: np.ndarray) -> np.ndarray:
     """Order of the cuts in front of each token: what stands there, then a hash of two tokens on both sides."""
-    characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    characters = np.frombuffer(text.encode(_CODEC, "surrogatepass"), dtype="<u4")
     starts = np.asarray([start for start, _ in offsets], dtype=np.int64)
     border = np.concatenate([[0], ends[:-1]])  # how many characters the tokens in front of the cut have read
     last, following = characters[np.maximum(border - 1, 0)], characters[np.minimum(border, len(characters) - 1)]

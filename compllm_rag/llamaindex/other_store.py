@@ -78,7 +78,10 @@ def parts_beside(
     if storage_dir is None:
         parts = create_index(None, namespace=namespace, **options)
     elif read_only:
-        parts = load_index(existing_namespace(storage_dir, namespace), read_only=True, **options)
+        # As where it is opened for writing: settings that are given must be the storage's own.
+        expected = {name: options.pop(name, None) for name in ("rate", "chunk_size", "encoding")}
+        folder = existing_namespace(storage_dir, namespace)
+        parts = load_index(folder, read_only=True, expect=expected, **options)
     else:
         folder = namespace_folder(storage_dir, namespace)
         prepare_namespace(Path(storage_dir), folder)

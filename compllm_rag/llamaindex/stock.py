@@ -121,22 +121,23 @@ def check_options(options: Iterable[str], *opened_by: Callable[..., Any]) -> Non
     known = {*inspect.signature(TargetLLM.from_pretrained).parameters} - {"spec", "reader"}
     known |= {name for function in opened_by for name in inspect.signature(function).parameters}
     known -= {"folder", "expect", "complete", "model_options"}
-    for name in sorted(set(options) - known):
-        raise refused(name, known)
+    if unknown := sorted(set(options) - known):
+        raise refused(*unknown, known=known | {field.name for field in fields(StockOptions)})
 
 
-def refused(name: str, known: Iterable[str] = ()) -> ConfigurationError:
-    """The error for an option that is not heeded.
+def refused(*names: str, known: Iterable[str] = ()) -> ConfigurationError:
+    """The error for options that are not heeded.
 
     Args:
-        name: Of the option.
+        *names: Of these options, at least one; the first is said more of.
         known: Those that are.
     """
+    name = names[0]
     meant = difflib.get_close_matches(name, known, 1)
     otherwise = f"did you mean {meant[0]}? Else leave it out" if meant else "leave it out"
     return ConfigurationError(
         "a ConceptIndex has no such option",
-        got=name,
+        got=", ".join(names),
         expected=", ".join(sorted(known)) or None,
         next_step=_ELSEWHERE.get(name, otherwise),
     )

@@ -162,11 +162,12 @@ def _copy_database(source: Path, target: Path) -> None:
     make_private(target)
     with connected(source, writing=False) as reader:
         try:
-            writer = sqlite3.connect(target)
-            try:
-                reader.backup(writer)
-            finally:
-                writer.close()  # durable: the journal is written back
+            with translated_errors(target, writing=True):  # within the other, which would blame the source
+                writer = sqlite3.connect(target)
+                try:
+                    reader.backup(writer)
+                finally:
+                    writer.close()  # durable: the journal is written back
         finally:
             reader.close()
 

@@ -34,6 +34,8 @@ class WriterLock:
             path, timeout=0, mode=0o600, thread_local=False, fallback_to_soft=False, preserve_lock_file=True
         )
         with translated_errors(path, writing=True):
+            # FileLock would make the folder; one that was deleted under a process stays deleted.
+            path.parent.stat()
             try:
                 self._lock.acquire()
             except Timeout as error:

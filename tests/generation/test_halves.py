@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import toy
+from compllm_rag.config import GenerationConfig
 from compllm_rag.errors import ConfigurationError, InvalidConceptsError
 from compllm_rag.generation.halves import SplitForward, States, Tokens
 from compllm_rag.generation.local import LocalGenerator
@@ -62,7 +63,7 @@ def test_entry_layer_0_is_todays_generator_bit_for_bit(architecture: str, batche
     # Logits of the steps are seen through the same LLM, whose head is the last thing to run.
     seen: list[torch.Tensor] = []
     hook = llm.model.register_forward_hook(lambda module, args, out: seen.append(out.logits[:, -1]))
-    tokens = list(generator._tokens(generator.lay_out(plans), plans, STEPS))
+    tokens = list(generator._tokens(generator.lay_out(plans), plans, GenerationConfig(max_new_tokens=STEPS)))
     hook.remove()
     assert len(seen) == STEPS
     assert torch.equal(logits, seen[0])

@@ -13,7 +13,7 @@ import pytest
 from compllm_rag import Compressor, ConceptIndex
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.llamaindex.opening import create_index, load_index
-from compllm_rag.llamaindex.options import CreateOptions, LoadOptions, ModelOptions
+from compllm_rag.llamaindex.options import CreateOptions, LoadOptions, ModelOptions, StockNames
 from toy_embedder import HashEmbedder
 
 
@@ -36,7 +36,7 @@ def test_what_nothing_would_heed_is_refused(tmp_path: Path, compressor: Compress
 def test_the_types_name_what_the_functions_take(function: Any, options: Any) -> None:
     inner = {"folder", "namespace", "elsewhere", "expect", "complete", "model_options"}
     taken = set(inspect.signature(function).parameters) - inner
-    assert options.__optional_keys__ == taken | ModelOptions.__optional_keys__
+    assert options.__optional_keys__ == taken | ModelOptions.__optional_keys__ | StockNames.__optional_keys__
 
 
 @pytest.mark.slow

@@ -93,7 +93,7 @@ async def test_nothing_is_answered_from_no_passage(options: dict[str, Any]) -> N
 def test_what_cannot_fit_is_not_compressed() -> None:
     made = library(300)
     Planner(made).plan(QUESTION, [node("long", toy.TEXT * 20), node("a", "Buns.")], 288)
-    assert made.store.stats().records == len(made.passage("Buns.").keys)
+    assert made.metrics.work.segments == len(made.passage("Buns.").keys)
 
 
 class Recorder(LocalGenerator):
