@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack, cast
@@ -37,6 +38,7 @@ from compllm_rag.llamaindex.chat.options import chat_engine
 from compllm_rag.llamaindex.embedding import embedder_identity
 from compllm_rag.llamaindex.embedding_texts import EmbeddingTexts
 from compllm_rag.llamaindex.engines import citation_engine, query_engine, sub_question_engine
+from compllm_rag.llamaindex.heeded import refuse_options, update_options
 from compllm_rag.llamaindex.index_struct import TYPE, ConceptIndexStruct, ConceptStorageContext
 from compllm_rag.llamaindex.ingest import IngestReport, Progress, changed_documents, ingest_documents
 from compllm_rag.llamaindex.kvstore import CatalogDocumentStore, CatalogKVStore
@@ -75,6 +77,8 @@ if TYPE_CHECKING:
 
     from compllm_rag.storage.compaction import StorageCompaction
     from compllm_rag.storage.verification import StorageCheck
+
+logger = logging.getLogger(__name__)
 
 
 class ConceptIndex(ProcessBound, VectorStoreIndex):
@@ -194,7 +198,7 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
         Raises:
             ConfigurationError: An option that is not heeded, such as `storage_context`.
         """
-        check_folder(storage_dir)
+        storage_dir = None if storage_dir is None else check_folder(storage_dir)
         own: dict[str, Any] = {**options}
         stock = creating(own)
         if storage_dir is None:
@@ -228,7 +232,7 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
         Raises:
             ConfigurationError: An option that is not heeded.
         """
-        check_folder(storage_dir)
+        storage_dir = check_folder(storage_dir)
         own: dict[str, Any] = {**options}
         stock = loading(own)
         parts = load_index(existing_namespace(storage_dir, namespace), **own)
@@ -265,6 +269,7 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
         """
         if embed_model is not None:
             options["embed_model"] = embed_model
+        storage_dir = None if storage_dir is None else check_folder(storage_dir)
         stock = creating(options)
         parts = parts_beside(vector_store, storage_dir, namespace=namespace, read_only=read_only, **options)
         return cls.of(parts, generator=generator, resume=resume and storage_dir is not None)._with(stock)
@@ -542,6 +547,8 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
         **insert_kwargs: Any,
     ) -> None:
         """Concepts first, unless they are there already or to be made `later`; then vector and text."""
+        if not isinstance(self.faiss, TrackedVectorStore):  # other stores have options of their own
+            refuse_options("an insertion", insert_kwargs, ("show_progress",))
         nodes = list({node.node_id: node for node in sound_nodes(nodes)}.values())
         with self.bulk():
             if nodes:
@@ -603,34 +610,47 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
         await asyncio.to_thread(self.delete_nodes, node_ids, delete_from_docstore, **delete_kwargs)
 
     def delete_ref_doc(self, ref_doc_id: str, delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
-        """Delete a document, its nodes, and the memory of its hash (so that it can be refreshed back in)."""
+        """Delete a document, its nodes, and the memory of its hash (so that it can be refreshed back in).
+
+        One that is not there is no error, but logged as a warning.
+
+        Raises:
+            ConfigurationError: An option that is not heeded.
+        """
+        refuse_options("deleting a document", delete_kwargs, ("delete_from_docstore",))
+        if not isinstance(ref_doc_id, str):
+            raise ConfigurationError("this is no id of a document", got=repr(ref_doc_id), expected="a text")
         with self.bulk():
-            self._forget(ref_doc_id)
+            if not self._forget(ref_doc_id):
+                logger.warning("there is no document %r, so none was deleted", ref_doc_id)
 
     async def adelete_ref_doc(self, ref_doc_id: str, delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
         """`delete_ref_doc` in a thread."""
         await asyncio.to_thread(self.delete_ref_doc, ref_doc_id, delete_from_docstore, **delete_kwargs)
 
     def update_ref_doc(self, document: Document, **update_kwargs: Any) -> None:
-        """Replace a document, in one step: where the new one cannot be kept, the former one stays."""
-        (document,) = sound_documents([document])
-        with self.bulk():
-            super().update_ref_doc(document, **update_kwargs)
+        """Replace a document, in one step: where the new one cannot be kept, the former one stays.
+
+        Args:
+            document: The new one.
+            **update_kwargs: `insert_kwargs`, and `delete_kwargs`, of which `delete_from_docstore` makes no difference.
+
+        Raises:
+            ConfigurationError: It cannot be kept, or an option is not heeded.
+        """
+        self.insert(document, **update_options("an update", update_kwargs))
 
     async def aupdate_ref_doc(self, document: Document, **update_kwargs: Any) -> None:
         """`update_ref_doc` in a thread."""
         await asyncio.to_thread(self.update_ref_doc, document, **update_kwargs)
 
     def refresh_ref_docs(self, documents: Sequence[Document], **update_kwargs: Any) -> list[bool]:
-        """Insert new documents and replace changed ones; tells for each whether it was."""
-        insert_kwargs = {**update_kwargs.pop("insert_kwargs", {}), **update_kwargs.pop("update_kwargs", {})}
-        if update_kwargs:
-            raise ConfigurationError(
-                "a refresh has no such option",
-                got=", ".join(sorted(update_kwargs)),
-                expected="insert_kwargs",
-                next_step="leave it out",
-            )
+        """Insert new documents and replace changed ones; tells for each whether it was.
+
+        Raises:
+            ConfigurationError: One cannot be kept, or an option is not heeded; they are those of `update_ref_doc`.
+        """
+        insert_kwargs = update_options("a refresh", update_kwargs)
         sound = list(sound_documents(documents))
         with self.bulk():
             refreshed = []
@@ -645,12 +665,15 @@ class ConceptIndex(ProcessBound, VectorStoreIndex):
         """`refresh_ref_docs` in a thread."""
         return await asyncio.to_thread(self.refresh_ref_docs, documents, **update_kwargs)
 
-    def _forget(self, doc_id: str) -> None:
+    def _forget(self, doc_id: str) -> bool:
+        """Delete a document; tells whether there was one."""
         gone = self.faiss.node_ids(doc_id)
+        known = bool(gone) or self.docstore.get_document_hash(doc_id) is not None
         if gone:
             self.delete_nodes(gone)
         self.docstore.delete_document(doc_id, raise_error=False)
         self.origins.forget(doc_id)
+        return known
 
     @contextlib.contextmanager
     def bulk(self) -> Iterator[None]:
