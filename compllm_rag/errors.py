@@ -28,7 +28,8 @@ class CompLLMError(Exception):
         if self.expected is not None:
             facts.append(f"expected {self.expected}")
         text = f"{self.what}: {', '.join(facts)}" if facts else self.what
-        return f"{text}. Next step: {self.next_step}" if self.next_step else text
+        text = f"{text}. Next step: {self.next_step}" if self.next_step else text
+        return text.encode(errors="backslashreplace").decode()  # half a character in a path cannot be printed
 
     def __str__(self) -> str:
         return self._message()

@@ -19,9 +19,10 @@ from compllm_rag.catalog.catalog import Catalog
 from compllm_rag.catalog.rows import StoredNode
 from compllm_rag.catalog.words import words
 from compllm_rag.errors import ConfigurationError
+from compllm_rag.handles import ProcessBound
 
 
-class KeywordIndex:
+class KeywordIndex(ProcessBound):
     """BM25 over the rows of a catalog, as they are at each search. Safe between threads.
 
     Args:
@@ -31,6 +32,8 @@ class KeywordIndex:
     Raises:
         ConfigurationError: bm25s is not installed.
     """
+
+    _opened_by = "make one there, from the index of that process"
 
     def __init__(self, catalog: Catalog, text_of: Callable[[StoredNode], str]) -> None:
         self._bm25s = _bm25s()

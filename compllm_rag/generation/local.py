@@ -24,13 +24,14 @@ from compllm_rag.generation.reuse import PrefixCache, ReusingForward, reused_of
 from compllm_rag.generation.sampling import Choice
 from compllm_rag.generation.structured import SchemaConstraint
 from compllm_rag.generation.text import Detokenizer
+from compllm_rag.handles import ProcessBound
 from compllm_rag.models.device_memory import room_for
 from compllm_rag.models.halves import Halves
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import PromptInputs, PromptPlan, lay_out
 
 
-class LocalGenerator:
+class LocalGenerator(ProcessBound):
     """Runs the target LLM in this process.
 
     Args:
@@ -41,6 +42,8 @@ class LocalGenerator:
             reads each from its start. An attribute of the same name may be set anew at any time. Prompts of a batch
             neither find nor leave anything there.
     """
+
+    _opened_by = "make one there, over an LLM of that process"
 
     def __init__(
         self,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from llama_index.core.base.response.schema import RESPONSE_TYPE
 from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.query_engine import RetrieverQueryEngine
-from llama_index.core.schema import NodeWithScore, QueryBundle
+from llama_index.core.schema import NodeWithScore, QueryBundle, QueryType
 from llama_index.core.settings import Settings
+
+from compllm_rag.llamaindex.heeded import asked
 
 
 class FollowsSettings:
@@ -40,6 +43,18 @@ class ConceptQueryEngine(RetrieverQueryEngine):
     def callback_manager(self, manager: CallbackManager) -> None:
         if manager is not self._response_synthesizer.callback_manager:
             self._response_synthesizer.callback_manager = manager
+
+    def query(self, str_or_query_bundle: QueryType) -> RESPONSE_TYPE:
+        """Answer a question.
+
+        Raises:
+            ConfigurationError: It is empty, or no text.
+        """
+        return super().query(asked(str_or_query_bundle))
+
+    async def aquery(self, str_or_query_bundle: QueryType) -> RESPONSE_TYPE:
+        """`query`, async."""
+        return await super().aquery(asked(str_or_query_bundle))
 
     def retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         """Nodes for a query, postprocessed."""

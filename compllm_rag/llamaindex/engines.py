@@ -22,6 +22,7 @@ from pydantic import BaseModel, Field, create_model
 
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.llamaindex.callbacks import ConceptQueryEngine
+from compllm_rag.llamaindex.heeded import postprocessors
 from compllm_rag.llamaindex.llm import ConceptLLM
 from compllm_rag.llamaindex.retrieval import VECTOR_OPTIONS, chosen_retriever
 
@@ -48,7 +49,7 @@ def query_engine(index: IndexAsking, llm: object, options: dict[str, Any]) -> Co
     llm = _settings_of(index, llm, own)
     options.pop("use_async", None)
     given = options.pop("response_synthesizer", None)
-    postprocessors = options.pop("node_postprocessors", None)
+    after = postprocessors(options.pop("node_postprocessors", None))
     retriever = chosen_retriever(index, options)
     unheeded = sorted({*options} - VECTOR_OPTIONS) + ["llm"] * (llm is not None)
     if given is not None:
@@ -66,7 +67,7 @@ def query_engine(index: IndexAsking, llm: object, options: dict[str, Any]) -> Co
     if retriever is None:
         options.setdefault("similarity_top_k", 4)
         retriever = index.as_retriever(**options)
-    return ConceptQueryEngine(retriever, given or index.as_synthesizer(**own), postprocessors)
+    return ConceptQueryEngine(retriever, given or index.as_synthesizer(**own), after)
 
 
 def _settings_of(index: IndexAsking, llm: object, own: dict[str, Any]) -> object:

@@ -98,7 +98,7 @@ class ConceptIndex(IndexAsking, IndexWriting):
         Raises:
             ConfigurationError: An option that is not heeded, such as `storage_context`.
         """
-        check_folder(storage_dir)
+        storage_dir = None if storage_dir is None else check_folder(storage_dir)
         own: dict[str, Any] = {**options}
         stock = creating(own)
         if storage_dir is None:
@@ -132,7 +132,7 @@ class ConceptIndex(IndexAsking, IndexWriting):
         Raises:
             ConfigurationError: An option that is not heeded.
         """
-        check_folder(storage_dir)
+        storage_dir = check_folder(storage_dir)
         own: dict[str, Any] = {**options}
         stock = loading(own)
         parts = load_index(existing_namespace(storage_dir, namespace), **own)
@@ -169,6 +169,7 @@ class ConceptIndex(IndexAsking, IndexWriting):
         """
         if embed_model is not None:
             options["embed_model"] = embed_model
+        storage_dir = None if storage_dir is None else check_folder(storage_dir)
         stock = creating(options)
         parts = parts_beside(vector_store, storage_dir, namespace=namespace, read_only=read_only, **options)
         return cls.of(parts, generator=generator, resume=resume and storage_dir is not None)._with(stock)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -13,12 +14,16 @@ from llama_index.core.schema import BaseNode, Document, ImageNode, IndexNode, Me
 from llama_index.core.utils import iter_batch
 
 from compllm_rag.errors import CompLLMError, ConfigurationError
+from compllm_rag.llamaindex.heeded import refuse_options, update_options
 from compllm_rag.llamaindex.index_base import IndexBase
 from compllm_rag.llamaindex.ingest import IngestReport, Progress, changed_documents, ingest_documents
 from compllm_rag.llamaindex.sound import sound_documents, sound_nodes
 from compllm_rag.llamaindex.stock import bar
 from compllm_rag.llamaindex.tracing import traced_ensure
+from compllm_rag.llamaindex.tracked_store import TrackedVectorStore
 from compllm_rag.llamaindex.uploads import UploadQueue, UploadReceipt
+
+logger = logging.getLogger(__name__)
 
 
 class IndexWriting(IndexBase):
@@ -93,6 +98,8 @@ class IndexWriting(IndexBase):
         **insert_kwargs: Any,
     ) -> None:
         """Concepts first, unless they are there already or to be made `later`; then vector and text."""
+        if not isinstance(self.faiss, TrackedVectorStore):  # other stores have options of their own
+            refuse_options("an insertion", insert_kwargs, ("show_progress",))
         nodes = list({node.node_id: node for node in sound_nodes(nodes)}.values())
         with self.bulk():
             if nodes:
@@ -154,34 +161,47 @@ class IndexWriting(IndexBase):
         await asyncio.to_thread(self.delete_nodes, node_ids, delete_from_docstore, **delete_kwargs)
 
     def delete_ref_doc(self, ref_doc_id: str, delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
-        """Delete a document, its nodes, and the memory of its hash (so that it can be refreshed back in)."""
+        """Delete a document, its nodes, and the memory of its hash (so that it can be refreshed back in).
+
+        One that is not there is no error, but logged as a warning.
+
+        Raises:
+            ConfigurationError: An option that is not heeded.
+        """
+        refuse_options("deleting a document", delete_kwargs, ("delete_from_docstore",))
+        if not isinstance(ref_doc_id, str):
+            raise ConfigurationError("this is no id of a document", got=repr(ref_doc_id), expected="a text")
         with self.bulk():
-            self._forget(ref_doc_id)
+            if not self._forget(ref_doc_id):
+                logger.warning("there is no document %r, so none was deleted", ref_doc_id)
 
     async def adelete_ref_doc(self, ref_doc_id: str, delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
         """`delete_ref_doc` in a thread."""
         await asyncio.to_thread(self.delete_ref_doc, ref_doc_id, delete_from_docstore, **delete_kwargs)
 
     def update_ref_doc(self, document: Document, **update_kwargs: Any) -> None:
-        """Replace a document, in one step: where the new one cannot be kept, the former one stays."""
-        (document,) = sound_documents([document])
-        with self.bulk():
-            super().update_ref_doc(document, **update_kwargs)
+        """Replace a document, in one step: where the new one cannot be kept, the former one stays.
+
+        Args:
+            document: The new one.
+            **update_kwargs: `insert_kwargs`, and `delete_kwargs`, of which `delete_from_docstore` makes no difference.
+
+        Raises:
+            ConfigurationError: It cannot be kept, or an option is not heeded.
+        """
+        self.insert(document, **update_options("an update", update_kwargs))
 
     async def aupdate_ref_doc(self, document: Document, **update_kwargs: Any) -> None:
         """`update_ref_doc` in a thread."""
         await asyncio.to_thread(self.update_ref_doc, document, **update_kwargs)
 
     def refresh_ref_docs(self, documents: Sequence[Document], **update_kwargs: Any) -> list[bool]:
-        """Insert new documents and replace changed ones; tells for each whether it was."""
-        insert_kwargs = {**update_kwargs.pop("insert_kwargs", {}), **update_kwargs.pop("update_kwargs", {})}
-        if update_kwargs:
-            raise ConfigurationError(
-                "a refresh has no such option",
-                got=", ".join(sorted(update_kwargs)),
-                expected="insert_kwargs",
-                next_step="leave it out",
-            )
+        """Insert new documents and replace changed ones; tells for each whether it was.
+
+        Raises:
+            ConfigurationError: One cannot be kept, or an option is not heeded; they are those of `update_ref_doc`.
+        """
+        insert_kwargs = update_options("a refresh", update_kwargs)
         sound = list(sound_documents(documents))
         with self.bulk():
             refreshed = []
@@ -196,12 +216,15 @@ class IndexWriting(IndexBase):
         """`refresh_ref_docs` in a thread."""
         return await asyncio.to_thread(self.refresh_ref_docs, documents, **update_kwargs)
 
-    def _forget(self, doc_id: str) -> None:
+    def _forget(self, doc_id: str) -> bool:
+        """Delete a document; tells whether there was one."""
         gone = self.faiss.node_ids(doc_id)
+        known = bool(gone) or self.docstore.get_document_hash(doc_id) is not None
         if gone:
             self.delete_nodes(gone)
         self.docstore.delete_document(doc_id, raise_error=False)
         self.origins.forget(doc_id)
+        return known
 
     @contextlib.contextmanager
     def bulk(self) -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -27,6 +27,7 @@ from llama_index_instrumentation import get_dispatcher
 from compllm_rag.config import GenerationConfig
 from compllm_rag.generation.base import Generation, Generator
 from compllm_rag.generation.named import LLMName, named_generator
+from compllm_rag.handles import ProcessBound
 from compllm_rag.llamaindex.decoding import generation_of
 from compllm_rag.llamaindex.streams import in_thread
 from compllm_rag.llamaindex.structured import Model, parsed, refuse_stream, schema_of, with_instructions
@@ -37,7 +38,7 @@ from compllm_rag.prompt import Message, PromptPlan, PromptTemplate
 dispatcher = get_dispatcher(__name__)
 
 
-class ConceptLLM(LLM):
+class ConceptLLM(ProcessBound, LLM):
     """The target LLM (reader merged) as a LlamaIndex LLM: text in, text out.
 
     Each call takes LlamaIndex's names of settings (`max_tokens`, `temperature`, `top_p`, `stop`, ...) and those of
@@ -52,6 +53,7 @@ class ConceptLLM(LLM):
         ConfigurationError: There is no such option, or its value is out of bounds.
     """
 
+    _opened_by: ClassVar[str] = "make one there, over the generator of that process"
     _generator: Generator = PrivateAttr()
     _defaults: GenerationConfig = PrivateAttr()
 

@@ -7,6 +7,7 @@ target LLM and the embedder are named, not copied.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -121,7 +122,8 @@ def create_index(
         StoreLockedError: Another process writes to it.
     """
     settings = known_options(model_options, CreateOptions.__optional_keys__)
-    if folder is not None and folder.exists() and not folder.is_dir():
+    _check_parts(compressor, generation, embedder, settings)
+    if folder is not None and os.path.exists(folder) and not folder.is_dir():  # noqa: PTH110 - says no to any name
         raise ConfigurationError(
             "storage is not a folder", got=folder, expected="a folder, or a path where one can be made"
         )
@@ -217,6 +219,14 @@ def load_index(
         UnsupportedFormatError, CorruptRecordError: The storage is damaged or too new.
     """
     settings = known_options(model_options, LoadOptions.__optional_keys__)
+    if isinstance(compressor, str | Path):
+        raise ConfigurationError(
+            "a storage has its own compressor",
+            got=ascii(str(compressor))[:80],
+            expected="the one that was loaded from it, as an object",
+            next_step="leave compressor out",
+        )
+    _check_parts(compressor, generation, embedder, settings)
     vectors = open_vectors(folder, read_only=read_only)
     try:
         manifest = Manifest.parse(vectors.catalog.get_meta(META_KEY))
@@ -233,6 +243,31 @@ def load_index(
         vectors.close()
         raise
     return IndexParts(made, store, vectors, embed, manifest, generation, folder)
+
+
+def _check_parts(compressor: object, generation: object, embedder: object, settings: dict[str, Any]) -> None:
+    """Refuse what is of another kind, and settings of an LLM that is loaded already."""
+    if not isinstance(generation, GenerationConfig | None):
+        raise ConfigurationError(
+            "generation says no limits of answers",
+            got=f"a {type(generation).__name__}",
+            expected="a GenerationConfig",
+            next_step="write GenerationConfig(max_new_tokens=...)",
+        )
+    if isinstance(compressor, str | Path | None):
+        return
+    if not hasattr(compressor, "spec"):
+        raise ConfigurationError("this is no compressor", got=f"a {type(compressor).__name__}")
+    late = {name for name in ("dtype", "device", "device_map") if settings.get(name) is not None}
+    if not isinstance(embedder, BaseEmbedding):
+        late -= {"device"}  # it is heeded, where the embedder is loaded
+    if late:
+        raise ConfigurationError(
+            "the LLM of this compressor is loaded already",
+            got=", ".join(sorted(late)),
+            expected="none",
+            next_step="leave it out, and load the LLM that way: load_compressor_for(llm, dtype=...)",
+        )
 
 
 def _begin_elsewhere(vectors: FaissTextVectorStore, elsewhere: str | None) -> None:

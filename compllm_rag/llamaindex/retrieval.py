@@ -11,6 +11,7 @@ from llama_index.core.vector_stores.types import MetadataFilters
 
 from compllm_rag.catalog.keywords import KeywordIndex
 from compllm_rag.errors import ConfigurationError
+from compllm_rag.llamaindex.heeded import ids, top_k
 from compllm_rag.llamaindex.retriever import OPTIONS
 from compllm_rag.llamaindex.retrievers import ConceptBM25Retriever, HybridRetriever, candidates_for
 
@@ -50,6 +51,7 @@ def hybrid_retriever(
     Raises:
         ConfigurationError: A number makes no sense, or bm25s is not installed.
     """
+    similarity_top_k = top_k(similarity_top_k)
     wanted = candidates_for(similarity_top_k) if candidates is None else candidates
     if wanted < similarity_top_k:
         raise ConfigurationError(
@@ -57,8 +59,8 @@ def hybrid_retriever(
         )
     asked: dict[str, Any] = {
         "filters": filters,
-        "doc_ids": None if doc_ids is None else list(doc_ids),
-        "node_ids": None if node_ids is None else list(node_ids),
+        "doc_ids": ids(doc_ids),
+        "node_ids": ids(node_ids),
         "callback_manager": callback_manager,
     }
     limits = {"similarity_top_k": wanted} | {name: value for name, value in asked.items() if value is not None}

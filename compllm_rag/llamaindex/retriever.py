@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.indices.vector_store.retrievers import VectorIndexRetriever
-from llama_index.core.schema import NodeWithScore, QueryBundle
+from llama_index.core.schema import NodeWithScore, QueryBundle, QueryType
 from llama_index.core.vector_stores.types import VectorStoreQueryResult
 
 from compllm_rag.errors import ConfigurationError
+from compllm_rag.llamaindex.heeded import asked, ids, metadata_filters, query_mode, top_k
 from compllm_rag.unicode_text import is_whole, whole
 
 if TYPE_CHECKING:
@@ -20,6 +22,14 @@ if TYPE_CHECKING:
 OPTIONS = frozenset(inspect.signature(VectorIndexRetriever.__init__).parameters) - {
     "self", "index", "kwargs", "callback_manager", "object_map",
 } | {"vector_store_kwargs"}  # fmt: skip
+
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "similarity_top_k": top_k,
+    "filters": metadata_filters,
+    "vector_store_query_mode": query_mode,
+    "node_ids": ids,
+    "doc_ids": ids,
+}
 
 
 class ConceptRetriever(VectorIndexRetriever):
@@ -33,7 +43,7 @@ class ConceptRetriever(VectorIndexRetriever):
         **options: As of LlamaIndex's `VectorIndexRetriever`.
 
     Raises:
-        ConfigurationError: It has no such option.
+        ConfigurationError: It has no such option, or it makes no sense.
     """
 
     def __init__(self, index: IndexAsking, **options: Any) -> None:
@@ -45,7 +55,22 @@ class ConceptRetriever(VectorIndexRetriever):
                 expected=", ".join(sorted(OPTIONS)),
                 next_step="leave it out",
             )
+        for name, check in _CHECKS.items():
+            if name in options:
+                options[name] = check(options[name])
         super().__init__(index, **options)
+
+    def retrieve(self, str_or_query_bundle: QueryType) -> list[NodeWithScore]:
+        """Nodes for a question.
+
+        Raises:
+            ConfigurationError: It is empty, or no text.
+        """
+        return super().retrieve(asked(str_or_query_bundle))
+
+    async def aretrieve(self, str_or_query_bundle: QueryType) -> list[NodeWithScore]:
+        """`retrieve`, async."""
+        return await super().aretrieve(asked(str_or_query_bundle))
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return super()._retrieve(readable(query_bundle))

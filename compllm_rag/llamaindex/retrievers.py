@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.callbacks import CallbackManager
-from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, QueryType
 from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQuery
 
 from compllm_rag.catalog.catalog import Catalog
 from compllm_rag.catalog.keywords import KeywordIndex
 from compllm_rag.catalog.rows import StoredNode
 from compllm_rag.errors import ConfigurationError
+from compllm_rag.llamaindex.heeded import asked, ids, metadata_filters, top_k
 from compllm_rag.llamaindex.node_search import allowed_ids
 from compllm_rag.llamaindex.nodes import decode_node
 from compllm_rag.llamaindex.retriever import readable
@@ -39,7 +39,23 @@ def _text_of(row: StoredNode) -> str:
     return decode_node(row).get_content(metadata_mode=MetadataMode.EMBED)
 
 
-class ConceptBM25Retriever(BaseRetriever):
+class _Asked(BaseRetriever):
+    """Refuses questions that are no text before LlamaIndex's events do, in pydantic's words."""
+
+    def retrieve(self, str_or_query_bundle: QueryType) -> list[NodeWithScore]:
+        """Nodes for a question.
+
+        Raises:
+            ConfigurationError: It is empty, or no text.
+        """
+        return super().retrieve(asked(str_or_query_bundle))
+
+    async def aretrieve(self, str_or_query_bundle: QueryType) -> list[NodeWithScore]:
+        """`retrieve`, async."""
+        return await super().aretrieve(asked(str_or_query_bundle))
+
+
+class ConceptBM25Retriever(_Asked):
     """Finds the nodes that say the words of a question. Its scores are BM25's: higher is better, no upper end.
 
     Args:
@@ -61,13 +77,9 @@ class ConceptBM25Retriever(BaseRetriever):
         node_ids: Sequence[str] | None = None,
         callback_manager: CallbackManager | None = None,
     ) -> None:
-        _check_top_k(similarity_top_k)
+        similarity_top_k = top_k(similarity_top_k)
         self.keywords, self.similarity_top_k = keywords, similarity_top_k
-        self._limits = VectorStoreQuery(
-            filters=filters,
-            doc_ids=None if doc_ids is None else list(doc_ids),
-            node_ids=None if node_ids is None else list(node_ids),
-        )
+        self._limits = VectorStoreQuery(filters=metadata_filters(filters), doc_ids=ids(doc_ids), node_ids=ids(node_ids))
         super().__init__(callback_manager=callback_manager)
 
     def _allowed(self, connection: sqlite3.Connection) -> npt.NDArray[np.int64] | None:
@@ -81,7 +93,7 @@ class ConceptBM25Retriever(BaseRetriever):
         return await asyncio.to_thread(self._retrieve, query_bundle)
 
 
-class HybridRetriever(BaseRetriever):
+class HybridRetriever(_Asked):
     """Joins the results of several retrievers by reciprocal rank fusion; no LLM is asked.
 
     A node's score is the sum of weight / (60 + rank) over the retrievers that found it. LlamaIndex's
@@ -105,7 +117,7 @@ class HybridRetriever(BaseRetriever):
         weights: Sequence[float] | None = None,
         callback_manager: CallbackManager | None = None,
     ) -> None:
-        _check_top_k(similarity_top_k)
+        similarity_top_k = top_k(similarity_top_k)
         self.retrievers, self.similarity_top_k = list(retrievers), similarity_top_k
         self.weights = [1.0] * len(self.retrievers) if weights is None else [float(weight) for weight in weights]
         if not self.retrievers or len(self.weights) != len(self.retrievers):
@@ -142,8 +154,3 @@ class HybridRetriever(BaseRetriever):
 def candidates_for(similarity_top_k: int) -> int:
     """How many nodes each retriever is asked for, so that what one ranks lower and the other high is met."""
     return max(similarity_top_k * _CANDIDATES_FACTOR, _CANDIDATES_LEAST)
-
-
-def _check_top_k(similarity_top_k: Any) -> None:
-    if not isinstance(similarity_top_k, int) or similarity_top_k < 1:
-        raise ConfigurationError("similarity_top_k makes no sense", got=similarity_top_k, expected="at least 1")

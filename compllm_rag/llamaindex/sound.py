@@ -28,7 +28,7 @@ def sound_documents(documents: Iterable[Document] | Document) -> Iterator[Docume
         ConfigurationError: Something else is among them, or see `sound_node`.
     """
     given: Any = documents  # whatever a caller has: letters of a text, and fields of a node, would be iterated over
-    if isinstance(given, str | bytes):
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
         raise _no_document(given)
     for document in [given] if isinstance(given, BaseNode) else given:
         if not isinstance(document, Document):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import inspect
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core import StorageContext
@@ -85,9 +88,15 @@ class StockOptions:
                 expected="an alias, a folder or org/name@revision",
                 next_step="leave it out; another LLM answers from text, by LlamaIndex's get_response_synthesizer(llm=)",
             )
-        if made.insert_batch_size < 1:
+        if not isinstance(made.insert_batch_size, int) or made.insert_batch_size < 1:
             raise ConfigurationError(
                 "insert_batch_size makes no sense", got=made.insert_batch_size, expected="at least 1"
+            )
+        if not isinstance(made.callback_manager, CallbackManager | None):
+            raise ConfigurationError(
+                "this is no callback manager",
+                got=f"a {type(made.callback_manager).__name__}",
+                expected="LlamaIndex's CallbackManager",
             )
         if made.transformations is not None:
             made.transformations = list(made.transformations)
@@ -161,14 +170,30 @@ def loading(options: dict[str, Any]) -> StockOptions:
     return made
 
 
-def check_folder(storage_dir: object) -> None:
-    """Refuse a `StorageContext` in the place of the storage's folder, where LlamaIndex has it.
+def check_folder(storage_dir: object) -> Path:
+    """The folder of a storage, if it can be one; a `StorageContext` stands in its place in LlamaIndex.
 
     Raises:
-        ConfigurationError: It is one.
+        ConfigurationError: It can be none.
     """
     if isinstance(storage_dir, StorageContext):
         raise refused("storage_context")
+    if isinstance(storage_dir, str | bytes | os.PathLike):
+        with suppress(ValueError):  # half a character, NUL
+            path = Path(os.fsdecode(storage_dir))
+            if os.fspath(storage_dir) and not _too_long(path):
+                return path
+    raise ConfigurationError(
+        "a storage lies in a folder", got=ascii(storage_dir)[:80], expected="its path", next_step="name a folder"
+    )
+
+
+def _too_long(path: Path) -> bool:
+    try:
+        path.lstat()
+    except OSError as error:
+        return error.errno == errno.ENAMETOOLONG
+    return False
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from compllm_rag.catalog.flat_vectors import unit_vector
 from compllm_rag.catalog.rows import StoredNode
 from compllm_rag.errors import ConfigurationError, EmbedderMismatchError
 from compllm_rag.handles import ProcessBound
+from compllm_rag.llamaindex.heeded import refuse_options
 from compllm_rag.llamaindex.node_search import allowed_ids, nearest, search_mode
 from compllm_rag.llamaindex.nodes import decode_node, encode_node
 from compllm_rag.llamaindex.sound import sound_nodes
@@ -164,6 +165,7 @@ class FaissTextVectorStore(ProcessBound, BasePydanticVectorStore):
             ConfigurationError: An embedding is missing, NaN, infinite or zero; metadata or an id cannot be kept.
             StoreLockedError, StoreReadOnlyError, StoreFullError: See `Catalog.writing`.
         """
+        refuse_options("adding nodes", add_kwargs)
         nodes = sound_nodes(nodes)
         latest = list({node.node_id: node for node in nodes}.values())
         if latest:
@@ -182,6 +184,7 @@ class FaissTextVectorStore(ProcessBound, BasePydanticVectorStore):
 
     def delete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
         """Delete all nodes of a document: vectors, text and metadata. One that is not there is no error."""
+        refuse_options("deleting a document", delete_kwargs)
         with self._catalog.writing() as connection:
             self._drop(connection, node_rows.ids_where(connection, "ref_doc_id", [ref_doc_id]))
 
@@ -193,6 +196,7 @@ class FaissTextVectorStore(ProcessBound, BasePydanticVectorStore):
         Raises:
             ConfigurationError: Neither is given; `clear` is for that.
         """
+        refuse_options("deleting nodes", delete_kwargs, ("filters",))
         if node_ids is None and filters is None:
             raise ConfigurationError(
                 "nothing says which nodes to delete", expected="node_ids or filters", next_step="use clear() for all"

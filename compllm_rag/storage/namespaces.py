@@ -176,8 +176,8 @@ def prepare_namespace(storage: Path, folder: Path) -> None:
 
 def _check(name: str) -> str:
     try:
-        name.encode()
-    except UnicodeEncodeError as error:
+        str.encode(name)
+    except (UnicodeEncodeError, TypeError) as error:
         raise _senseless(name) from error
     try:
         return checked(IngestConfig, namespace=name).namespace

@@ -39,7 +39,7 @@ def connect(database: Path, *, writing: bool, busy_s: float) -> tuple[Connection
     Raises:
         sqlite3.Error: What SQLite says; `translated_errors` makes errors of this package of it.
     """
-    address = f"file:{quote(str(database))}?mode={'rw' if writing else 'ro'}"
+    address = f"file:{quote(os.fsencode(database))}?mode={'rw' if writing else 'ro'}"
     if writing:
         return connect_uri(address, busy_s=busy_s), True
     if os.access(database.parent, os.W_OK) or _has_journal(database):

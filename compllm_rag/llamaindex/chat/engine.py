@@ -24,6 +24,7 @@ from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index.core.tools import ToolOutput
 from llama_index_instrumentation import get_dispatcher
 
+from compllm_rag.handles import ProcessBound
 from compllm_rag.llamaindex.chat.condense import Condenser
 from compllm_rag.llamaindex.chat.planner import Turn
 from compllm_rag.llamaindex.chat.response import ConceptChatStream
@@ -51,7 +52,7 @@ class ChatMode:
     head: Sequence[Message] = field(default_factory=tuple)
 
 
-class ConceptChatEngine(BaseChatEngine):
+class ConceptChatEngine(ProcessBound, BaseChatEngine):
     """Chats about passages that are read as concepts; `ConceptIndex.as_chat_engine` makes one.
 
     `metadata["compllm"]` of a response is the account of a query engine, with what became of the conversation and
@@ -67,6 +68,8 @@ class ConceptChatEngine(BaseChatEngine):
         node_postprocessors: LlamaIndex's.
         callback_manager: LlamaIndex's.
     """
+
+    _opened_by = "make one there: index.as_chat_engine(); the memory may be taken along"
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from compllm_rag.llamaindex.chat.condense import Condenser
 from compllm_rag.llamaindex.chat.engine import ChatMode, ConceptChatEngine, head_of
 from compllm_rag.llamaindex.chat.planner import Turn
 from compllm_rag.llamaindex.chat.synthesizer import TurnSynthesizer
+from compllm_rag.llamaindex.heeded import messages, postprocessors
 from compllm_rag.llamaindex.llm import ConceptLLM
 from compllm_rag.models.plaintext import encode_plain
 from compllm_rag.prompt import SYSTEM, Message
@@ -103,7 +104,7 @@ def _made(index: IndexAsking, mode: str, options: dict[str, Any]) -> ConceptChat
     context_prompt = _context_prompt(options)
     condenser = _condenser(index, mode, options, count)
     callback_manager = options.pop("callback_manager", None)
-    postprocessors = options.pop("node_postprocessors", ())
+    after = postprocessors(options.pop("node_postprocessors", None))
     chat_mode = _chat_mode(mode, options)
     reading: dict[str, Any] = {
         name: options.pop(name) for name in ("mode", "missing", "overflow", "choose") if name in options
@@ -119,7 +120,7 @@ def _made(index: IndexAsking, mode: str, options: dict[str, Any]) -> ConceptChat
         chat_mode,
         retriever=None if mode == "simple" else index.as_retriever(**options),
         condenser=condenser,
-        node_postprocessors=postprocessors,
+        node_postprocessors=after,
         callback_manager=callback_manager,
     )
 
@@ -148,7 +149,7 @@ def _memory(index: IndexAsking, options: dict[str, Any], count: Callable[[str], 
             next_step="pass an object, not its class",
         )
     if history is not None:
-        memory.set(list(history))  # its own list: some memories add to the one they are given
+        memory.set(messages(history, "chat_history"))  # its own list: some memories add to the one they are given
     return memory
 
 
@@ -158,9 +159,11 @@ def _chat_mode(mode: str, options: dict[str, Any]) -> ChatMode:
         raise ConfigurationError(
             "system_prompt and prefix_messages exclude each other", next_step="put it into prefix_messages"
         )
+    if not isinstance(system, str | None):
+        raise ConfigurationError("system_prompt is no text", got=f"a {type(system).__name__}", expected="text")
     head: list[Message] = []
     if prefix is not None:
-        system, head = head_of(prefix)
+        system, head = head_of(messages(prefix, "prefix_messages"))
     elif system is None:
         system = "" if mode == "simple" else SYSTEM
     condensed = mode == "condense_question"
