@@ -92,7 +92,7 @@ class IndexBase(ProcessBound, VectorStoreIndex):
         known = inspect.signature(cls.__init__).parameters
         unknown = ["nodes"] if args and isinstance(args[0], list | tuple) else [k for k in kwargs if k not in known]
         if unknown and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
-            raise refused(unknown[0], set(known) - {"self"})
+            raise refused(*unknown, known=set(known) - {"self"})
         return super().__new__(cls)
 
     def use_transformations(self, transformations: Sequence[TransformComponent]) -> None:
