@@ -6,12 +6,9 @@ at once. The catalog follows in the same step, and an error undoes nothing that 
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, ClassVar, NoReturn, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.schema import BaseNode
@@ -31,12 +28,13 @@ from compllm_rag.errors import ConfigurationError, StorageMismatchError
 from compllm_rag.handles import ProcessBound
 from compllm_rag.library import Passage
 from compllm_rag.llamaindex.filters import matches
+from compllm_rag.llamaindex.inner_store import has_nodes, limited, listed
 from compllm_rag.llamaindex.nodes import decode_node, encode_node
 from compllm_rag.llamaindex.sound import sound_nodes
+from compllm_rag.llamaindex.threaded_store import ThreadedVectorStore
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 
 _PAGE = 256
-_ALL = 2**31 - 1
 
 
 class TrackingObserver(Protocol):
@@ -61,7 +59,7 @@ class TrackingObserver(Protocol):
         """All nodes are taken away."""
 
 
-class TrackedVectorStore(ProcessBound, BasePydanticVectorStore):
+class TrackedVectorStore(ProcessBound, ThreadedVectorStore):
     """A vector store of somebody else's, with a catalog that keeps count of its nodes' concepts.
 
     `ConceptIndex.from_vector_store` makes it; `client` is the other store.
@@ -179,9 +177,9 @@ class TrackedVectorStore(ProcessBound, BasePydanticVectorStore):
             nodes = [_node_of(node) for node in kept]
             return [n for n in nodes if filters is None or matches(filters, n.metadata, n.ref_doc_id or n.node_id)]
         if node_ids is None:
-            return self._listed(None, filters)
+            return listed(self._inner, None, filters)
         pages = [node_ids[start : start + _PAGE] for start in range(0, len(node_ids), _PAGE)]
-        return [node for page in pages for node in self._listed(page, filters)]
+        return [node for page in pages for node in listed(self._inner, page, filters)]
 
     def iter_pages(self, page: int = _PAGE) -> Iterator[list[BaseNode]]:
         """All nodes that are known, a page at a time."""
@@ -211,7 +209,7 @@ class TrackedVectorStore(ProcessBound, BasePydanticVectorStore):
             if isinstance(self._inner, SimpleVectorStore):
                 present = self._inner.data.embedding_dict.keys() & set(page)
             else:
-                present = {node.node_id for node in self._listed(page, None)}
+                present = {node.node_id for node in listed(self._inner, page, None)}
             gone += [node_id for node_id in page if node_id not in present]
         return gone
 
@@ -228,7 +226,7 @@ class TrackedVectorStore(ProcessBound, BasePydanticVectorStore):
                 expected="a vector store that keeps text",
                 next_step="insert the documents through the index",
             )
-        nodes = self._listed(None, None)
+        nodes = listed(self._inner, None, None)
         known: set[str] = set()
         for start in range(0, len(nodes), _PAGE):
             known |= self._tracked.get([node.node_id for node in nodes[start : start + _PAGE]]).keys()
@@ -252,9 +250,9 @@ class TrackedVectorStore(ProcessBound, BasePydanticVectorStore):
             ConfigurationError: The query is limited to documents or nodes, and the store would not heed that.
             StorageMismatchError: It found what this catalog has no text of, although it should.
         """
-        if query.doc_ids == [] or not (self.n_nodes or _has_nodes(self._inner)):
+        if query.doc_ids == [] or not (self.n_nodes or has_nodes(self._inner)):
             return VectorStoreQueryResult(nodes=[], similarities=[], ids=[])  # some stores take an empty list for all
-        result = self._inner.query(_limited(self._inner, query, self._tracked.of_document), **kwargs)
+        result = self._inner.query(limited(self._inner, query, self._tracked.of_document), **kwargs)
         if self._inner.stores_text:
             return result
         kept = self._tracked.get(result.ids or [])
@@ -302,34 +300,6 @@ class TrackedVectorStore(ProcessBound, BasePydanticVectorStore):
         if persist_path:
             self._inner.persist(persist_path, fs=fs)
 
-    async def async_add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
-        """`add` in a thread."""
-        return await asyncio.to_thread(self.add, nodes, **kwargs)
-
-    async def adelete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
-        """`delete` in a thread."""
-        await asyncio.to_thread(self.delete, ref_doc_id, **delete_kwargs)
-
-    async def adelete_nodes(
-        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
-    ) -> None:
-        """`delete_nodes` in a thread."""
-        await asyncio.to_thread(self.delete_nodes, node_ids, filters, **delete_kwargs)
-
-    async def aclear(self) -> None:
-        """`clear` in a thread."""
-        await asyncio.to_thread(self.clear)
-
-    async def aget_nodes(
-        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None
-    ) -> list[BaseNode]:
-        """`get_nodes` in a thread."""
-        return await asyncio.to_thread(self.get_nodes, node_ids, filters)
-
-    async def aquery(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
-        """`query` in a thread: the async methods of some stores want a client of their own."""
-        return await asyncio.to_thread(self.query, query, **kwargs)
-
     def _seen(self) -> TrackingObserver:
         if self._observer is None:
             raise ConfigurationError(
@@ -376,52 +346,8 @@ class TrackedVectorStore(ProcessBound, BasePydanticVectorStore):
             for document in documents:
                 self._inner.delete(document, **options)
 
-    def _listed(self, node_ids: list[str] | None, filters: MetadataFilters | None) -> list[BaseNode]:
-        method = self._inner.get_nodes
-        # Qdrant's gives the first 9,999 where it is not told how many.
-        limit = {"limit": _ALL} if node_ids is None and "limit" in inspect.signature(method).parameters else {}
-        try:
-            return list(method(node_ids, filters, **limit) or [])
-        except NotImplementedError as error:
-            _cannot_list(self._inner, error)
-
 
 NodeStore = FaissTextVectorStore | TrackedVectorStore
-
-
-def _cannot_list(inner: BasePydanticVectorStore, error: Exception) -> NoReturn:
-    raise ConfigurationError(
-        "this vector store cannot list its nodes",
-        got=type(inner).__name__,
-        expected="one with get_nodes, such as Qdrant's or Chroma's",
-        next_step="delete through the index only; then nothing else needs a list",
-    ) from error
-
-
-def _has_nodes(inner: BasePydanticVectorStore) -> bool:
-    """False only where a query would fail: Qdrant makes its collection with the first node."""
-    if type(inner).__name__ != "QdrantVectorStore":
-        return True
-    return bool(inner.client.collection_exists(inner.collection_name))  # type: ignore[attr-defined]
-
-
-def _limited(
-    inner: BasePydanticVectorStore, query: VectorStoreQuery, of_document: Callable[[str], list[str]]
-) -> VectorStoreQuery:
-    """A query whose limits the other store heeds, or none."""
-    node_ids = query.node_ids or None  # LlamaIndex's retriever passes an empty list for "no limit"
-    if isinstance(inner, SimpleVectorStore) and query.doc_ids is not None:
-        allowed = {node_id for doc_id in query.doc_ids for node_id in of_document(doc_id)}
-        node_ids = sorted(allowed if node_ids is None else allowed.intersection(node_ids))
-        return replace(query, node_ids=node_ids, doc_ids=None)
-    if type(inner).__name__ == "ChromaVectorStore" and (node_ids or query.doc_ids is not None):
-        raise ConfigurationError(
-            "this vector store would not heed a limit to nodes or documents",
-            got=type(inner).__name__,
-            expected="filters",
-            next_step="filter by metadata, as in MetadataFilter(key='document_id', value=...)",
-        )
-    return replace(query, node_ids=node_ids)
 
 
 def _node_of(kept: TrackedNode) -> BaseNode:

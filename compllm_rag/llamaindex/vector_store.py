@@ -5,7 +5,6 @@ For `VectorStoreIndex`, `IngestionPipeline` and everything else in LlamaIndex th
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,6 @@ import numpy.typing as npt
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores.types import (
-    BasePydanticVectorStore,
     MetadataFilters,
     VectorStoreQuery,
     VectorStoreQueryResult,
@@ -34,6 +32,7 @@ from compllm_rag.llamaindex.heeded import refuse_options
 from compllm_rag.llamaindex.node_search import allowed_ids, nearest, search_mode
 from compllm_rag.llamaindex.nodes import decode_node, encode_node
 from compllm_rag.llamaindex.sound import sound_nodes
+from compllm_rag.llamaindex.threaded_store import ThreadedVectorStore
 
 
 class NodeObserver(Protocol):
@@ -49,7 +48,7 @@ class NodeObserver(Protocol):
         """All nodes are deleted."""
 
 
-class FaissTextVectorStore(ProcessBound, BasePydanticVectorStore):
+class FaissTextVectorStore(ProcessBound, ThreadedVectorStore):
     """Vectors in FAISS, nodes in SQLite, one commit for both.
 
     Scores are cosine similarities: higher is better. Changes are visible in this instance at once, and durable and
@@ -322,34 +321,6 @@ class FaissTextVectorStore(ProcessBound, BasePydanticVectorStore):
                 next_step="make it with FaissTextVectorStore.create(path, dim)",
             )
         self.commit()
-
-    async def async_add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
-        """`add` in a thread."""
-        return await asyncio.to_thread(self.add, nodes, **kwargs)
-
-    async def adelete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
-        """`delete` in a thread."""
-        await asyncio.to_thread(self.delete, ref_doc_id, **delete_kwargs)
-
-    async def adelete_nodes(
-        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
-    ) -> None:
-        """`delete_nodes` in a thread."""
-        await asyncio.to_thread(self.delete_nodes, node_ids, filters, **delete_kwargs)
-
-    async def aclear(self) -> None:
-        """`clear` in a thread."""
-        await asyncio.to_thread(self.clear)
-
-    async def aget_nodes(
-        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None
-    ) -> list[BaseNode]:
-        """`get_nodes` in a thread."""
-        return await asyncio.to_thread(self.get_nodes, node_ids, filters)
-
-    async def aquery(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
-        """`query` in a thread."""
-        return await asyncio.to_thread(self.query, query, **kwargs)
 
     def __enter__(self) -> Self:
         return self
