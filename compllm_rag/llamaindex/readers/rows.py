@@ -157,7 +157,7 @@ def _parsed(text: str, *, in_line: bool = False) -> Any:
         raise broken("it is nested too deeply") from error
     except json.JSONDecodeError as error:
         where = f"column {error.colno}" if in_line else f"line {error.lineno} column {error.colno}"
-        raise broken(f"no JSON: {error.msg} at {where}") from error
+        raise broken(f"no JSON: {error.msg.removesuffix(' at')} at {where}") from error
     except ValueError as error:  # a number of thousands of digits
         raise broken(f"no JSON: {error}") from error
 

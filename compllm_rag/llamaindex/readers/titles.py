@@ -11,6 +11,7 @@ from markdown_it import MarkdownIt
 
 # A heading further down is no title; and front matter is short.
 _LOOK_AT, _MOST_FRONT = 65_536, 16_384
+_NO_VALUE = ("null", "Null", "NULL", "~")  # what YAML has for none
 _FRONT = re.compile(r"\A(---|\+\+\+)[ \t]*\n(.*?)^(?:\1|\.\.\.)[ \t]*$\n?", re.M | re.S)
 _RST_TITLE = re.compile(r"^(?:([=\-~`'\"^_*+#:.<>])\1{2,}\n)?[ \t]*(\S.*)\n([=\-~`'\"^_*+#:.<>])\3{2,}[ \t]*$", re.M)
 
@@ -42,7 +43,7 @@ def _front_title(fence: str, text: str) -> str:
     except (yaml.YAMLError, ValueError, RecursionError):
         return ""  # then it is no front matter that anybody could read
     title = values.get("title") if isinstance(values, Mapping) else None
-    return " ".join(title.split()) if isinstance(title, str) else ""
+    return " ".join(title.split()) if isinstance(title, str) and title not in _NO_VALUE else ""
 
 
 def _heading(text: str) -> str:

@@ -79,6 +79,8 @@ def check_paths(paths: Iterable[str | os.PathLike[str]]) -> None:
                 raise UnreadableFileError(
                     "path cannot be read", got=shown(given), next_step="check the rights of the folders it lies in"
                 ) from error
+            if error.errno == errno.ELOOP:
+                raise _no_path(given, "path is a link that leads back to itself") from error
             raise _no_path(given) from error
         except ValueError as error:  # a NUL character
             raise _no_path(given) from error
@@ -212,7 +214,5 @@ def _said(error: OSError) -> str:
     return (error.strerror or type(error).__name__).lower()
 
 
-def _no_path(path: Path) -> CorpusPathError:
-    return CorpusPathError(
-        "path does not exist", got=shown(path), expected="a file or a folder", next_step="check the spelling"
-    )
+def _no_path(path: Path, what: str = "path does not exist") -> CorpusPathError:
+    return CorpusPathError(what, got=shown(path), expected="a file or a folder", next_step="check the spelling")
