@@ -177,13 +177,7 @@ def ingest_documents(
     begun = last = time.perf_counter()
     report, refused = IngestReport(), None
     reading = documents if isinstance(documents, FileDocuments) else None
-    roots, met = as_paths(within), dict[str, str | None]()
-    if any("\0" in str(root) for root in roots):
-        raise ConfigurationError("within names what is no path", got=ascii([*map(str, roots)])[:80])
-    if prune and not roots:
-        raise ConfigurationError(
-            "nothing says where pruned documents came from", got="prune without paths", expected="the paths ingested"
-        )
+    roots, met = _roots(within, prune), dict[str, str | None]()
     index.origins = Origins(KeyValues(index.faiss.catalog), roots)
     names = Names(index)
     with index.bulk():
@@ -218,6 +212,18 @@ def ingest_documents(
     report = replace(report, seconds=time.perf_counter() - begun)
     _log_commit(report)
     return report
+
+
+def _roots(within: Iterable[str | Path], prune: bool) -> list[Path]:
+    """Where the documents come from."""
+    roots = as_paths(within)
+    if any("\0" in str(root) for root in roots):
+        raise ConfigurationError("within names what is no path", got=ascii([*map(str, roots)])[:80])
+    if prune and not roots:
+        raise ConfigurationError(
+            "nothing says where pruned documents came from", got="prune without paths", expected="the paths ingested"
+        )
+    return roots
 
 
 def _log_commit(report: IngestReport) -> None:
