@@ -23,7 +23,7 @@ from compllm_rag.llamaindex.documents import FileDocuments, empty_corpus
 from compllm_rag.llamaindex.naming import Names
 from compllm_rag.llamaindex.pruning import prunable
 from compllm_rag.llamaindex.readers.found import FileDocument, FileNote, SkippedFile
-from compllm_rag.llamaindex.readers.walk import as_paths
+from compllm_rag.llamaindex.readers.walk import roots_of
 from compllm_rag.llamaindex.sound import sound_documents
 from compllm_rag.llamaindex.splitting import Splitting
 from compllm_rag.llamaindex.tracing import traced_ensure
@@ -216,9 +216,7 @@ def ingest_documents(
 
 def _roots(within: Iterable[str | Path], prune: bool) -> list[Path]:
     """Where the documents come from."""
-    roots = as_paths(within)
-    if any("\0" in str(root) for root in roots):
-        raise ConfigurationError("within names what is no path", got=ascii([*map(str, roots)])[:80])
+    roots = roots_of(within)
     if prune and not roots:
         raise ConfigurationError(
             "nothing says where pruned documents came from", got="prune without paths", expected="the paths ingested"

@@ -101,7 +101,7 @@ def test_empty_and_blank_files_are_no_documents(index: ConceptIndex, tmp_path: P
 
 
 TITLES = {
-    "null.md": ("---\ntitle: null\n---\nBody", "null"),
+    "nothing.md": ("---\ntitle: null\n---\nBody", "nothing"),
     "none.md": ("---\ntitle: ~\n---\n# Heading\nBody", "Heading"),
     "broken.md": ("---\ntitle: [x\n: :\n---\nBody", "broken"),
     "open.md": ("---\ntitle: never closed\nBody", "open"),

@@ -51,7 +51,7 @@ def test_writing_refuses_unknown_options_and_changes_nothing(compressor: Compres
     index = made(compressor)
     with pytest.raises(ConfigurationError, match="batchsize"):
         WRITING[way](index, {"batchsize": 3})
-    assert [node.get_content() for node in index.faiss.iter_nodes()] == [TEXT]
+    assert [node.get_content() for node in index.faiss.get_nodes()] == [TEXT]
 
 
 def test_options_of_llamaindex_documentation_are_heeded(compressor: Compressor) -> None:
@@ -62,7 +62,7 @@ def test_options_of_llamaindex_documentation_are_heeded(compressor: Compressor) 
     assert index.refresh_ref_docs([Document(id_="a", text="Newest.")], update_kwargs=given) == [True]
     index.insert(Document(id_="b", text="b"), show_progress=False)
     index.delete_ref_doc("b", delete_from_docstore=True)
-    assert [node.get_content() for node in index.faiss.iter_nodes()] == ["Newest."]
+    assert [node.get_content() for node in index.faiss.get_nodes()] == ["Newest."]
 
 
 def test_deleting_what_is_not_there_is_said(compressor: Compressor, caplog: pytest.LogCaptureFixture) -> None:
@@ -100,7 +100,8 @@ def test_retrievers_refuse_values_that_make_no_sense(compressor: Compressor, opt
         with pytest.raises(ConfigurationError):
             way(**options)
     if not {"vector_store_query_mode", "similarity_topk"} & {*options}:
-        for way in (index.as_bm25_retriever, index.as_hybrid_retriever):
+        others: list[Callable[..., object]] = [index.as_bm25_retriever, index.as_hybrid_retriever]
+        for way in others:
             with pytest.raises(ConfigurationError):
                 way(**options)
 
@@ -109,7 +110,8 @@ def test_one_id_need_not_stand_in_a_list(compressor: Compressor) -> None:
     index = made(compressor)
     index.ingest([Document(id_="long-id", text=TEXT), Document(id_="l", text=TEXT)])
     (node_id,) = index.faiss.node_ids("long-id")
-    for way in (index.as_retriever, index.as_bm25_retriever, index.as_hybrid_retriever):
+    ways: list[Callable[..., Any]] = [index.as_retriever, index.as_bm25_retriever, index.as_hybrid_retriever]
+    for way in ways:
         for options in ({"doc_ids": "long-id"}, {"node_ids": node_id}):
             assert [hit.node.node_id for hit in way(**options).retrieve("ferry")] == [node_id], (way, options)
 
@@ -127,7 +129,7 @@ def test_one_id_need_not_stand_in_a_list(compressor: Compressor) -> None:
 )
 def test_engines_refuse_values_of_another_kind(compressor: Compressor, options: dict[str, Any]) -> None:
     index = made(compressor)
-    ways = [index.as_chat_engine] if "node_postprocessors" not in options else [
+    ways: list[Callable[..., object]] = [index.as_chat_engine] if "node_postprocessors" not in options else [
         index.as_chat_engine, index.as_query_engine,
     ]  # fmt: skip
     for way in ways:

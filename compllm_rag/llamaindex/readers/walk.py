@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from compllm_rag.errors import CorpusPathError, UnreadableFileError
+from compllm_rag.errors import ConfigurationError, CorpusPathError, UnreadableFileError
 from compllm_rag.llamaindex.readers.found import SkipKind, SkippedFile, shown
 from compllm_rag.llamaindex.readers.kinds import missing_package, reader_of
 from compllm_rag.storage.namespaces import holds_storage, is_part
@@ -62,6 +62,18 @@ def as_paths(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -
     """Paths as given; one alone need not stand in a list."""
     given = [paths] if isinstance(paths, str | bytes | os.PathLike) else list(paths)
     return [Path(os.fsdecode(path)) for path in given]
+
+
+def roots_of(within: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """The paths that documents come from; they need not exist any more.
+
+    Raises:
+        ConfigurationError: One can be none.
+    """
+    roots = as_paths(within)
+    if any("\0" in str(root) for root in roots):
+        raise ConfigurationError("within names what is no path", got=ascii([*map(str, roots)])[:80])
+    return roots
 
 
 def check_paths(paths: Iterable[str | os.PathLike[str]]) -> None:
