@@ -194,7 +194,7 @@ def test_an_abandoned_stream_leaves_nothing_running() -> None:
     gc.collect()
     assert not torch.is_inference_mode_enabled()
     assert stream.result.finish_reason == "cancelled"
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # one of another test may have ended meanwhile
     [again] = generator_of(library).generate([plan(library)])
     assert again.token_ids[: len(stream.result.token_ids)] == stream.result.token_ids
 

@@ -163,7 +163,7 @@ def test_an_abandoned_stream_leaves_nothing_running(llm: TargetLLM, generator: L
     del iterator
     gc.collect()
     assert forwards == done
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads  # one of another test may have ended meanwhile
     assert not torch.is_inference_mode_enabled()
     assert stream.result.finish_reason == "cancelled"
     assert stream.result.text.startswith(piece)

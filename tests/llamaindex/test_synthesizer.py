@@ -377,7 +377,7 @@ def test_an_abandoned_stream_ends_and_says_so(library: ConceptLibrary) -> None:
     next(response.response_gen)
     response.response_gen.close()
     assert response.metadata["compllm"]["finish_reason"] == "cancelled"
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # one of another test may have ended meanwhile
     assert not torch.is_inference_mode_enabled()
 
 
