@@ -6,12 +6,11 @@ import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compllm_rag.cli.base import Offline, progress_show, reported
+from compllm_rag.cli.base import Offline, Storage, progress_show, reported
 from compllm_rag.errors import CompLLMError, ConfigurationError
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ def register(app: typer.Typer) -> None:
 
 
 def chat(
-    storage: Annotated[Path, typer.Option("--storage", help="Folder of the storage.")],
+    storage: Storage,
     chat_mode: Annotated[
         str, typer.Option(help="best, context, condense_plus_context, condense_question or simple.")
     ] = "best",

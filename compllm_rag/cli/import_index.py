@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from compllm_rag.cli.base import AsJson, CodecName, EntryLayer, Offline, print_json, progress_show, reported
+from compllm_rag.cli.base import AsJson, CodecName, EntryLayer, Offline, Storage, print_json, progress_show, reported
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
 
 
@@ -20,7 +20,7 @@ def import_index(
     persist_dir: Annotated[
         Path, typer.Argument(metavar="PERSIST_DIR", help="Folder that `storage_context.persist` wrote.")
     ],
-    storage: Annotated[Path, typer.Option("--storage", help="Folder of the storage, new or existing.")],
+    storage: Storage,
     embedder: Annotated[
         str | None, typer.Option(help=f"Embedder that the index was made with. Default: {DEFAULT_EMBEDDER}.")
     ] = None,

@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from compllm_rag.cli import main as cli
@@ -118,3 +121,20 @@ def test_the_storage_comes_from_the_environment_unless_it_is_named(monkeypatch: 
         assert "mine" in done.stderr
     monkeypatch.delenv("COMPLLM_STORAGE")
     assert "Missing option '--storage'" in CliRunner().invoke(app, ["stats"]).output
+
+
+def test_every_command_on_a_storage_takes_it_from_the_environment() -> None:
+    def commands(group: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+        for word, command in getattr(group, "commands", {}).items():
+            yield f"{name} {word}".strip(), command
+            yield from commands(command, f"{name} {word}".strip())
+
+    found = {
+        name: parameter.envvar
+        for name, command in commands(typer.main.get_command(app))
+        for parameter in command.params
+        if parameter.name == "storage"
+    }
+    assert {"ingest", "query", "chat", "import-index", "stats", "verify"} <= set(found)
+    # The demo makes a storage of its own, which must not be somebody's.
+    assert {name for name, variable in found.items() if variable != "COMPLLM_STORAGE"} == {"demo"}
