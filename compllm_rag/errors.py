@@ -62,6 +62,10 @@ class RateOutOfReachError(ConfigurationError):
     """The compression rate cannot be reached at this segment length."""
 
 
+class RateNotHeldError(ConfigurationError):
+    """A passage is not kept at the rate that was asked for."""
+
+
 class UnsupportedDtypeError(ConfigurationError):
     """The compute dtype is not one the device and this package support."""
 

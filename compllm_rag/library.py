@@ -7,16 +7,18 @@ copied still finds its concepts.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.compression.rates import FixedRate, RatePolicy
+from compllm_rag.compression.several_rates import compressed_once
 from compllm_rag.compression.spec import ConceptCompressor, DeferredCompressor
 from compllm_rag.config import MissingPolicy
 from compllm_rag.errors import (
@@ -25,6 +27,7 @@ from compllm_rag.errors import (
     FingerprintMismatchError,
     InvalidConceptsError,
     MissingConceptsError,
+    RateNotHeldError,
 )
 from compllm_rag.fingerprint import record_key
 from compllm_rag.handles import ProcessBound
@@ -44,12 +47,28 @@ _MOST_RMS = 100.0
 
 @dataclass(frozen=True)
 class Passage:
-    """A passage cut up: token ids, and for each segment its K and its key in the store."""
+    """A passage cut up: token ids, and for each segment its K and its key in the store.
+
+    Attributes:
+        ids: Of its text.
+        segments: Of each unit of compression; joined they are `ids`.
+        n_concepts: K of each unit.
+        keys: Key of each unit's record.
+        rate: By which it is asked for, see `ConceptLibrary.passage`.
+        others: Of what is read unless another rate is asked for: the keys of its records at the other rates held.
+    """
 
     ids: tuple[int, ...]
     segments: tuple[tuple[int, ...], ...]
     n_concepts: tuple[int, ...]
     keys: tuple[str, ...]
+    rate: float = 0.0
+    others: tuple[str, ...] = ()
+
+    @property
+    def all_keys(self) -> tuple[str, ...]:
+        """Keys of all its records."""
+        return self.keys + self.others
 
     @property
     def achieved_rate(self) -> float:
@@ -114,10 +133,12 @@ class ConceptLibrary(ProcessBound):
         rate: Source tokens per concept, or a policy of your own.
         namespace: Tenant; part of every key.
         metrics: Counts what is done; None makes one.
+        also_rates: Further rates at which every passage is kept side by side; who asks for none gets `rate`.
 
     Raises:
         FingerprintMismatchError: The store keeps concepts of another width.
         RateOutOfReachError: See `FixedRate`.
+        ConfigurationError: A rate is named twice.
     """
 
     _opened_by = "make one there, over a compressor and a store of that process"
@@ -130,6 +151,7 @@ class ConceptLibrary(ProcessBound):
         rate: float | RatePolicy = 2.0,
         namespace: str = "default",
         metrics: Metrics | None = None,
+        also_rates: Sequence[float] = (),
     ) -> None:
         self.spec, self.llm, self.halves = compressor.spec, compressor.llm, compressor.halves
         if store.hidden_size != self.spec.width:
@@ -142,9 +164,11 @@ class ConceptLibrary(ProcessBound):
         self._compressor, self.store, self.namespace = compressor, store, namespace
         self.metrics = metrics or Metrics()
         self.metrics.traffic = store.traffic
-        numeric = isinstance(rate, int | float)
-        self.policy: RatePolicy = FixedRate(rate, self.spec.config.longest_unit) if numeric else rate  # type: ignore[arg-type, assignment]
-        self._known: OrderedDict[str, Passage] = OrderedDict()
+        longest = self.spec.config.longest_unit
+        self.policy: RatePolicy = FixedRate(rate, longest) if isinstance(rate, int | float) else rate
+        self.further = tuple(FixedRate(other, longest) for other in also_rates)
+        _check_different(self.policy, self.further)
+        self._known: OrderedDict[str, tuple[Passage, ...]] = OrderedDict()  # at each rate held, the default first
         self._lock, self._memo = threading.Lock(), ConceptMemo()
         self._most_rms = _MOST_RMS * self.spec.scale
 
@@ -157,27 +181,64 @@ class ConceptLibrary(ProcessBound):
         """
         return self._compressor.get() if isinstance(self._compressor, DeferredCompressor) else self._compressor
 
-    def passage(self, text: str) -> Passage:
-        """Cut a passage up; the last few thousand are remembered. Half characters count as U+FFFD."""
+    def passage(self, text: str, *, rate: float | None = None) -> Passage:
+        """Cut a passage up; the last few thousand are remembered. Half characters count as U+FFFD.
+
+        Args:
+            text: The passage.
+            rate: One of `rates_held(text)`; None takes the first of them.
+
+        Raises:
+            RateNotHeldError: The passage is not kept at this rate.
+        """
+        held = self._held(text)
+        if rate is None:
+            return held[0]
+        for passage in held:
+            if math.isclose(passage.rate, rate, rel_tol=1e-9):
+                return passage
+        raise RateNotHeldError(
+            "the passage is not kept at this rate",
+            got=f"{rate:g}",
+            expected=" or ".join(f"{passage.rate:g}" for passage in held),
+            next_step="ask for a rate of `rates_held`, or ingest at this one as well",
+        )
+
+    def rates_held(self, text: str) -> tuple[float, ...]:
+        """The rates at which a passage can be fetched, the default of queries first.
+
+        They are the rates that were asked for at ingestion (1 and 2, say), by which `passage` and `fetch` find the
+        passage; where a policy decides, the first is what it achieved for this passage. What a rate costs is told by
+        `passage(text, rate=...).n_concepts`. All of them are kept for every passage of a storage; a text that was
+        never ingested can be compressed at each of them.
+        """
+        return tuple(passage.rate for passage in self._held(text))
+
+    def _held(self, text: str) -> tuple[Passage, ...]:
+        """The passage at each rate at which it is kept, the default first."""
         text = whole(text)
         with self._lock:
             if text in self._known:
                 self._known.move_to_end(text)
                 return self._known[text]
-        segments = self.spec.units(text)
-        ks = self.policy.n_concepts(segments)
-        fingerprint = self.spec.fingerprint
-        made = Passage(
-            tuple(token for segment in segments for token in segment),
-            tuple(map(tuple, segments)),
-            tuple(ks),
-            tuple(record_key(self.namespace, fingerprint, k, s) for k, s in zip(ks, segments, strict=True)),
-        )
+        segments = [tuple(segment) for segment in self.spec.units(text)]
+        made = self._cut(segments)
         with self._lock:
             self._known[text] = made
             while len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)
         return made
+
+    def _cut(self, segments: Sequence[tuple[int, ...]]) -> tuple[Passage, ...]:
+        ids = tuple(token for segment in segments for token in segment)
+        fingerprint, made = self.spec.fingerprint, list[Passage]()
+        for policy in (self.policy, *self.further):
+            ks = tuple(policy.n_concepts(segments))
+            keys = tuple(record_key(self.namespace, fingerprint, k, s) for k, s in zip(ks, segments, strict=True))
+            rate = policy.rate if isinstance(policy, FixedRate) else len(ids) / max(sum(ks), 1)
+            made.append(Passage(ids, tuple(segments), ks, keys, rate))
+        others = tuple(key for passage in made[1:] for key in passage.keys)
+        return (replace(made[0], others=others), *made[1:])
 
     def ensure(self, texts: Iterable[str]) -> EnsureReport:
         """Have concepts of every passage: compress what is missing, write it in ingest order.
@@ -186,49 +247,54 @@ class ConceptLibrary(ProcessBound):
         """
         begun = time.perf_counter()
         total = compressed = tokens = concepts = 0
-        for group in _groups(map(self.passage, texts)):
-            segments, made = sum(len(p.keys) for p in group), self._ensure_group(group)
+        for group in _groups(map(self._held, texts)):
+            read = [held[0] for held in group]
+            segments, made = sum(len(p.keys) for p in read), self._ensure_group(group)
             total, compressed = total + segments, compressed + made
-            tokens += sum(len(p.ids) for p in group)
-            concepts += sum(sum(p.n_concepts) for p in group)
-            self.metrics.ensured(segments, made, (p.achieved_rate for p in group if p.keys))
+            tokens += sum(len(p.ids) for p in read)
+            concepts += sum(sum(p.n_concepts) for p in read)
+            self.metrics.ensured(segments, made, (p.achieved_rate for p in read if p.keys))
         return EnsureReport(total, compressed, total - compressed, tokens, concepts, time.perf_counter() - begun)
 
-    def _ensure_group(self, passages: Sequence[Passage]) -> int:
+    def _ensure_group(self, passages: Sequence[tuple[Passage, ...]]) -> int:
+        """Compress what is missing of passages, each at all rates held; tells how many units that took."""
         wanted: dict[str, tuple[tuple[int, ...], int]] = {}
-        for p in passages:
-            for key, segment, k in zip(p.keys, p.segments, p.n_concepts, strict=True):
-                wanted.setdefault(key, (segment, k))
+        for held in passages:
+            for p in held:
+                for key, segment, k in zip(p.keys, p.segments, p.n_concepts, strict=True):
+                    wanted.setdefault(key, (segment, k))
         keys = list(wanted)
         missing = [key for key, there in zip(keys, self.store.contains(keys), strict=True) if not there]
+        items = [wanted[key] for key in missing]
         if missing:
-            items = [wanted[key] for key in missing]
             made = self._compress([s for s, _ in items], [k for _, k in items])
             self._check_scale(torch.cat(made))
             self.store.put(zip(missing, made, strict=True))
             sample(self.compressor, self.store, missing, [s for s, _ in items], made, self.metrics)
-        return len(missing)
+        return len({segment for segment, _ in items})
 
     def _compress(self, segments: Sequence[tuple[int, ...]], n_concepts: Sequence[int]) -> list[torch.Tensor]:
         begun = time.perf_counter()
-        made = self.compressor.compress(segments, n_concepts)
+        made = compressed_once(self.compressor, segments, n_concepts)
         self.metrics.compressed(len(segments), time.perf_counter() - begun, sum(map(len, segments)))
         return made
 
-    def fetch(self, text: str, *, missing: MissingPolicy = "recompress") -> Fetched:
+    def fetch(self, text: str, *, missing: MissingPolicy = "recompress", rate: float | None = None) -> Fetched:
         """Concepts of one passage.
 
         Args:
             text: The passage, as it was ingested.
             missing: What to do about segments that are not stored: compress them now (they stay in memory for the next
                 question, and are not written: `ensure` is for that), read the passage as text, or raise.
+            rate: One of `rates_held(text)`; None takes the first of them.
 
         Raises:
+            RateNotHeldError: The passage is not kept at this rate.
             MissingConceptsError: Concepts are missing and `missing` is "error".
             CorruptRecordError: Stored concepts fail their checksum, or stand where their text has no token.
             InvalidConceptsError: Concepts, stored or made now, are far outside the scale of the LLM's embeddings.
         """
-        passage = self.passage(text)
+        passage = self.passage(text, rate=rate)
         if not passage.keys:
             places = torch.empty(0, dtype=torch.long) if self.spec.config.deep else None
             return Fetched(torch.empty(0, self.spec.hidden_size), 0, 0, 0.0, places)
@@ -353,12 +419,21 @@ def _largest(concepts: torch.Tensor) -> float:
     return largest(concepts.detach().contiguous().numpy())
 
 
-def _groups(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
-    group: list[Passage] = []
+def _check_different(policy: RatePolicy, further: Sequence[FixedRate]) -> None:
+    """Refuse a rate that is named twice."""
+    rates = [each.rate for each in (policy, *further) if isinstance(each, FixedRate)]
+    if len(set(rates)) < len(rates):
+        raise ConfigurationError(
+            "a rate is named twice", got=", ".join(f"{rate:g}" for rate in rates), expected="different rates"
+        )
+
+
+def _groups(passages: Iterable[tuple[Passage, ...]]) -> Iterator[list[tuple[Passage, ...]]]:
+    group: list[tuple[Passage, ...]] = []
     size = 0
-    for passage in passages:
-        group.append(passage)
-        size += sum(passage.n_concepts)
+    for held in passages:
+        group.append(held)
+        size += sum(sum(passage.n_concepts) for passage in held)
         if size >= _WRITE_EVERY:
             yield group
             group, size = [], 0

@@ -14,6 +14,7 @@ from compllm_rag.errors import (
     ConfigurationError,
     FingerprintMismatchError,
     MissingConceptsError,
+    RateNotHeldError,
     RateOutOfReachError,
     StoreReadOnlyError,
 )
@@ -21,7 +22,7 @@ from compllm_rag.fingerprint import record_key
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.store.memory import MemoryStore
-from trained import trained
+from trained import trained, trained_deep
 
 PARAGRAPHS = toy.TEXT.strip().split("\n\n")
 
@@ -265,3 +266,45 @@ def test_a_store_of_another_width_is_refused(compressor: Compressor) -> None:
 def test_a_rate_out_of_reach_is_refused(compressor: Compressor) -> None:
     with pytest.raises(RateOutOfReachError):
         ConceptLibrary(compressor, MemoryStore(32), rate=9)
+
+
+@pytest.mark.parametrize("codec", ["input", "deep"])
+def test_several_rates_are_kept_side_by_side_and_fetched_by_name(codec: str, llm: TargetLLM) -> None:
+    compressor = trained(llm) if codec == "input" else trained_deep(toy.llm(layers=4))
+    store = MemoryStore(compressor.spec.width)
+    library = ConceptLibrary(compressor, store, rate=1, also_rates=(2, 4))
+    report = library.ensure(PARAGRAPHS)
+    assert report.compressed == report.segments  # a unit counts once, at however many rates
+    assert store.stats().records == 3 * report.segments
+    assert library.ensure(PARAGRAPHS).compressed == 0
+    for text in PARAGRAPHS:
+        assert library.rates_held(text) == (1.0, 2.0, 4.0)
+        default, whole = library.fetch(text, missing="error"), library.fetch(text, missing="error", rate=1)
+        assert torch.equal(default.concepts, whole.concepts)
+        for rate in (1, 2, 4.0):
+            alone = ConceptLibrary(compressor, MemoryStore(compressor.spec.width), rate=rate)
+            alone.ensure([text])
+            mine, its = library.fetch(text, missing="error", rate=rate), alone.fetch(text, missing="error")
+            assert library.passage(text, rate=rate).keys == alone.passage(text).keys
+            torch.testing.assert_close(mine.concepts, its.concepts, atol=2e-3, rtol=2e-3)
+            assert (mine.places is None) if codec == "input" else torch.equal(mine.places, its.places)
+        keys = [library.passage(text, rate=rate).keys for rate in (1, 2, 4)]
+        assert library.passage(text).all_keys == keys[0] + keys[1] + keys[2]
+
+
+def test_a_deep_unit_passes_the_llm_once_for_all_its_rates() -> None:
+    counting = Counting(trained_deep(toy.llm(layers=4)))
+    library = ConceptLibrary(counting, MemoryStore(33), rate=1, also_rates=(2, 3))  # type: ignore[arg-type]
+    library.ensure(PARAGRAPHS)
+    assert len(counting.asked) == len(set(counting.asked)) == len(PARAGRAPHS)
+
+
+def test_a_rate_that_is_not_held_is_refused_by_name(library: ConceptLibrary, llm: TargetLLM) -> None:
+    with pytest.raises(RateNotHeldError, match="got 4, expected 2"):
+        library.passage(PARAGRAPHS[0], rate=4)
+    with pytest.raises(RateNotHeldError, match="rates_held"):
+        library.fetch(PARAGRAPHS[0], rate=4)
+    with pytest.raises(ConfigurationError, match="named twice"):
+        ConceptLibrary(trained(llm), MemoryStore(32), rate=2, also_rates=(2.0,))
+    with pytest.raises(RateOutOfReachError):
+        ConceptLibrary(trained(llm), MemoryStore(32), rate=2, also_rates=(8,))
