@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -22,6 +22,10 @@ Codec = Literal["deep", "input"]
 MissingPolicy = Literal["recompress", "text", "error"]
 OverflowPolicy = Literal["drop", "error"]
 EncodingName = Literal["fp16", "int8", "int4"]
+# By what the rate of a text is chosen; `auto` takes `learned` where a compressor has predicted losses, else
+# `information`.
+RatePolicyName = Literal["auto", "information", "learned", "budget"]
+GuardName = Literal["off", "exact", "loss"]
 
 
 Settings = TypeVar("Settings", bound="Frozen")
@@ -119,13 +123,54 @@ class CompressorConfig(Frozen):
         return self.unit_length if self.deep else self.segment_length
 
 
+class RateOptions(Frozen):
+    """Of rate policies that look at the text (docs/rates.md)."""
+
+    bands: tuple[float, float, float, float] = Field(
+        default=(1.0, 1.5, 3.0, 4.0), description="of policy information: rates at the ends of its bands, dense to thin"
+    )
+    window: int = Field(default=40, ge=2, description="of policy information: tokens that density is measured over")
+    measure: Literal["unigram", "surprisal"] = Field(
+        default="unigram", description="information by how rare tokens are, or by the LLM (one more pass of it)"
+    )
+    most_loss: float = Field(
+        default=0.1, ge=0.0, description="of policy learned: most predicted loss, in nats per token of an answer"
+    )
+
+    @model_validator(mode="after")
+    def _bands_rise(self) -> Self:
+        if self.bands[0] < 1 or list(self.bands) != sorted(self.bands):
+            raise ValueError("bands must be rates of at least 1 that rise from dense to thin text")
+        return self
+
+
 class IngestConfig(Frozen):
     """How documents become chunks and concepts."""
 
-    rate: float = Field(default=2.0, ge=1.0, description="source tokens per concept")
+    rate: Annotated[float, Field(ge=1.0)] | RatePolicyName = Field(
+        default=2.0, description="source tokens per concept, or the policy that chooses them"
+    )
+    also_rates: tuple[Annotated[float, Field(ge=1.0)], ...] = Field(
+        default=(), description="further rates at which every chunk is kept"
+    )
+    rate_options: RateOptions = Field(default_factory=RateOptions, description="of the policy")
+    budget_positions: int | None = Field(default=None, ge=1, description="concepts that the storage may hold at most")
+    budget_bytes: int | None = Field(default=None, ge=1, description="bytes that its concepts may take at most")
+    guard: GuardName = Field(
+        default="off", description="leave chunks as text: by signs that must be given back exactly, or predicted loss"
+    )
+    guard_limit: float | None = Field(default=None, ge=0.0, description="of the guard; None: its own")
     chunk_size: int = Field(default=200, ge=20, description="target tokens of a chunk, about")
     namespace: str = Field(default="default", min_length=1, max_length=200)
     encoding: EncodingName = Field(default="fp16", description="how the store writes concepts")
+
+    @model_validator(mode="after")
+    def _budget_of_one_kind(self) -> Self:
+        if self.budget_positions is not None and self.budget_bytes is not None:
+            raise ValueError("a budget is of positions or of bytes, not of both")
+        if (self.rate == "budget") != (self.budget_positions is not None or self.budget_bytes is not None):
+            raise ValueError("a budget and the policy `budget` need each other")
+        return self
 
 
 class GenerationConfig(Frozen):

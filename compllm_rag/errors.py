@@ -66,6 +66,10 @@ class RateNotHeldError(ConfigurationError):
     """A passage is not kept at the rate that was asked for."""
 
 
+class BudgetError(ConfigurationError):
+    """What is to be kept does not fit the budget, however high the rates."""
+
+
 class UnsupportedDtypeError(ConfigurationError):
     """The compute dtype is not one the device and this package support."""
 

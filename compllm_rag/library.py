@@ -7,23 +7,24 @@ copied still finds its concepts.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.rate_policies.choosing import RateChooser
 from compllm_rag.compression.rates import FixedRate, RatePolicy
 from compllm_rag.compression.several_rates import compressed_once
 from compllm_rag.compression.spec import ConceptCompressor, DeferredCompressor
 from compllm_rag.config import MissingPolicy
 from compllm_rag.errors import (
     ConfigurationError,
-    CorruptRecordError,
     FingerprintMismatchError,
     InvalidConceptsError,
     MissingConceptsError,
@@ -32,11 +33,13 @@ from compllm_rag.errors import (
 from compllm_rag.fingerprint import record_key
 from compllm_rag.handles import ProcessBound
 from compllm_rag.metrics import Metrics
-from compllm_rag.prompt import ConceptSpan
+from compllm_rag.passages import EnsureReport, Fetched, KeptChoices, Passage, Took, unpacked
 from compllm_rag.store.base import ConceptStore
 from compllm_rag.store.codec import largest
 from compllm_rag.store.memo import ConceptMemo
 from compllm_rag.unicode_text import whole
+
+__all__ = ["ConceptLibrary", "EnsureReport", "Fetched", "KeptChoices", "Passage", "Took", "sample", "unpacked"]
 
 _REMEMBERED = 4096
 # Concepts made between two writes: bounds memory, and what an interruption can lose.
@@ -45,95 +48,17 @@ _WRITE_EVERY = 20_480
 _MOST_RMS = 100.0
 
 
-@dataclass(frozen=True)
-class Passage:
-    """A passage cut up: token ids, and for each segment its K and its key in the store.
-
-    Attributes:
-        ids: Of its text.
-        segments: Of each unit of compression; joined they are `ids`.
-        n_concepts: K of each unit.
-        keys: Key of each unit's record.
-        rate: By which it is asked for, see `ConceptLibrary.passage`.
-        others: Of what is read unless another rate is asked for: the keys of its records at the other rates held.
-    """
-
-    ids: tuple[int, ...]
-    segments: tuple[tuple[int, ...], ...]
-    n_concepts: tuple[int, ...]
-    keys: tuple[str, ...]
-    rate: float = 0.0
-    others: tuple[str, ...] = ()
-
-    @property
-    def all_keys(self) -> tuple[str, ...]:
-        """Keys of all its records."""
-        return self.keys + self.others
-
-    @property
-    def achieved_rate(self) -> float:
-        """Source tokens per concept; of a passage that has any."""
-        return len(self.ids) / sum(self.n_concepts)
-
-
-@dataclass(frozen=True)
-class EnsureReport:
-    """What it took to have concepts of a set of passages."""
-
-    segments: int
-    compressed: int
-    reused: int
-    source_tokens: int
-    concepts: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """Concepts of one passage.
-
-    Attributes:
-        concepts: (n_concepts, hidden_size), None when the passage should be read as text.
-        hits: Segments found in the store, or made for a question of before and still in memory.
-        misses: Segments not found.
-        compress_s: Seconds spent compressing what was missing.
-        places: Of deep concepts: the token of the passage that each stands for, (n_concepts,), increasing.
-        n_tokens: Tokens of the passage.
-    """
-
-    concepts: torch.Tensor | None
-    hits: int
-    misses: int
-    compress_s: float
-    places: torch.Tensor | None = None
-    n_tokens: int = 0
-
-    def span(self, passage: int) -> ConceptSpan:
-        """The concepts as a span of a prompt.
-
-        Args:
-            passage: Index of the passage in the prompt.
-
-        Raises:
-            MissingConceptsError: There are none: the passage is to be read as text.
-        """
-        if self.concepts is None:
-            raise MissingConceptsError(
-                "there are no concepts to read", expected="a passage that has some", next_step="read it as text"
-            )
-        return ConceptSpan(self.concepts, passage, self.places, self.n_tokens)
-
-
 class ConceptLibrary(ProcessBound):
     """Compressor, store, rate and namespace in one hand.
 
     Args:
         compressor: Makes concepts; a deferred one is loaded on the first miss.
         store: Keeps them.
-        rate: Source tokens per concept, or a policy of your own.
+        rate: Source tokens per concept, a policy of your own, or a chooser that has all to say.
         namespace: Tenant; part of every key.
         metrics: Counts what is done; None makes one.
         also_rates: Further rates at which every passage is kept side by side; who asks for none gets `rate`.
+        kept: Knows what was chosen for passages before, so that they are found again; None always chooses anew.
 
     Raises:
         FingerprintMismatchError: The store keeps concepts of another width.
@@ -148,10 +73,11 @@ class ConceptLibrary(ProcessBound):
         compressor: ConceptCompressor | DeferredCompressor,
         store: ConceptStore,
         *,
-        rate: float | RatePolicy = 2.0,
+        rate: float | RatePolicy | RateChooser = 2.0,
         namespace: str = "default",
         metrics: Metrics | None = None,
         also_rates: Sequence[float] = (),
+        kept: KeptChoices | None = None,
     ) -> None:
         self.spec, self.llm, self.halves = compressor.spec, compressor.llm, compressor.halves
         if store.hidden_size != self.spec.width:
@@ -165,12 +91,19 @@ class ConceptLibrary(ProcessBound):
         self.metrics = metrics or Metrics()
         self.metrics.traffic = store.traffic
         longest = self.spec.config.longest_unit
-        self.policy: RatePolicy = FixedRate(rate, longest) if isinstance(rate, int | float) else rate
-        self.further = tuple(FixedRate(other, longest) for other in also_rates)
-        _check_different(self.policy, self.further)
+        policy = FixedRate(rate, longest) if isinstance(rate, int | float) else rate
+        further = [FixedRate(other, longest) for other in also_rates]
+        self.chooser = policy if isinstance(policy, RateChooser) else RateChooser(policy, further)
+        self.kept = kept
+        self.took = Took()
         self._known: OrderedDict[str, tuple[Passage, ...]] = OrderedDict()  # at each rate held, the default first
         self._lock, self._memo = threading.Lock(), ConceptMemo()
         self._most_rms = _MOST_RMS * self.spec.scale
+
+    @property
+    def policy(self) -> RatePolicy:
+        """Decides K of what is read unless another rate is asked for."""
+        return self.chooser.policy
 
     @property
     def compressor(self) -> ConceptCompressor:
@@ -195,24 +128,25 @@ class ConceptLibrary(ProcessBound):
         if rate is None:
             return held[0]
         for passage in held:
-            if math.isclose(passage.rate, rate, rel_tol=1e-9):
+            if passage.reason is None and math.isclose(passage.rate, rate, rel_tol=1e-9):
                 return passage
+        reason = held[0].reason
         raise RateNotHeldError(
             "the passage is not kept at this rate",
             got=f"{rate:g}",
-            expected=" or ".join(f"{passage.rate:g}" for passage in held),
+            expected=" or ".join(f"{p.rate:g}" for p in held) if reason is None else f"text, as the {reason} decided",
             next_step="ask for a rate of `rates_held`, or ingest at this one as well",
         )
 
     def rates_held(self, text: str) -> tuple[float, ...]:
-        """The rates at which a passage can be fetched, the default of queries first.
+        """The rates at which a passage can be fetched, the default of queries first; none where it stays text.
 
         They are the rates that were asked for at ingestion (1 and 2, say), by which `passage` and `fetch` find the
         passage; where a policy decides, the first is what it achieved for this passage. What a rate costs is told by
         `passage(text, rate=...).n_concepts`. All of them are kept for every passage of a storage; a text that was
         never ingested can be compressed at each of them.
         """
-        return tuple(passage.rate for passage in self._held(text))
+        return tuple(passage.rate for passage in self._held(text) if passage.reason is None)
 
     def _held(self, text: str) -> tuple[Passage, ...]:
         """The passage at each rate at which it is kept, the default first."""
@@ -221,24 +155,32 @@ class ConceptLibrary(ProcessBound):
             if text in self._known:
                 self._known.move_to_end(text)
                 return self._known[text]
-        segments = [tuple(segment) for segment in self.spec.units(text)]
-        made = self._cut(segments)
+        made = self._cut(text)
         with self._lock:
             self._known[text] = made
             while len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)
         return made
 
-    def _cut(self, segments: Sequence[tuple[int, ...]]) -> tuple[Passage, ...]:
+    def _cut(self, text: str) -> tuple[Passage, ...]:
+        segments = tuple(tuple(segment) for segment in self.spec.units(text))
         ids = tuple(token for segment in segments for token in segment)
-        fingerprint, made = self.spec.fingerprint, list[Passage]()
-        for policy in (self.policy, *self.further):
-            ks = tuple(policy.n_concepts(segments))
+        digest, fingerprint = hashlib.sha256(text.encode()).hexdigest(), self.spec.fingerprint
+        known = None if self.kept is None or self.chooser.plain else self.kept.of(digest)
+        choice = known if known is not None and known.fits(segments) else self.chooser.choose(segments)
+        if choice.reason is not None:
+            return (Passage(ids, segments, (), (), 1.0, (), choice, digest),)
+        made = list[Passage]()
+        for rate, ks in zip(choice.rates, choice.n_concepts, strict=True):
             keys = tuple(record_key(self.namespace, fingerprint, k, s) for k, s in zip(ks, segments, strict=True))
-            rate = policy.rate if isinstance(policy, FixedRate) else len(ids) / max(sum(ks), 1)
-            made.append(Passage(ids, tuple(segments), ks, keys, rate))
+            made.append(Passage(ids, segments, ks, keys, rate, (), choice, digest))
         others = tuple(key for passage in made[1:] for key in passage.keys)
         return (replace(made[0], others=others), *made[1:])
+
+    def forget_choices(self) -> None:
+        """Look up again what is chosen for each passage, after it was changed where it is kept."""
+        with self._lock:
+            self._known.clear()
 
     def ensure(self, texts: Iterable[str]) -> EnsureReport:
         """Have concepts of every passage: compress what is missing, write it in ingest order.
@@ -261,17 +203,29 @@ class ConceptLibrary(ProcessBound):
         wanted: dict[str, tuple[tuple[int, ...], int]] = {}
         for held in passages:
             for p in held:
+                if p.reason is not None:
+                    continue
                 for key, segment, k in zip(p.keys, p.segments, p.n_concepts, strict=True):
                     wanted.setdefault(key, (segment, k))
         keys = list(wanted)
         missing = [key for key, there in zip(keys, self.store.contains(keys), strict=True) if not there]
         items = [wanted[key] for key in missing]
         if missing:
+            begun = time.perf_counter()
             made = self._compress([s for s, _ in items], [k for _, k in items])
+            self._note_time(passages, {segment for segment, _ in items}, time.perf_counter() - begun)
             self._check_scale(torch.cat(made))
             self.store.put(zip(missing, made, strict=True))
             sample(self.compressor, self.store, missing, [s for s, _ in items], made, self.metrics)
         return len({segment for segment, _ in items})
+
+    def _note_time(self, passages: Sequence[tuple[Passage, ...]], made: set[tuple[int, ...]], seconds: float) -> None:
+        """Note what each passage took to compress: its share, by tokens, of the batch it was in."""
+        each = seconds / sum(map(len, made))
+        for read, *_ in passages:
+            tokens = sum(len(segment) for segment in read.segments if segment in made)
+            if tokens and read.keys:
+                self.took.note(read.digest, each * tokens)
 
     def _compress(self, segments: Sequence[tuple[int, ...]], n_concepts: Sequence[int]) -> list[torch.Tensor]:
         begun = time.perf_counter()
@@ -295,6 +249,8 @@ class ConceptLibrary(ProcessBound):
             InvalidConceptsError: Concepts, stored or made now, are far outside the scale of the LLM's embeddings.
         """
         passage = self.passage(text, rate=rate)
+        if passage.reason is not None:
+            return Fetched(None, 0, 0, 0.0, n_tokens=len(passage.ids), reason=passage.reason)
         if not passage.keys:
             places = torch.empty(0, dtype=torch.long) if self.spec.config.deep else None
             return Fetched(torch.empty(0, self.spec.hidden_size), 0, 0, 0.0, places)
@@ -378,54 +334,11 @@ class ConceptLibrary(ProcessBound):
         return torch.cat(parts)
 
 
-def unpacked(
-    rows: torch.Tensor, units: Sequence[Sequence[int]], n_concepts: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Records of deep concepts, one behind the other, as states and places.
-
-    Args:
-        rows: (n_concepts of all units, hidden_size + 1), see `DeepCompressor.compress`.
-        units: Token ids of each unit.
-        n_concepts: K of each unit.
-
-    Returns:
-        States (n_concepts, hidden_size), and the token of the whole text that each stands for, (n_concepts,).
-
-    Raises:
-        CorruptRecordError: A place lies outside its unit, they do not increase, or they are not K.
-    """
-    lengths, counts = torch.tensor([len(unit) for unit in units]), torch.tensor(list(n_concepts))  # (n_units,)
-    unit = torch.repeat_interleave(torch.arange(len(counts)), counts)  # (n_concepts,), which one it belongs to
-    fits = len(rows) == len(unit)
-    if fits:
-        within = rows[:, -1].long()  # (n_concepts,)
-        places = (lengths.cumsum(0) - lengths)[unit] + within  # (n_concepts,)
-        outside = (within != rows[:, -1]) | (within < 0) | (within >= lengths[unit])  # (n_concepts,)
-        fits = not bool(outside.any() or (places.diff() <= 0).any())
-    if not fits:
-        raise CorruptRecordError(
-            "concepts stand at places that their text does not have",
-            got=f"places {rows[:, -1].min():g} to {rows[:, -1].max():g} of {len(rows)} concepts",
-            expected=f"{len(unit)} places in order, in units of {lengths.tolist()} tokens",
-            next_step="delete the document, compact the storage, and ingest the document again",
-        )
-    return rows[:, :-1], places
-
-
 def _largest(concepts: torch.Tensor) -> float:
     """The largest magnitude in concepts (n, hidden_size); those of a store go by their bits."""
     if concepts.dtype != torch.float16 or concepts.device.type != "cpu":
         return float(concepts.abs().max())
     return largest(concepts.detach().contiguous().numpy())
-
-
-def _check_different(policy: RatePolicy, further: Sequence[FixedRate]) -> None:
-    """Refuse a rate that is named twice."""
-    rates = [each.rate for each in (policy, *further) if isinstance(each, FixedRate)]
-    if len(set(rates)) < len(rates):
-        raise ConfigurationError(
-            "a rate is named twice", got=", ".join(f"{rate:g}" for rate in rates), expected="different rates"
-        )
 
 
 def _groups(passages: Iterable[tuple[Passage, ...]]) -> Iterator[list[tuple[Passage, ...]]]:

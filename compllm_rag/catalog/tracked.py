@@ -35,6 +35,8 @@ class TrackedNode:
         n_tokens: Tokens of its text.
         text: What it says, where the vector store keeps no text.
         node: All else of it as JSON, likewise.
+        others: Record keys at the other rates at which it is kept.
+        digest: SHA-256 of its text; "" of a node that an earlier release brought in.
     """
 
     node_id: str
@@ -44,11 +46,13 @@ class TrackedNode:
     n_tokens: int
     text: str | None = None
     node: str | None = None
+    others: tuple[str, ...] = ()
+    digest: str = ""
 
     @property
     def passage(self) -> Passage:
         """Its numbers as those of a passage, for the accounts; which tokens it has is not known here."""
-        return Passage((0,) * self.n_tokens, (), self.n_concepts, self.keys)
+        return Passage((0,) * self.n_tokens, (), self.n_concepts, self.keys, others=self.others, digest=self.digest)
 
 
 class TrackedNodes:
@@ -139,7 +143,8 @@ def count_chunks(connection: sqlite3.Connection) -> int:
 
 
 def _encode(node: TrackedNode) -> str:
-    kept = {"keys": node.keys, "n_concepts": node.n_concepts, "n_tokens": node.n_tokens}
+    kept: dict[str, object] = {"keys": node.keys, "n_concepts": node.n_concepts, "n_tokens": node.n_tokens}
+    kept |= {"others": node.others, "digest": node.digest}
     whole = {} if node.node is None else {"text": node.text, "node": node.node}
     return storable(json.dumps(kept | whole, ensure_ascii=False))
 
@@ -154,4 +159,6 @@ def _decode(node_id: str, ref_doc_id: str, value: str) -> TrackedNode:
         held["n_tokens"],
         held.get("text"),
         held.get("node"),
+        tuple(held.get("others", ())),
+        held.get("digest", ""),
     )

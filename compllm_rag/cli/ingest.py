@@ -39,8 +39,29 @@ def ingest(
     ] = None,
     embedder: Annotated[str | None, typer.Option(help=f"Retrieval embedder. Default: {DEFAULT_EMBEDDER}.")] = None,
     rate: Annotated[
-        float | None,
-        typer.Option(help="Compression rate: source tokens per concept. Default: 1 for deep concepts, 2 for input."),
+        str | None,
+        typer.Option(
+            metavar="N|auto|information|learned",
+            help="Source tokens per concept, or what chooses them by the text [1 for deep concepts, 2 for input].",
+        ),
+    ] = None,
+    also_rate: Annotated[
+        list[float] | None,
+        typer.Option("--also-rate", help="Keep every chunk at this rate as well; may be given several times."),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Most the storage may hold: positions (200000) or bytes (40MB); rates follow from it."),
+    ] = None,
+    guard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="off|exact|loss",
+            help="Leave chunks as text: of digits and identifiers, or of high predicted loss [off].",
+        ),
+    ] = None,
+    guard_limit: Annotated[
+        float | None, typer.Option(help="From which share of such characters, or which loss, on.")
     ] = None,
     codec: CodecName = None,
     entry_layer: EntryLayer = None,
@@ -89,7 +110,11 @@ def ingest(
                 namespace=namespace,
                 llm=llm,
                 embedder=embedder,
-                rate=rate,
+                rate=None if also_rate else rate,
+                rates=_rates(rate, also_rate),
+                budget=budget,
+                guard=guard,
+                guard_limit=guard_limit,
                 codec=codec,
                 entry_layer=entry_layer,
                 chunk_size=chunk_size,
@@ -121,6 +146,17 @@ def ingest(
             f"{len(missed)} files could not be read, and --strict was given; the others were brought in",
             got=f"{missed[0].path}: {missed[0].reason}",
         )
+
+
+def _rates(rate: str | None, also: Sequence[float] | None) -> list[float | str] | None:
+    """All rates that are asked for, the default of queries first."""
+    if not also:
+        return None
+    if rate is None:
+        raise ConfigurationError(
+            "--also-rate needs --rate, the one that queries read", got="--also-rate alone", next_step="add --rate 1"
+        )
+    return [rate, *also]
 
 
 def _stdin(paths: Sequence[Path], *, lines: bool, key: str | None, title: str | None) -> StdinSource | None:

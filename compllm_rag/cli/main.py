@@ -129,6 +129,7 @@ def query(
     typer.echo("")
     for number, source in enumerate(found["sources"], 1):
         size = f"{source['n_concepts']} concepts" if source["used"] == "concepts" else "text"
+        size += f" (kept so by the {source['reason']})" if source["reason"] else ""
         title = source["title"] or source["doc_id"]
         typer.echo(f"[{number}] {title} (score {source['score']:.2f}, {source['n_tokens']} tokens as {size})")
     if found["dropped"]:
@@ -151,7 +152,7 @@ def stats(
     from compllm_rag.catalog.measures import storage_families
     from compllm_rag.metrics import exposition
     from compllm_rag.storage.namespaces import existing_namespace
-    from compllm_rag.storage.stats import storage_stats
+    from compllm_rag.storage.stats import rate_notes, storage_stats
 
     if prometheus and as_json:
         raise ConfigurationError(
@@ -165,9 +166,12 @@ def stats(
         print_json(found)
         return
     found |= found.pop("metrics")
+    notes = rate_notes(found)
     width = max(map(len, found))
     for name, value in found.items():
         typer.echo(f"{name:<{width}}  {value:.3f}" if isinstance(value, float) else f"{name:<{width}}  {value}")
+    for note in notes:
+        typer.echo(note, err=True)
 
 
 @app.command()

@@ -21,6 +21,7 @@ from torch import nn
 
 from compllm_rag.compression.information import information_for
 from compllm_rag.compression.pretrained import SavedCompressor, read_compressor, save_compressor
+from compllm_rag.compression.rate_policies.losses import LossPredictor
 from compllm_rag.compression.segmentation import Segmenter
 from compllm_rag.compression.selection import AnchorChooser, fitted, word_begins
 from compllm_rag.compression.spec import ConceptSpec, embedding_rms
@@ -90,6 +91,7 @@ class Compressor:
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.segmenter = Segmenter(llm.tokenizer, self.config.segment_length, self.config.segmenter_version)
+        self.losses: LossPredictor | None = None  # what rates lose, if that was fitted; see `rate_policies.losses`
         self._fingerprint: str | None = None
         self._most_positions = max(BATCH_POSITIONS.values())  # of one forward; less once memory was short
 
@@ -116,6 +118,7 @@ class Compressor:
             made.head.bias.copy_(saved.state["head.bias"])
         load_lora_state(made.decoder, saved.under("lora."))
         saved.check_fingerprint(made.fingerprint)
+        made.losses = saved.losses
         return made
 
     def save_pretrained(self, folder: str | Path) -> Path:

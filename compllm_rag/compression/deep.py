@@ -23,6 +23,7 @@ import torch
 
 from compllm_rag.compression.information import information_for
 from compllm_rag.compression.pretrained import SavedCompressor, read_compressor, save_compressor
+from compllm_rag.compression.rate_policies.losses import LossPredictor
 from compllm_rag.compression.segmentation import Segmenter
 from compllm_rag.compression.selection import best_positions, fitted, learned_scores, random_scores
 from compllm_rag.compression.spec import ConceptSpec, state_rms
@@ -80,6 +81,7 @@ class DeepCompressor:
         if config.lora_rank:
             inject_lora(self.decoder, rank=config.lora_rank, alpha=config.lora_alpha, modules=config.lora_modules)
         self.segmenter = Segmenter(llm.tokenizer, config.segment_length, config.segmenter_version)
+        self.losses: LossPredictor | None = None  # what rates lose, if that was fitted; see `rate_policies.losses`
         self._fingerprint: str | None = None
         self._most_positions = max(_BATCH_POSITIONS.values())  # of one forward; less once memory was short
 
@@ -107,6 +109,7 @@ class DeepCompressor:
         load_lora_state(made.decoder, saved.under("lora."))
         load_lora_state(made.halves.upper, saved.under("read."))
         saved.check_fingerprint(made.fingerprint)
+        made.losses = saved.losses
         return made
 
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -194,7 +197,7 @@ class DeepCompressor:
         """The places that each unit keeps, in order; see `CompressorConfig.selector`."""
         scored = [i for i, k in enumerate(n_concepts) if k < len(units[i])]
         with room_for("choose the tokens to keep of a chunk", self.llm.device, _MEMORY):
-            scores = dict(zip(scored, self._scores([units[i] for i in scored]), strict=True))
+            scores = dict(zip(scored, self.scores([units[i] for i in scored]), strict=True))
         return [
             best_positions(scores[i], k) if i in scores else list(range(len(units[i])))
             for i, k in enumerate(n_concepts)
@@ -281,7 +284,7 @@ class DeepCompressor:
         return ids, (torch.arange(n, device=device) < lengths[:, None]).long()
 
     @torch.inference_mode()
-    def _scores(self, units: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
+    def scores(self, units: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
         """How much each token of each unit is worth keeping, (n_tokens,) float32 on the CPU each."""
         if self.config.selector == "random":
             yield from map(random_scores, units)

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from compllm_rag.compression.rate_policies.losses import RATES_FILE, LossPredictor
 from compllm_rag.compression.segmentation import Segmenter
 from compllm_rag.compression.spec import ConceptCompressor, ConceptSpec, embedding_rms, reading_halves, state_rms
 from compllm_rag.config import FORMAT_VERSION, CompressorConfig
@@ -54,6 +55,11 @@ def save_compressor(compressor: ConceptCompressor, folder: Path) -> Path:
         # The configuration names the fingerprint of the weights, so a mixture of old and new is refused on loading.
         os.replace(weights, folder / _WEIGHTS)
         os.replace(config, folder / _CONFIG)
+        if compressor.losses is not None:
+            compressor.losses.save(Path(scratch))
+            os.replace(Path(scratch) / RATES_FILE, folder / RATES_FILE)
+        else:
+            (folder / RATES_FILE).unlink(missing_ok=True)  # those of another compressor
     return folder
 
 
@@ -66,12 +72,14 @@ class SavedCompressor:
         config: What it is.
         state: Its tensors by name, fp16.
         fingerprint: What its configuration says it has.
+        losses: What rates lose of its concepts, where that was fitted.
     """
 
     llm: TargetLLM
     config: CompressorConfig
     state: dict[str, torch.Tensor]
     fingerprint: str
+    losses: LossPredictor | None = None
 
     def under(self, prefix: str) -> dict[str, torch.Tensor]:
         """The tensors whose names begin so, without that beginning."""
@@ -137,7 +145,9 @@ def read_compressor(
         llm = TargetLLM.from_pretrained(record["llm"]["source"], **llm_options)
     _check_llm(record, llm)
     config = CompressorConfig.model_validate(record["config"])
-    return SavedCompressor(llm, config, _read_weights(path / _WEIGHTS), str(record["fingerprint"]))
+    return SavedCompressor(
+        llm, config, _read_weights(path / _WEIGHTS), str(record["fingerprint"]), LossPredictor.load(path)
+    )
 
 
 def saved_config(folder: Path) -> CompressorConfig:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from compllm_rag.compression.rate_policies.losses import LossPredictor
 from compllm_rag.compression.segmentation import Segmenter, units_of
 from compllm_rag.config import CompressorConfig
 from compllm_rag.errors import FingerprintMismatchError
@@ -76,6 +77,8 @@ class ConceptCompressor(Protocol):
 
     llm: TargetLLM
     config: CompressorConfig
+    information: torch.Tensor
+    losses: LossPredictor | None
 
     @property
     def halves(self) -> Halves | None:

@@ -15,7 +15,10 @@ from compllm_rag.prompt import PromptPlan, Span
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """What became of one node in the prompt; plain values only, it ends up in `response.metadata`."""
+    """What became of one node in the prompt; plain values only, it ends up in `response.metadata`.
+
+    `reason` says why it was read as text where that was decided when it was ingested: `guard`.
+    """
 
     node_id: str
     used: Mode
@@ -24,6 +27,7 @@ class NodeFacts:
     positions: int
     hits: int
     misses: int
+    reason: str | None = None
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,7 @@ def _source(node: NodeWithScore, facts: dict[str, Any]) -> dict[str, Any]:
         "used": facts["used"],
         "n_tokens": facts["n_tokens"],
         "n_concepts": facts["n_concepts"],
+        "reason": facts["reason"],
         "text": node.node.get_content(metadata_mode=MetadataMode.NONE),
     }
 

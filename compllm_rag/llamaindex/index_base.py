@@ -22,7 +22,7 @@ from compllm_rag.generation.base import Generator
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.generation.reuse import PrefixCache
 from compllm_rag.handles import ProcessBound
-from compllm_rag.library import ConceptLibrary
+from compllm_rag.library import EnsureReport
 from compllm_rag.llamaindex.embedding import embedder_identity
 from compllm_rag.llamaindex.embedding_texts import EmbeddingTexts
 from compllm_rag.llamaindex.index_struct import ConceptIndexStruct, ConceptStorageContext
@@ -31,8 +31,10 @@ from compllm_rag.llamaindex.node_parser import ConceptNodeParser
 from compllm_rag.llamaindex.observer import AccountsObserver
 from compllm_rag.llamaindex.reentrant_lock import ReentrantLock
 from compllm_rag.llamaindex.ref_docs import ref_doc_info
+from compllm_rag.llamaindex.settling import open_price
 from compllm_rag.llamaindex.splitting import Splitting
 from compllm_rag.llamaindex.stock import refused
+from compllm_rag.llamaindex.storage_library import library_of
 from compllm_rag.llamaindex.tracked_store import NodeStore, TrackedVectorStore
 from compllm_rag.llamaindex.uploads import UploadQueue
 from compllm_rag.metrics import Metrics, Work
@@ -62,7 +64,11 @@ class IndexBase(ProcessBound, VectorStoreIndex):
         self.manifest = manifest or Manifest.of(
             compressor.spec, compressor.llm, *embedder_identity(embedder), vector_store.dim, self.config
         )
-        self.library = ConceptLibrary(compressor, store, rate=self.config.rate, namespace=self.config.namespace)
+        kvstore = CatalogKVStore(vector_store.catalog)
+        values = kvstore.values
+        self.accounts, self.origins, self.pending = Accounts(values), Origins(values), PendingChunks(values)
+        self.library = library_of(compressor, store, self.config, self.accounts.choices)
+        open_price(self.library, vector_store.catalog)
         self.generator: Generator = generator or LocalGenerator(
             compressor.llm, generation, halves=compressor.halves, prefixes=PrefixCache()
         )
@@ -70,12 +76,11 @@ class IndexBase(ProcessBound, VectorStoreIndex):
         self.faiss: NodeStore = vector_store
         self.parser = ConceptNodeParser(self.library.spec.segmenter, self.config.chunk_size, llm=compressor.llm.source)
         self.splitting = Splitting(vector_store.catalog, self.parser)
-        kvstore = CatalogKVStore(vector_store.catalog)
-        values = kvstore.values
-        self.accounts, self.origins, self.pending = Accounts(values), Origins(values), PendingChunks(values)
         vector_store.observed_by(AccountsObserver(self.library, self.accounts, self.pending))
         self._writing, self._kept = ReentrantLock(), Work()
         self._texts = EmbeddingTexts(embedder)
+        self.settled = EnsureReport(0, 0, 0, 0, 0, 0.0)  # what the last budget took
+        self._completing = False  # whether chunks that lack concepts get them before the next commit
         self._uploads: UploadQueue | None = None
         self._keywords: KeywordIndex | None = None
         super().__init__(

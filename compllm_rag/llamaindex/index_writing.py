@@ -17,6 +17,7 @@ from compllm_rag.errors import CompLLMError, ConfigurationError
 from compllm_rag.llamaindex.heeded import refuse_options, update_options
 from compllm_rag.llamaindex.index_base import IndexBase
 from compllm_rag.llamaindex.ingest import IngestReport, Progress, changed_documents, ingest_documents
+from compllm_rag.llamaindex.settling import complete, open_price, settle
 from compllm_rag.llamaindex.sound import sound_documents, sound_nodes
 from compllm_rag.llamaindex.stock import bar
 from compllm_rag.llamaindex.tracing import traced_ensure
@@ -105,6 +106,8 @@ class IndexWriting(IndexBase):
             if nodes:
                 self.faiss.catalog.claim()  # see `ingest._ingest_batch`
             if not later:
+                self.complete_at_end()
+            if not later and not self.library.chooser.budgeted:
                 traced_ensure(self.library, (node.get_content(MetadataMode.NONE) for node in nodes))
             # Not by LlamaIndex's own method: it keeps some kinds of nodes in the document store as well, where nothing
             # deletes them, and has its retriever look among those alone from then on.
@@ -239,20 +242,40 @@ class IndexWriting(IndexBase):
             try:
                 yield
                 if outermost:
+                    self._settle()
                     self.commit()
             except BaseException:
                 if outermost:
                     self.faiss.rollback()
+                    self._completing = False
+                    with contextlib.suppress(CompLLMError):
+                        open_price(self.library, self.faiss.catalog)
                     with contextlib.suppress(CompLLMError):
                         self.store.flush()
                 raise
 
+    def complete_at_end(self) -> None:
+        """What the storage's budget leaves is known at the end of the `bulk` block only; have all concepts then."""
+        self._completing = self.library.chooser.budgeted
+
+    def _settle(self) -> None:
+        """Bring a storage that has a budget within it; only what is uploaded gets its concepts later."""
+        completing, self._completing = self._completing, False
+        waiting = settle(self) if self.faiss.catalog.pending else []
+        if completing:
+            self.settled = complete(self)
+        elif waiting and self._uploads is not None:
+            self._uploads.add(self.faiss.get_nodes(waiting))
+
     def commit(self) -> None:
         """Make everything durable: concepts first, then vectors and text together, in one step."""
+        if self.faiss.catalog.pending:
+            settle(self)
         self.store.flush()
         work = self.metrics.work
         if self.faiss.catalog.pending and work != self._kept:
             self.accounts.measures.add(work.plus(self._kept, -1))
+            self.accounts.choices.note_times()
         self.faiss.commit()
         self._kept = work
 
@@ -262,4 +285,5 @@ class IndexWriting(IndexBase):
         with contextlib.suppress(CompLLMError), self.faiss.catalog.own_transaction() as connection:
             if connection is not None and work != self._kept:
                 self.accounts.measures.add(work.plus(self._kept, -1))
+                self.accounts.choices.note_times()
                 self._kept = work

@@ -18,7 +18,7 @@ from compllm_rag.catalog.kv import KeyValues
 from compllm_rag.catalog.origins import Origins
 from compllm_rag.catalog.pending import PendingChunks
 from compllm_rag.errors import ConfigurationError, EmptyCorpusError, PruneRefusedError
-from compllm_rag.library import ConceptLibrary
+from compllm_rag.library import ConceptLibrary, EnsureReport
 from compllm_rag.llamaindex.documents import FileDocuments, empty_corpus
 from compllm_rag.llamaindex.naming import Names
 from compllm_rag.llamaindex.pruning import prunable
@@ -138,8 +138,17 @@ class Corpus(Protocol):
         """Keeps concepts."""
         ...
 
+    @property
+    def settled(self) -> EnsureReport:
+        """What the last budget took to compress."""
+        ...
+
     def bulk(self) -> AbstractContextManager[None]:
         """One commit for a block."""
+        ...
+
+    def complete_at_end(self) -> None:
+        """Have all concepts at the end of the block, once it is known what a budget leaves."""
         ...
 
     def commit(self) -> None:
@@ -203,6 +212,8 @@ def ingest_documents(
             for doc_id in gone:
                 index.delete_ref_doc(doc_id)
             report = replace(report, documents_deleted=len(gone))
+    if index.library.chooser.budgeted and report.documents_changed:
+        report = _with_settled(index, report)
     if reading is None or reading.logs:
         names.log()
     if refused is not None:
@@ -212,6 +223,13 @@ def ingest_documents(
     report = replace(report, seconds=time.perf_counter() - begun)
     _log_commit(report)
     return report
+
+
+def _with_settled(index: Corpus, report: IngestReport) -> IngestReport:
+    """What was compressed, and how much is kept, once a budget was shared out."""
+    done = index.settled.compressed
+    reused = max(0, report.segments - done)
+    return replace(report, segments_compressed=done, segments_reused=reused, concepts=index.accounts.choices.concepts())
 
 
 def _roots(within: Iterable[str | Path], prune: bool) -> list[Path]:
@@ -261,7 +279,11 @@ def _ingest_batch(index: Corpus, documents: list[Document], report: IngestReport
         # Before anything is compressed: a compaction must not take concepts away that are about to be referred to.
         index.faiss.catalog.claim()
     nodes = index.splitting.nodes(changed)
-    made = traced_ensure(index.library, (node.get_content(MetadataMode.NONE) for node in nodes))
+    budgeted = index.library.chooser.budgeted
+    if budgeted:
+        index.complete_at_end()  # what each chunk may keep is known when all are there
+    ensured = () if budgeted else nodes
+    made = traced_ensure(index.library, (node.get_content(MetadataMode.NONE) for node in ensured))
     replace_documents(index, changed, nodes, later=True)  # they are there by now
     remember_origins(index, documents, changed)
     if made.compressed >= _MANY_SEGMENTS:

@@ -31,13 +31,13 @@ class AccountsObserver:
         """Count nodes that are added, and note which of them lack concepts."""
         chunks = list(passages_of(self._library, nodes))
         self._accounts.change(chunks, 1)
-        keys = list(dict.fromkeys(key for _, passage in chunks for key in passage.keys))
+        keys = list(dict.fromkeys(key for _, passage in chunks for key in passage.all_keys))
         absent = {key for key, there in zip(keys, self._library.store.contains(keys), strict=True) if not there}
         if absent:
             lacking = {
-                node.node_id: [key for key in dict.fromkeys(passage.keys) if key in absent]
+                node.node_id: [key for key in dict.fromkeys(passage.all_keys) if key in absent]
                 for node, (_, passage) in zip(nodes, chunks, strict=True)
-                if not absent.isdisjoint(passage.keys)
+                if not absent.isdisjoint(passage.all_keys)
             }
             self._pending.add(lacking)
 
@@ -67,6 +67,7 @@ class AccountsObserver:
     def cleared(self) -> None:
         """All nodes are taken away."""
         self._accounts.clear()
+        self._accounts.choices.prune()
         self._pending.clear()
 
 

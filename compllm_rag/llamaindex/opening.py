@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -24,7 +24,9 @@ from compllm_rag.catalog.tracked import TrackedNodes, vectors_elsewhere
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.compression.deep import DeepCompressor
 from compllm_rag.compression.loading import AUTO, load_compressor_for
-from compllm_rag.compression.rates import FixedRate
+from compllm_rag.compression.rate_policies.asked import rate_settings
+from compllm_rag.compression.rate_policies.choosing import chooser_of, learned_losses, resolved
+from compllm_rag.compression.rate_policies.measures import TextMeasures
 from compllm_rag.compression.spec import ConceptCompressor, DeferredCompressor
 from compllm_rag.config import (
     DEFAULT_EMBEDDER,
@@ -34,6 +36,8 @@ from compllm_rag.config import (
     CompressorConfig,
     GenerationConfig,
     IngestConfig,
+    RateOptions,
+    checked,
 )
 from compllm_rag.errors import CompLLMError, ConfigurationError, StorageMismatchError, UntrainedCompressorWarning
 from compllm_rag.llamaindex.options import CreateOptions, LoadOptions, ModelOptions, known_options
@@ -85,7 +89,12 @@ def create_index(
     embedder: str | BaseEmbedding | None = None,
     reader: str | Path | None = AUTO,
     compressor: str | Path | Compressor | DeepCompressor | None = AUTO,
-    rate: float | None = None,
+    rate: float | str | None = None,
+    rates: Sequence[float | str] | None = None,
+    rate_options: RateOptions | Mapping[str, Any] | None = None,
+    budget: float | str | None = None,
+    guard: str | None = None,
+    guard_limit: float | None = None,
     chunk_size: int | None = None,
     namespace: str | None = None,
     encoding: str | None = None,
@@ -104,7 +113,15 @@ def create_index(
         embedder: The same for the embedder, or a LlamaIndex embedder.
         reader: Folder of a reader adapter, `auto` or None; see `load_compressor_for`.
         compressor: The same for the compressor, or one that is loaded already (then `llm` and `reader` are its own).
-        rate: Source tokens per concept; None takes 1 for deep concepts and 2 for those at the input embeddings.
+        rate: Source tokens per concept, or a policy that chooses them by the text: `information`, `learned`, or `auto`
+            for the better of these that the compressor has the means for (docs/rates.md). None takes 1 for deep
+            concepts and 2 for those at the input embeddings.
+        rates: In place of `rate`: several to keep side by side. The first is the one that queries read.
+        rate_options: Of the policy: `RateOptions`, or its fields.
+        budget: In place of both: how much the storage may hold, in positions (200000) or bytes ("40MB").
+        guard: Chunks that stay text: `exact`, those of digits, identifiers and symbols; `loss`, those whose predicted
+            loss is too high; `off`, the default, none.
+        guard_limit: From which share of such characters, or which loss, on; None takes the guard's own.
         chunk_size: Target tokens per chunk, about; None takes 200.
         namespace: Tenant.
         encoding: How concepts are kept: `fp16`, `int8` or `int4`; None takes fp16. No part of their identity.
@@ -122,6 +139,11 @@ def create_index(
         StoreLockedError: Another process writes to it.
     """
     settings = known_options(model_options, CreateOptions.__optional_keys__)
+    asked = rate_settings(rate, rates, budget, guard)
+    if rate_options is not None:
+        asked["rate_options"] = _rate_options(rate_options)
+    if guard_limit is not None:
+        asked["guard_limit"] = guard_limit
     _check_parts(compressor, generation, embedder, settings)
     if folder is not None and os.path.exists(folder) and not folder.is_dir():  # noqa: PTH110 - says no to any name
         raise ConfigurationError(
@@ -138,7 +160,7 @@ def create_index(
             codec=codec,
             entry_layer=entry_layer,
             elsewhere=elsewhere,
-            expect={"rate": rate, "chunk_size": chunk_size, "namespace": namespace, "encoding": encoding},
+            expect={**asked, "chunk_size": chunk_size, "namespace": namespace, "encoding": encoding},
             **settings,
         )
     made = (
@@ -155,11 +177,11 @@ def create_index(
         )
     )
     _check_codec(codec, entry_layer, made.config)
-    rate = DEFAULT_RATES["deep" if made.config.deep else "input"] if rate is None else rate
+    asked["rate"] = resolved(asked.get("rate", DEFAULT_RATES["deep" if made.config.deep else "input"]), made)
     if not made.config.trained:
         _warn_untrained(made)
-    config = _config(rate=rate, chunk_size=chunk_size, namespace=namespace, encoding=encoding)
-    _check_rate(config, made)
+    config = _config(chunk_size=chunk_size, namespace=namespace, encoding=encoding, **asked)
+    _check_rate(config, made, elsewhere)
     embed, source, identity = embedder_named(embedder or DEFAULT_EMBEDDER, progress, settings)
     dimension = len(embed.get_text_embedding("dimension"))
     manifest = Manifest.of(made.spec, made.llm, source, identity, dimension, config)
@@ -309,15 +331,36 @@ def _config(**asked: Any) -> IngestConfig:
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigurationError(
-            f"{' '.join(map(str, first['loc'])).replace('_', ' ')} makes no sense",
+            f"{' '.join(map(str, first['loc'][:1])).replace('_', ' ')} makes no sense".lstrip(),
             got=repr(first["input"]),
-            expected=first["msg"].removeprefix("Input should be "),
+            expected=first["msg"].removeprefix("Input should be ").removeprefix("Value error, "),
             next_step="change it, or leave it out for the default",
         ) from error
 
 
-def _check_rate(config: IngestConfig, compressor: ConceptCompressor) -> None:
-    FixedRate(config.rate, compressor.config.longest_unit)
+def _check_rate(config: IngestConfig, compressor: ConceptCompressor, elsewhere: str | None) -> None:
+    """Refuse rates that cannot be kept, and policies without the means for them, before anything is made."""
+    measures = TextMeasures(lambda: compressor)
+    chooser_of(config, measures, compressor.config.longest_unit)
+    if config.rate == "learned" or config.guard == "loss":
+        learned_losses(measures)
+    if config.rate == "budget" and elsewhere is not None:
+        raise ConfigurationError(
+            "a budget needs a storage that keeps its own text",
+            got=f"text and vectors in {elsewhere}",
+            expected="ConceptIndex.create or ConceptIndex.from_documents",
+            next_step="choose another policy here",
+        )
+
+
+def _rate_options(given: RateOptions | Mapping[str, Any]) -> RateOptions:
+    if isinstance(given, RateOptions):
+        return given
+    if not isinstance(given, Mapping):
+        raise ConfigurationError(
+            "options of a rate policy make no sense", got=f"a {type(given).__name__}", expected="RateOptions, or a dict"
+        )
+    return checked(RateOptions, **given)
 
 
 def _warn_untrained(compressor: ConceptCompressor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from compllm_rag.compression.compressor import Compressor
     from compllm_rag.compression.deep import DeepCompressor
     from compllm_rag.compression.spec import ConceptCompressor
-    from compllm_rag.config import Codec, GenerationConfig
+    from compllm_rag.config import Codec, GenerationConfig, RateOptions
 
 
 class ModelOptions(TypedDict, total=False):
@@ -60,7 +60,12 @@ class CreateOptions(ModelOptions, StockNames, total=False):
     embedder: str | BaseEmbedding | None
     reader: str | Path | None
     compressor: str | Path | Compressor | DeepCompressor | None
-    rate: float | None
+    rate: float | str | None
+    rates: Sequence[float | str] | None
+    rate_options: RateOptions | Mapping[str, Any] | None
+    budget: float | str | None
+    guard: str | None
+    guard_limit: float | None
     chunk_size: int | None
     encoding: str | None
     codec: Codec | str | None

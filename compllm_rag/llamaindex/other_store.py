@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores.types import BasePydanticVectorStore
 
+from compllm_rag.compression.rate_policies.asked import rate_settings
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.llamaindex.opening import IndexParts, create_index, load_index
 from compllm_rag.llamaindex.tracked_store import NodeStore, TrackedVectorStore
@@ -79,7 +80,8 @@ def parts_beside(
         parts = create_index(None, namespace=namespace, **options)
     elif read_only:
         # As where it is opened for writing: settings that are given must be the storage's own.
-        expected = {name: options.pop(name, None) for name in ("rate", "chunk_size", "encoding")}
+        expected = {name: options.pop(name, None) for name in ("chunk_size", "encoding", "guard_limit")}
+        expected |= rate_settings(*(options.pop(name, None) for name in ("rate", "rates", "budget", "guard")))
         folder = existing_namespace(storage_dir, namespace)
         parts = load_index(folder, read_only=True, expect=expected, **options)
     else:

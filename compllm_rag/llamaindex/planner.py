@@ -281,7 +281,8 @@ class Planner:
         A planner of your own whose `body` takes fewer overrides this too.
         """
         passage = self.library.passage(text_of_node(node.node))
-        return len(passage.ids) if self.library.spec.config.deep else sum(passage.n_concepts)
+        whole = self.library.spec.config.deep or passage.reason is not None
+        return len(passage.ids) if whole else sum(passage.n_concepts)
 
     def body(self, query: QueryBundle, node: NodeWithScore, passage: int, missing: MissingPolicy) -> NodeBody:
         """What stands for a node's text; a planner of your own may mix text and concepts within one node.
@@ -305,14 +306,16 @@ class Planner:
 
     def _facts(self, node: NodeWithScore, body: NodeBody, positions: int) -> NodeFacts:
         concepts = [span for span in body.spans if isinstance(span, ConceptSpan)]
+        known = self.library.passage(text_of_node(node.node))
         return NodeFacts(
             node.node.node_id,
             "concepts" if concepts else "text",
-            len(self.library.passage(text_of_node(node.node)).ids),
+            len(known.ids),
             sum(map(len, concepts)),
             positions,
             body.hits,
             body.misses,
+            known.reason,
         )
 
 

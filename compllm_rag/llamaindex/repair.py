@@ -270,4 +270,5 @@ def _complete(index: ConceptIndex, progress: Progress | None) -> tuple[list[str]
             done += len(nodes)
             if progress:
                 progress("compressing what is missing", done / total)
+        index.accounts.choices.prune()
     return lost, compressed

@@ -321,6 +321,8 @@ class TrackedVectorStore(ProcessBound, ThreadedVectorStore):
                     len(passage.ids),
                     row.text if row else None,
                     row.node if row else None,
+                    passage.others,
+                    passage.digest,
                 )
             )
         self._tracked.add(notes)

@@ -10,6 +10,7 @@ from typing import Any, NoReturn, Self
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
 
+from compllm_rag.compression.rate_policies.choosing import described
 from compllm_rag.errors import ConfigurationError, StorageMismatchError
 from compllm_rag.library import ConceptLibrary, EnsureReport
 from compllm_rag.llamaindex.storage_library import open_library, storage_of
@@ -114,10 +115,10 @@ class ConceptTransform(TransformComponent):
 
 
 def _fields_of(library: ConceptLibrary) -> dict[str, Any]:
-    policy, folder = library.policy, storage_of(library)
+    folder = storage_of(library)
     return {
         "fingerprint": library.spec.fingerprint,
-        "rate": f"{type(policy).__name__}({getattr(policy, 'rate', '')})",
+        "rate": library.chooser.name,
         "namespace": library.namespace,
         "storage": None if folder is None else str(folder),
     }
@@ -127,6 +128,6 @@ def _fields_of_storage(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     return {
         "fingerprint": manifest.fingerprint,
-        "rate": f"FixedRate({float(manifest.ingest.rate)})",
+        "rate": described(manifest.ingest),
         "namespace": manifest.ingest.namespace,
     }

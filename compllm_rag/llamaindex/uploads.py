@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from llama_index.core.schema import Document, MetadataMode
+from llama_index.core.schema import BaseNode, Document, MetadataMode
 
 from compllm_rag.errors import (
     CompLLMError,
@@ -148,6 +148,10 @@ class UploadQueue:
             self._enqueue((n.ref_doc_id or n.node_id, n.node_id) for n in nodes if n.node_id in queued)
         names.log()
         return UploadReceipt(len(given), len(changed), len(nodes), len(queued))
+
+    def add(self, nodes: Iterable[BaseNode]) -> None:
+        """Nodes that are there get their concepts anew."""
+        self._enqueue((node.ref_doc_id or node.node_id, node.node_id) for node in nodes)
 
     def _check_room(self, documents: int) -> None:
         with self._changed:

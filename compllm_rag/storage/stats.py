@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from compllm_rag.catalog.accounts import Accounts
 from compllm_rag.catalog.catalog import Catalog
+from compllm_rag.catalog.choices import SLOW_S, ChosenRates
 from compllm_rag.catalog.kv import KeyValues
 from compllm_rag.catalog.pending import PendingChunks
 from compllm_rag.compression.pretrained import saved_config
+from compllm_rag.config import IngestConfig
 from compllm_rag.errors import UnsupportedFormatError
 from compllm_rag.storage.adapter_files import COMPRESSOR
 from compllm_rag.storage.manifest import CONCEPTS, META_KEY, Manifest, require_storage
@@ -44,7 +47,9 @@ def stats_fields(
 ) -> dict[str, Any]:
     """Counts, rates and identities as plain values; `trained` is None where the compressor cannot be read."""
     documents, total = accounts.total()
-    rate = total.source_tokens / total.concepts if total.concepts else None
+    chosen = accounts.choices.summary()
+    compressed = total.source_tokens - chosen.text_tokens
+    rate = compressed / total.concepts if total.concepts else None
     return {
         "documents": documents,
         "chunks": total.chunks,
@@ -54,7 +59,7 @@ def stats_fields(
         "concepts": total.concepts,
         "achieved_rate": rate,
         "entry_layer": manifest.entry_layer,
-        "prefill_cost": None if rate is None else manifest.prefill_cost(rate),
+        "prefill_cost": _prefill_cost(manifest, rate, compressed, chosen.text_tokens),
         "concept_bytes": stored.payload_bytes,
         "encoding": manifest.ingest.encoding,
         "bytes_per_source_token": stored.payload_bytes / total.source_tokens if total.source_tokens else None,
@@ -65,5 +70,56 @@ def stats_fields(
         "rate": manifest.ingest.rate,
         "chunk_size": manifest.ingest.chunk_size,
         "namespace": manifest.ingest.namespace,
+        **_rate_fields(manifest.ingest, chosen, total.chunks),
         "metrics": accounts.measures.fields(total.chunks, pending),
     }
+
+
+def _prefill_cost(manifest: Manifest, rate: float | None, compressed: int, as_text: int) -> float | None:
+    """Of a passage token, what stays text included; None where that is not known, or there is none."""
+    cost = None if rate is None else manifest.prefill_cost(rate)
+    if rate is None or cost is None:
+        return 1.0 if rate is None and as_text else None
+    return (cost * compressed + as_text) / (compressed + as_text)
+
+
+def _rate_fields(config: IngestConfig, chosen: ChosenRates, chunks: int) -> dict[str, Any]:
+    """Rates that were asked for and achieved; the latter are None in a storage that an earlier release made."""
+    known = chosen.chunks == chunks
+    return {
+        "also_rates": list(config.also_rates),
+        "budget": config.budget_positions if config.budget_bytes is None else f"{config.budget_bytes} bytes",
+        "guard": config.guard,
+        "chunks_by_rate": dict(sorted(chosen.by_rate.items())) if known else None,
+        "rate_fluctuation": chosen.fluctuation if known else None,
+        "chunks_as_text": chosen.by_reason if known else None,
+        "tokens_as_text": chosen.text_tokens if known else None,
+        "slow_chunks": chosen.slow,
+        "slowest_chunks": chosen.slowest,
+    }
+
+
+_STABLE = 0.05  # what achieved rates may differ from the wished ones
+
+
+def rate_notes(stats: Mapping[str, Any]) -> list[str]:
+    """What a user should know of the rates and times in `storage_stats`, in words."""
+    notes = []
+    if stats["rate_fluctuation"] is not None and stats["rate_fluctuation"] > _STABLE:
+        notes.append(
+            f"note: achieved rates differ from the wished ones by {100 * stats['rate_fluctuation']:.1f} % "
+            f"(goal: {100 * _STABLE:g} %): chunks are too short for the rate; --chunk-size makes longer ones"
+        )
+    for reason, n in (stats["chunks_as_text"] or {}).items():
+        notes.append(
+            f"note: {n} chunks stay text ({reason}): compression would lose too much of their numbers, identifiers and "
+            "code; they are read as text, at the cost of text"
+        )
+    if stats["slow_chunks"]:
+        worst = stats["slowest_chunks"][0]
+        notes.append(
+            f"note: {stats['slow_chunks']} chunks took longer than {1000 * SLOW_S:g} ms to compress where they were "
+            f"made, the slowest {1000 * worst['seconds']:.0f} ms ({worst['tokens']} tokens of "
+            f"{worst['doc_id']!r:.60}); a lower --chunk-size in a new storage makes them faster"
+        )
+    return notes

@@ -86,7 +86,7 @@ def texts(index: ConceptIndex) -> dict[str, str]:
 def check_whole(index: ConceptIndex) -> None:
     """Every count an index keeps is the one its nodes give, and every segment has its concepts."""
     nodes = list(index.faiss.iter_nodes())
-    keys = [key for node in nodes for key in index.library.passage(node.text).keys]
+    keys = [key for node in nodes for key in index.library.passage(node.text).all_keys]
     with index.faiss.catalog.reading() as connection:
         held = {bytes(key).hex(): n for key, n in connection.execute("SELECT key, n FROM refs")}
     assert held == Counter(keys)

@@ -137,6 +137,6 @@ class ChatPlanner(Planner):
         passage = self.library.passage(node.node.get_content(MetadataMode.NONE))
         deep = self.library.spec.config.deep
         concepts = not deep and self.missing != "text" and self.mode_of(query, node) == "concepts"
-        body = sum(passage.n_concepts) if concepts else len(passage.ids)
+        body = sum(passage.n_concepts) if concepts and passage.reason is None else len(passage.ids)
         title, metadata = shown_metadata(node.node)
         return body + sum(map(len, self.template.passage(number + 1, title, [], metadata)))

@@ -1,0 +1,117 @@
+"""What a user asks for, as settings: rates and policies by name, budgets in positions or bytes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, get_args
+
+from compllm_rag.config import GuardName, RatePolicyName
+from compllm_rag.errors import ConfigurationError
+
+_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_BUDGET = re.compile(r"\s*(\d+(?:[.,_]\d+)*)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+def rate_settings(
+    rate: float | str | None,
+    rates: Sequence[float | str] | None = None,
+    budget: float | str | None = None,
+    guard: str | None = None,
+) -> dict[str, Any]:
+    """Fields of `IngestConfig`, those that nobody asked for left out.
+
+    Args:
+        rate: Source tokens per concept, or the name of a policy.
+        rates: Several rates to keep side by side; the first is the one that queries read.
+        budget: Most positions (a whole number), or bytes ("40MB").
+        guard: Which chunks stay text.
+
+    Raises:
+        ConfigurationError: One of them makes no sense, or two of them exclude each other.
+    """
+    if rate is not None and rates is not None:
+        raise ConfigurationError("rate and rates exclude each other", got=f"{rate} and {rates}", expected="one of them")
+    if rates is not None and (isinstance(rates, str | float | int) or not rates):
+        raise ConfigurationError("rates make no sense", got=repr(rates), expected="one or more, such as (1, 2)")
+    asked = [one_rate(each) for each in (rates if rates is not None else [] if rate is None else [rate])]
+    found: dict[str, Any] = {"rate": asked[0]} if asked else {}
+    if len(asked) > 1:
+        named = [each for each in asked[1:] if isinstance(each, str)]
+        if named:
+            raise ConfigurationError(
+                "only the first of several rates can be left to a policy",
+                got=named[0],
+                expected="numbers behind it, such as (1, 2)",
+            )
+        found["also_rates"] = tuple(asked[1:])
+    if budget is not None:
+        found |= _budget_settings(budget, found)
+    elif found.get("rate") == "budget":
+        raise ConfigurationError(
+            "a budget says how much the storage may hold",
+            got="rate budget without one",
+            expected="a budget",
+            next_step='give one: --budget 200000, --budget 40MB, or budget="40MB"',
+        )
+    if guard is not None:
+        if guard not in get_args(GuardName):
+            raise ConfigurationError("unknown guard", got=guard, expected=", ".join(get_args(GuardName)))
+        found["guard"] = guard
+    return found
+
+
+def one_rate(rate: float | str) -> float | RatePolicyName:
+    """A rate as a number, or the name of a policy.
+
+    Raises:
+        ConfigurationError: It is neither; it names the policies.
+    """
+    if isinstance(rate, str):
+        found: RatePolicyName | None = next((name for name in get_args(RatePolicyName) if name == rate.strip()), None)
+        if found is not None:
+            return found
+    try:
+        number = float(rate)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(
+            "unknown rate policy",
+            got=repr(rate),
+            expected=f"a number of at least 1, or {', '.join(get_args(RatePolicyName))}",
+            next_step="pass one of them",
+        ) from error
+    if not math.isfinite(number) or number < 1:
+        raise ConfigurationError(
+            "rate makes no sense", got=rate, expected="a number of at least 1", next_step="use 1, 2 or 4"
+        )
+    return number
+
+
+def _budget_settings(budget: float | str, found: dict[str, Any]) -> dict[str, Any]:
+    if found.get("rate") not in (None, "auto", "budget") or "also_rates" in found:
+        raise ConfigurationError(
+            "a budget chooses the rates itself",
+            got=f"a budget and rate {found['rate']}" + (" beside others" if "also_rates" in found else ""),
+            expected="one of them",
+            next_step="leave the rate out",
+        )
+    return {"rate": "budget", **_budget(budget)}
+
+
+def _budget(budget: float | str) -> dict[str, int]:
+    match = _BUDGET.fullmatch(str(budget)) if not isinstance(budget, bool) else None
+    unit = match[2].lower() if match else ""
+    if match is None or (unit and unit not in _UNITS):
+        raise ConfigurationError(
+            "budget cannot be read",
+            got=repr(budget),
+            expected='positions (200000) or bytes with their unit ("40MB", "1.5GiB")',
+            next_step="write it so",
+        )
+    number = float(match[1].replace("_", "").replace(",", "."))
+    if unit:
+        return {"budget_bytes": max(1, int(number * _UNITS[unit]))}
+    if number < 1 or number != int(number):
+        raise ConfigurationError("budget makes no sense", got=budget, expected="a whole number of positions")
+    return {"budget_positions": int(number)}
