@@ -1,4 +1,4 @@
-"""The command line of training: `compllm-rag train reader | compressor | deep | selector`."""
+"""The command line of training: `compllm-rag train reader | compressor | deep | selector | rates`."""
 
 from __future__ import annotations
 
@@ -164,3 +164,41 @@ def selector(
         print_json(record)
     else:
         typer.echo(f"learned from {record['groups']} groups of questions: {record['out']}")
+
+
+@train_app.command("rates")
+@reported
+def rates(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the compressor; may be the one it comes from.")],
+    data_dir: Annotated[Path, typer.Option("--data-dir", help="Holds train/*.jsonl(.gz) with questions.")],
+    from_: Annotated[
+        str, typer.Option("--from", help="A compressor of deep concepts; auto: the shipped one, or an untrained one.")
+    ] = "auto",
+    llm: Annotated[str, typer.Option("--llm", help="Target LLM: alias, folder or org/name@revision.")] = DEFAULT_LLM,
+    groups: Annotated[
+        int, typer.Option("--groups", min=1, help="Held-out groups of questions to read at all rates, at most.")
+    ] = 400,
+    seed: Annotated[int, typer.Option("--seed", help="Of their choice.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Of the frozen LLM: float32, bfloat16 or float16.")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="A torch device.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Learn what rates lose of a chunk, for `ingest --rate learned`, `--budget` and `--guard loss`; concepts stay.
+
+    Example: compllm-rag train rates --data-dir data --from runs/deep/best --out runs/deep/best
+    """
+    from compllm_rag.training.rates import train_rates
+
+    with progress_show(as_json) as show:
+        record = train_rates(
+            out, data_dir, from_, llm, show.fetching, n_groups=groups, seed=seed, dtype=dtype, device=device
+        )
+    if as_json:
+        print_json(record)
+        return
+    for number, (rate, loss) in enumerate(zip(record["rates"], record["mean_loss"], strict=True)):
+        told = f" (R² {record['explained'][number]:.2f} on rows left out)" if record["explained"] else ""
+        typer.echo(f"rate {rate:g}: {loss:.3f} nats per token lost on average{told}")
+    typer.echo(f"learned from {record['units']} chunks: {record['out']}")
