@@ -1,0 +1,1 @@
+"""Rates that follow the text against fixed ones, at the same cost."""
