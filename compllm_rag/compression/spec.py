@@ -77,7 +77,6 @@ class ConceptCompressor(Protocol):
 
     llm: TargetLLM
     config: CompressorConfig
-    information: torch.Tensor
     losses: LossPredictor | None
 
     @property

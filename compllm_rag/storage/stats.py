@@ -71,7 +71,7 @@ def stats_fields(
         "chunk_size": manifest.ingest.chunk_size,
         "namespace": manifest.ingest.namespace,
         **_rate_fields(manifest.ingest, chosen, total.chunks),
-        "metrics": accounts.measures.fields(total.chunks, pending),
+        "metrics": accounts.measures.fields(total.chunks - sum(chosen.by_reason.values()), pending),
     }
 
 

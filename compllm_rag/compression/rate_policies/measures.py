@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from compllm_rag.compression.information import information_for
+from compllm_rag.compression.selection import fitted
+
 if TYPE_CHECKING:
     from compllm_rag.compression.spec import ConceptCompressor
 
@@ -40,7 +43,10 @@ _PUNCTUATION = re.compile(r"[.,!?'\"“”‘’…–—-]")
 
 
 class TextMeasures:
-    """Numbers of texts, from the information table and the tokenizer of a compressor.
+    """Numbers of texts, from the information table of a tokenizer.
+
+    It is the table that every compressor starts from (`information_for`). The one in a compressor may have learned what
+    is asked for, and says less about how much there is to say.
 
     Args:
         get: Gives the compressor, on the first call of anything: it may still have to be loaded.
@@ -57,7 +63,9 @@ class TextMeasures:
     @functools.cached_property
     def table(self) -> Floats:
         """Information of each token, (rows,) in nats."""
-        return self._get().information.detach().cpu().double().numpy()
+        llm = self._get().llm
+        table: Floats = fitted(information_for(llm.tokenizer), llm.embedding.weight.shape[0]).double().numpy()
+        return table
 
     @functools.cached_property
     def ordinary(self) -> float:
