@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 
 from compllm_rag.compression.compressor import Compressor
-from compllm_rag.compression.rate_policies.choosing import RateChooser
+from compllm_rag.compression.rate_policies.choosing import Choice, RateChooser
 from compllm_rag.compression.rates import FixedRate, RatePolicy
 from compllm_rag.compression.several_rates import compressed_once
 from compllm_rag.compression.spec import ConceptCompressor, DeferredCompressor
@@ -162,12 +162,18 @@ class ConceptLibrary(ProcessBound):
                 self._known.popitem(last=False)
         return made
 
-    def _cut(self, text: str) -> tuple[Passage, ...]:
+    def passage_as(self, text: str, choice: Choice) -> Passage:
+        """What a passage would be had this been chosen for it; of all rates the default of queries."""
+        return self._cut(whole(text), choice)[0]
+
+    def _cut(self, text: str, choice: Choice | None = None) -> tuple[Passage, ...]:
         segments = tuple(tuple(segment) for segment in self.spec.units(text))
         ids = tuple(token for segment in segments for token in segment)
         digest, fingerprint = hashlib.sha256(text.encode()).hexdigest(), self.spec.fingerprint
-        known = None if self.kept is None or self.chooser.plain else self.kept.of(digest)
-        choice = known if known is not None and known.fits(segments) else self.chooser.choose(segments)
+        if choice is None:
+            choice = None if self.kept is None or self.chooser.plain else self.kept.of(digest)
+        if choice is None or not choice.fits(segments):
+            choice = self.chooser.choose(segments)
         if choice.reason is not None:
             return (Passage(ids, segments, (), (), 1.0, (), choice, digest),)
         made = list[Passage]()

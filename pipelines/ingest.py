@@ -31,7 +31,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--llm", help=f"alias, folder or org/name@revision (default: {DEFAULT_LLM})")
     parser.add_argument("--embedder", help=f"the same for the embedder (default: {DEFAULT_EMBEDDER})")
     parser.add_argument("--codec", choices=("deep", "input"), help="where concepts enter the LLM (default: deep)")
-    parser.add_argument("--rate", type=float, help="source tokens per concept (default: 1 for deep, 2 for input)")
+    parser.add_argument("--rate", help="source tokens per concept, or auto (default: 1 for deep, 2 for input)")
     parser.add_argument("--chunk-size", type=int, help="tokens per chunk, about (default: 200)")
     parser.add_argument("--encoding", choices=("fp16", "int8", "int4"), help="how concepts are kept (default: fp16)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))

@@ -32,8 +32,11 @@ def import_index(
         str | None, typer.Option(help=f"Target LLM: alias, folder or org/name@revision [{DEFAULT_LLM}].")
     ] = None,
     rate: Annotated[
-        float | None,
-        typer.Option(help="Compression rate: source tokens per concept. Default: 1 for deep concepts, 2 for input."),
+        str | None,
+        typer.Option(
+            metavar="N|auto|information|learned",
+            help="Source tokens per concept, or what chooses them by the text [1 for deep concepts, 2 for input].",
+        ),
     ] = None,
     codec: CodecName = None,
     entry_layer: EntryLayer = None,

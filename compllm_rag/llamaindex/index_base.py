@@ -31,7 +31,6 @@ from compllm_rag.llamaindex.node_parser import ConceptNodeParser
 from compllm_rag.llamaindex.observer import AccountsObserver
 from compllm_rag.llamaindex.reentrant_lock import ReentrantLock
 from compllm_rag.llamaindex.ref_docs import ref_doc_info
-from compllm_rag.llamaindex.settling import open_price
 from compllm_rag.llamaindex.splitting import Splitting
 from compllm_rag.llamaindex.stock import refused
 from compllm_rag.llamaindex.storage_library import library_of
@@ -68,7 +67,6 @@ class IndexBase(ProcessBound, VectorStoreIndex):
         values = kvstore.values
         self.accounts, self.origins, self.pending = Accounts(values), Origins(values), PendingChunks(values)
         self.library = library_of(compressor, store, self.config, self.accounts.choices)
-        open_price(self.library, vector_store.catalog)
         self.generator: Generator = generator or LocalGenerator(
             compressor.llm, generation, halves=compressor.halves, prefixes=PrefixCache()
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from compllm_rag.catalog.catalog import Catalog
 from compllm_rag.catalog.pending import PendingChunks
 from compllm_rag.compression.rate_policies.budget import chosen_at, kept_at, least_price
 from compllm_rag.compression.rate_policies.choosing import Choice
+from compllm_rag.compression.rate_policies.measures import Floats
 from compllm_rag.compression.rate_policies.policies import PricedRate
 from compllm_rag.config import IngestConfig
 from compllm_rag.library import ConceptLibrary, EnsureReport
@@ -72,11 +73,11 @@ def settle(index: Budgeted) -> list[str]:
     changed = dict(_changed(known, [policy.choices[i] for i in chosen_at(policy.price, lost, kept)], kept, policy))
     logger.info("%d chunks give up concepts, so that all fit %d positions", len(changed), budget)
     index.faiss.catalog.set_meta(PRICE_KEY, repr(policy.price))
-    return _replace(index, changed)
+    return _replace(index, {digest: choice for digest, choice in known if digest in changed}, changed)
 
 
 def _changed(
-    known: Sequence[tuple[str, Choice]], rates: Sequence[float], kept: np.ndarray, policy: PricedRate
+    known: Sequence[tuple[str, Choice]], rates: Sequence[float], kept: Floats, policy: PricedRate
 ) -> Iterable[tuple[str, Choice]]:
     """The choices that differ from those known, with their text's digest."""
     at = 0
@@ -90,25 +91,24 @@ def _changed(
             yield digest, replace(choice, rates=(total / sum(ks),), n_concepts=(ks,), wished=wished)
 
 
-def _replace(index: Budgeted, changed: dict[str, Choice]) -> list[str]:
-    """Put other choices in the place of those that chunks had; gives the ids of their nodes."""
-    former = [
-        (node, index.library.passage(_text(node)))
-        for nodes in index.faiss.iter_pages()
-        for node in nodes
-        if index.library.passage(_text(node)).digest in changed
-    ]
+def _replace(index: Budgeted, former: Mapping[str, Choice], changed: Mapping[str, Choice]) -> list[str]:
+    """Put other choices in the place of those that chunks had; gives the ids of the nodes that lack concepts then."""
     index.accounts.choices.put(changed)
     index.library.forget_choices()
-    lacking = {}
-    for node, before in former:
-        now = index.library.passage(_text(node))
-        index.accounts.replace(node.ref_doc_id or "", before, now)
-        there = index.library.store.contains(list(now.all_keys))
-        lacking[node.node_id] = [key for key, held in zip(now.all_keys, there, strict=True) if not held]
-    index.pending.forget(lacking)
-    index.pending.add({node_id: keys for node_id, keys in lacking.items() if keys})
-    return [node_id for node_id, keys in lacking.items() if keys]
+    waiting = list[str]()
+    for nodes in index.faiss.iter_pages():
+        lacking = {}
+        for node in nodes:
+            now = index.library.passage(_text(node))
+            if now.digest in changed:
+                before = index.library.passage_as(_text(node), former[now.digest])
+                index.accounts.replace(node.ref_doc_id or "", before, now)
+                there = index.library.store.contains(list(now.all_keys))
+                lacking[node.node_id] = [key for key, held in zip(now.all_keys, there, strict=True) if not held]
+        index.pending.forget(lacking)
+        index.pending.add({node_id: keys for node_id, keys in lacking.items() if keys})
+        waiting += [node_id for node_id, keys in lacking.items() if keys]
+    return waiting
 
 
 def complete(index: Budgeted) -> EnsureReport:

@@ -11,6 +11,7 @@ from compllm_rag.compression.rate_policies.measures import TextMeasures
 from compllm_rag.compression.spec import ConceptCompressor, DeferredCompressor
 from compllm_rag.config import IngestConfig
 from compllm_rag.library import ConceptLibrary
+from compllm_rag.llamaindex.settling import open_price
 from compllm_rag.llamaindex.storage_parts import defer_own_compressor
 from compllm_rag.storage.manifest import CONCEPTS, has_manifest, read_manifest
 from compllm_rag.storage.stores import open_store
@@ -61,4 +62,5 @@ def library_of(
     made = ConceptLibrary(compressor, store, rate=chooser, namespace=config.namespace, kept=kept)
     if kept is not None:
         kept.took = made.took
+        open_price(made, kept.catalog)
     return made

@@ -189,8 +189,8 @@ def measured_losses(compressor: DeepCompressor, example: Example, rates: Sequenc
 
 def _ridge(x: Floats, y: Floats) -> Floats:
     """Weights (n_features, n_rates) of x (n_units, n_features) for y (n_units, n_rates), in closed form."""
-    found: Floats = np.linalg.solve(x.T @ x + _RIDGE * np.eye(x.shape[1]), x.T @ y)
-    return found
+    found = np.linalg.solve(x.T @ x + _RIDGE * np.eye(x.shape[1]), x.T @ y)
+    return np.asarray(found, dtype=np.float64)
 
 
 def _explained(x: Floats, y: Floats, groups: np.ndarray[Any, Any]) -> tuple[float, ...]:
@@ -200,7 +200,7 @@ def _explained(x: Floats, y: Floats, groups: np.ndarray[Any, Any]) -> tuple[floa
     guessed = np.empty_like(y)
     for fold in range(_FOLDS):
         out = groups % _FOLDS == fold
-        mean: Floats = np.asarray(y[~out].mean(0), dtype=np.float64)
+        mean = np.asarray(y[~out].mean(0), dtype=np.float64)
         guessed[out] = mean + x[out] @ _ridge(x[~out], y[~out] - mean)
     total = ((y - y.mean(0)) ** 2).sum(0)
     rest = ((y - guessed) ** 2).sum(0)

@@ -162,3 +162,37 @@ def test_progress_has_a_total_on_a_terminal_and_is_silent_elsewhere() -> None:
             assert show._live is None or show._live.tasks[0].percentage == 50
         assert ("3 documents, 70 tokens" in out.getvalue()) is terminal
         assert ("to go:" in out.getvalue()) is terminal
+
+
+def test_rates_by_the_text_and_side_by_side(here: Path, models: tuple[str, ...]) -> None:
+    rows = "\n".join(f"{i},2024-03-{i:02d},{i * 7919 % 1000}" for i in range(10, 28))
+    (here / "docs" / "prices.csv").write_text(f"sku,day,price\n{rows}")
+    run("ingest", "docs", "--storage", "s", "--rate", "auto", "--also-rate", "3", "--guard", "exact", *models)
+    told = run("stats", "--storage", "s")
+    assert "rate                    information" in told.stdout and "also_rates              [3.0]" in told.stdout
+    assert "chunks stay text (guard)" in told.stderr
+    found = json.loads(run("stats", "--storage", "s", "--json").stdout)
+    assert found["chunks_as_text"]["guard"] >= 1 and sum(found["chunks_by_rate"].values()) == 2
+    asked = json.loads(run("query", "What was the price?", "--storage", "s", "--json").stdout)
+    assert {source["reason"] for source in asked["sources"]} == {None, "guard"}
+    assert "(kept so by the guard)" in run("query", "What was the price?", "--storage", "s").stdout
+    again = run("ingest", "docs", "--storage", "s", "--rate", "auto", "--also-rate", "3", "--guard", "exact", *models)
+    assert "0 new or changed" in again.stdout
+
+
+def test_rates_and_budgets_that_make_no_sense_are_one_line(here: Path, models: tuple[str, ...]) -> None:
+    for words, said in {
+        ("--rate", "fast"): "auto, information, learned, budget",
+        ("--also-rate", "2"): "--also-rate needs --rate",
+        ("--rate", "2", "--budget", "40MB"): "chooses the rates itself",
+        ("--budget", "many"): "40MB",
+        ("--guard", "yes"): "off, exact, loss",
+        ("--rate", "learned"): "train rates",
+    }.items():
+        done = run("ingest", "docs", "--storage", "s", *words, *models, code=2)
+        assert said in done.stderr and done.stderr.startswith("error: ") and not (here / "s").exists()
+    done = run("ingest", "docs", "--storage", "t", "--budget", "3", *models, code=2)
+    assert "nothing fits this budget: got 3 positions, expected at least" in done.stderr
+    fits = done.stderr.split("at least ")[1].split()[0]
+    run("ingest", "docs", "--storage", "t", "--budget", fits, *models)
+    assert json.loads(run("stats", "--storage", "t", "--json").stdout)["concepts"] == int(fits)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import toy
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.compression.rate_policies.asked import one_rate, rate_settings
+from compllm_rag.compression.rate_policies.budget import chosen_at, kept_at, least_price
 from compllm_rag.compression.rate_policies.choosing import Choice, RateChooser, chooser_of, described, resolved
 from compllm_rag.compression.rate_policies.guard import EXACT_LIMIT, ExactGuard, LossGuard
 from compllm_rag.compression.rate_policies.losses import RATES, InformationLosses, LossPredictor
@@ -24,7 +25,7 @@ from compllm_rag.compression.rate_policies.measures import FEATURES, TextMeasure
 from compllm_rag.compression.rate_policies.policies import DENSITIES, InformationRate, LeastLossRate, PricedRate
 from compllm_rag.compression.rates import FixedRate, concepts_at
 from compllm_rag.config import IngestConfig, RateOptions
-from compllm_rag.errors import ConfigurationError, RateOutOfReachError, UnsupportedFormatError
+from compllm_rag.errors import BudgetError, ConfigurationError, RateOutOfReachError, UnsupportedFormatError
 from compllm_rag.models.llm import TargetLLM
 
 QUIET = settings(deadline=None, derandomize=True, database=None)
@@ -194,6 +195,34 @@ def test_a_price_presses_what_loses_least_first() -> None:
         kept.append(sum(made.n_concepts(units)))
     assert kept == sorted(kept, reverse=True) and kept[0] == 80 and kept[-1] == 20
     assert PricedRate(Table({}), 1.0).rates([]) == []
+
+
+@QUIET
+@given(
+    st.lists(st.lists(st.floats(0, 5), min_size=2, max_size=2), min_size=1, max_size=4),
+    st.integers(0, 60),
+)
+def test_no_other_allocation_of_as_many_concepts_loses_less(steps: list[list[float]], spare: int) -> None:
+    rates = (1.0, 2.0, 4.0)
+    kept = kept_at([20] * len(steps), rates)
+    lost = np.array([[0, first, first + second] for first, second in steps])
+    least = int(kept.min(1).sum())
+    price = least_price(lost, kept, least + spare)
+    taken = chosen_at(price, lost, kept)
+    units = range(len(steps))
+    mine, used = sum(lost[i, j] for i, j in zip(units, taken)), sum(kept[i, j] for i, j in zip(units, taken))
+    assert used <= least + spare
+    for other in itertools.product(range(3), repeat=len(steps)):
+        if sum(kept[i, j] for i, j in zip(units, other)) <= used:
+            assert sum(lost[i, j] for i, j in zip(units, other)) >= mine - 1e-5
+    assert price == 0 or sum(kept[:, 0]) > least + spare
+
+
+def test_what_no_allocation_fits_says_the_least_that_would_do() -> None:
+    kept = kept_at([20, 20], (1.0, 4.0))
+    with pytest.raises(BudgetError, match="got 90 bytes, expected at least 100 bytes"):
+        least_price(np.zeros((2, 2)), kept, 9, unit="bytes", size=10)
+    assert least_price(np.zeros((0, 2)), kept_at([], (1.0, 4.0)), 0) == 0
 
 
 def test_a_guard_leaves_tables_and_code_as_text(measures: TextMeasures, llm: TargetLLM) -> None:

@@ -95,6 +95,7 @@ def test_what_was_chosen_is_kept_and_never_chosen_again(
 
     for policy in (InformationRate, PricedRate):
         monkeypatch.setattr(policy, "n_concepts", never)
+        monkeypatch.setattr(policy, "rates", never)
     monkeypatch.setattr("compllm_rag.compression.rate_policies.losses.LearnedLosses.of", never)
     with ConceptIndex.load(
         tmp_path / "s", compressor=deep, embedder=HashEmbedder(), read_only=True, generation=SHORT

@@ -12,7 +12,7 @@ from compllm_rag.compression.rate_policies.guard import ExactGuard, Guard, LossG
 from compllm_rag.compression.rate_policies.losses import RATES, InformationLosses, LearnedLosses, Losses
 from compllm_rag.compression.rate_policies.measures import Floats, TextMeasures, Units
 from compllm_rag.compression.rate_policies.policies import InformationRate, LeastLossRate, PricedRate
-from compllm_rag.compression.rates import FixedRate, RatePolicy, max_rate
+from compllm_rag.compression.rates import FixedRate, RatePolicy, concepts_at, max_rate
 from compllm_rag.config import IngestConfig, RatePolicyName
 from compllm_rag.errors import ConfigurationError
 
@@ -88,28 +88,36 @@ class RateChooser:
 
     def choose(self, units: Units) -> Choice:
         """How a text of these units is kept."""
-        ks = [int(k) for k in self.policy.n_concepts(units)]
-        total = sum(map(len, units))
-        wished = _wished(self.policy, units, total)
-        rate = self.policy.rate if isinstance(self.policy, FixedRate) else total / max(sum(ks), 1)
+        sizes = [len(unit) for unit in units]
+        lost: tuple[tuple[float, ...], ...] = ()
+        wanted: Sequence[float] | None = None
+        if isinstance(self.policy, PricedRate):
+            table = self.policy.table(units) if units else None
+            wanted = [] if table is None else self.policy.rates_at(table, sizes)
+            lost = () if table is None else tuple(map(tuple, table.tolist()))
+        elif not isinstance(self.policy, FixedRate) and hasattr(self.policy, "rates"):
+            wanted = self.policy.rates(units)
+        ks = (
+            [int(k) for k in self.policy.n_concepts(units)]
+            if wanted is None
+            else [concepts_at(rate, size) for rate, size in zip(wanted, sizes, strict=True)]
+        )
+        fixed, total = isinstance(self.policy, FixedRate), sum(sizes)
+        rate = float(self.policy.rate) if isinstance(self.policy, FixedRate) else total / max(sum(ks), 1)
+        wished = rate if fixed else _wished(wanted, sizes)
         expected = self.guard.expected(units, ks) if self.guard is not None and total else None
         if self.guard is not None and expected is not None and expected > self.guard.limit:
             return Choice((), (), wished, GUARD, expected)
-        if isinstance(self.policy, PricedRate):
-            lost = tuple(map(tuple, self.policy.table(units).tolist())) if units else ()
-            return Choice((rate,), (tuple(ks),), wished, None, expected, tuple(map(len, units)), lost)
         counts = [tuple(ks), *(tuple(other.n_concepts(units)) for other in self.further)]
-        return Choice((rate, *(other.rate for other in self.further)), tuple(counts), wished, None, expected)
+        rates = (rate, *(other.rate for other in self.further))
+        return Choice(rates, tuple(counts), wished, None, expected, tuple(sizes) if lost else (), lost)
 
 
-def _wished(policy: RatePolicy, units: Units, total: int) -> float | None:
+def _wished(wanted: Sequence[float] | None, sizes: Sequence[int]) -> float | None:
     """Tokens per concept that a policy wants for a whole text; None where it does not say."""
-    if isinstance(policy, FixedRate):
-        return float(policy.rate)
-    wanted = getattr(policy, "rates", None)
-    if wanted is None or not total:
+    if not wanted:
         return None
-    return float(total / sum(len(unit) / rate for unit, rate in zip(units, wanted(units), strict=True)))
+    return sum(sizes) / sum(size / rate for size, rate in zip(sizes, wanted, strict=True))
 
 
 def chooser_of(config: IngestConfig, measures: TextMeasures, longest_unit: int) -> RateChooser:
