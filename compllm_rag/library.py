@@ -63,7 +63,7 @@ class ConceptLibrary(ProcessBound):
     Raises:
         FingerprintMismatchError: The store keeps concepts of another width.
         RateOutOfReachError: See `FixedRate`.
-        ConfigurationError: A rate is named twice.
+        ConfigurationError: A rate is named twice, or `also_rates` stand beside a chooser.
     """
 
     _opened_by = "make one there, over a compressor and a store of that process"
@@ -93,6 +93,10 @@ class ConceptLibrary(ProcessBound):
         longest = self.spec.config.longest_unit
         policy = FixedRate(rate, longest) if isinstance(rate, int | float) else rate
         further = [FixedRate(other, longest) for other in also_rates]
+        if further and isinstance(policy, RateChooser):
+            raise ConfigurationError(
+                "a chooser has its further rates itself", got=f"also_rates {also_rates}", next_step="give it these"
+            )
         self.chooser = policy if isinstance(policy, RateChooser) else RateChooser(policy, further)
         self.kept = kept
         self.took = Took()

@@ -10,6 +10,8 @@ import torch
 
 import toy
 from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.rate_policies.choosing import RateChooser
+from compllm_rag.compression.rates import FixedRate
 from compllm_rag.errors import (
     ConfigurationError,
     FingerprintMismatchError,
@@ -306,5 +308,7 @@ def test_a_rate_that_is_not_held_is_refused_by_name(library: ConceptLibrary, llm
         library.fetch(PARAGRAPHS[0], rate=4)
     with pytest.raises(ConfigurationError, match="named twice"):
         ConceptLibrary(trained(llm), MemoryStore(32), rate=2, also_rates=(2.0,))
+    with pytest.raises(ConfigurationError, match="further rates itself"):
+        ConceptLibrary(trained(llm), MemoryStore(32), rate=RateChooser(FixedRate(2, 20)), also_rates=(4,))
     with pytest.raises(RateOutOfReachError):
         ConceptLibrary(trained(llm), MemoryStore(32), rate=2, also_rates=(8,))

@@ -201,6 +201,28 @@ def _slowest(connection: sqlite3.Connection, slow_s: float) -> Iterator[dict[str
         yield {"seconds": round(seconds, 4), "tokens": tokens, "node_id": node_id, "doc_id": doc_id}
 
 
+def damaged_choices(connection: sqlite3.Connection, chunks: int, *, deep: bool) -> list[str]:
+    """What is wrong with what was chosen, in words; nothing in a catalog of an earlier release.
+
+    Args:
+        connection: To the catalog.
+        chunks: How many chunks it has.
+        deep: Read each choice.
+    """
+    query = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = 'choices'"
+    if not connection.execute(query).fetchone()[0]:
+        return []
+    wrong = []
+    counted = int(connection.execute("SELECT coalesce(sum(n), 0) FROM choices").fetchone()[0])
+    if counted > chunks:
+        wrong.append(f"rates of {counted} chunks are known, and {chunks} are there")
+    if deep:
+        unread = sum(_decode(value) is None for (value,) in connection.execute("SELECT value FROM choices"))
+        if unread:
+            wrong.append(f"what was chosen for {unread} texts cannot be read")
+    return wrong
+
+
 def _encode(choice: Choice | None) -> str:
     if choice is None:
         return "{}"

@@ -14,10 +14,11 @@ from llama_index.core.schema import BaseNode, Document, ImageNode, IndexNode, Me
 from llama_index.core.utils import iter_batch
 
 from compllm_rag.errors import CompLLMError, ConfigurationError
+from compllm_rag.library import EnsureReport
 from compllm_rag.llamaindex.heeded import refuse_options, update_options
 from compllm_rag.llamaindex.index_base import IndexBase
 from compllm_rag.llamaindex.ingest import IngestReport, Progress, changed_documents, ingest_documents
-from compllm_rag.llamaindex.settling import complete, open_price, settle
+from compllm_rag.llamaindex.settling import complete, is_due, open_price, settle
 from compllm_rag.llamaindex.sound import sound_documents, sound_nodes
 from compllm_rag.llamaindex.stock import bar
 from compllm_rag.llamaindex.tracing import traced_ensure
@@ -239,6 +240,7 @@ class IndexWriting(IndexBase):
         with self._writing.acquired() as outermost:
             if outermost:
                 self._texts.begin()
+                self.settled = EnsureReport(0, 0, 0, 0, 0, 0.0)
             try:
                 yield
                 if outermost:
@@ -260,8 +262,9 @@ class IndexWriting(IndexBase):
 
     def _settle(self) -> None:
         """Bring a storage that has a budget within it; only what is uploaded gets its concepts later."""
-        completing, self._completing = self._completing, False
-        waiting = settle(self) if self.faiss.catalog.pending else []
+        due = is_due(self)
+        completing, self._completing = self._completing or due, False
+        waiting = settle(self) if due or self.faiss.catalog.pending else []
         if completing:
             self.settled = complete(self)
         elif waiting and self._uploads is not None:

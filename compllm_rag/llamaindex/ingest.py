@@ -212,7 +212,7 @@ def ingest_documents(
             for doc_id in gone:
                 index.delete_ref_doc(doc_id)
             report = replace(report, documents_deleted=len(gone))
-    if index.library.chooser.budgeted and report.documents_changed:
+    if index.library.chooser.budgeted:
         report = _with_settled(index, report)
     if reading is None or reading.logs:
         names.log()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -41,6 +41,7 @@ from compllm_rag.config import (
 )
 from compllm_rag.errors import CompLLMError, ConfigurationError, StorageMismatchError, UntrainedCompressorWarning
 from compllm_rag.llamaindex.options import CreateOptions, LoadOptions, ModelOptions, known_options
+from compllm_rag.llamaindex.settling import REFIT_KEY
 from compllm_rag.llamaindex.storage_parts import (
     defer_own_compressor,
     embedder_named,
@@ -118,7 +119,8 @@ def create_index(
             concepts and 2 for those at the input embeddings.
         rates: In place of `rate`: several to keep side by side. The first is the one that queries read.
         rate_options: Of the policy: `RateOptions`, or its fields.
-        budget: In place of both: how much the storage may hold, in positions (200000) or bytes ("40MB").
+        budget: In place of both: how much the storage may hold, in positions (200000) or bytes ("40MB"). Another one
+            may be given later; chunks share it at the end of the next ingest.
         guard: Chunks that stay text: `exact`, those of digits, identifiers and symbols; `loss`, those whose predicted
             loss is too high; `off`, the default, none.
         guard_limit: From which share of such characters, or which loss, on; None takes the guard's own.
@@ -150,7 +152,8 @@ def create_index(
             "storage is not a folder", got=folder, expected="a folder, or a path where one can be made"
         )
     if folder is not None and has_manifest(folder):
-        return load_index(
+        budget_asked = {name: asked.pop(name) for name in ("budget_positions", "budget_bytes") if name in asked}
+        parts = load_index(
             folder,
             llm=llm,
             embedder=embedder,
@@ -163,6 +166,7 @@ def create_index(
             expect={**asked, "chunk_size": chunk_size, "namespace": namespace, "encoding": encoding},
             **settings,
         )
+        return _with_budget(parts, budget_asked) if budget_asked else parts
     made = (
         compressor
         if isinstance(compressor, Compressor | DeepCompressor)
@@ -351,6 +355,29 @@ def _check_rate(config: IngestConfig, compressor: ConceptCompressor, elsewhere: 
             expected="ConceptIndex.create or ConceptIndex.from_documents",
             next_step="choose another policy here",
         )
+
+
+def _with_budget(parts: IndexParts, asked: dict[str, int]) -> IndexParts:
+    """The storage with this budget, which it keeps; its chunks share it at the end of the next ingest.
+
+    Raises:
+        StoreLockedError, StoreReadOnlyError: The storage cannot be written.
+    """
+    budget = {"budget_positions": None, "budget_bytes": None, **asked}
+    ingest = parts.manifest.ingest.model_copy(update=budget)
+    if ingest == parts.manifest.ingest:
+        return parts
+    manifest = parts.manifest.model_copy(update={"ingest": ingest})
+    catalog = parts.vectors.catalog
+    try:
+        catalog.set_meta(META_KEY, manifest.model_dump_json())
+        catalog.set_meta(REFIT_KEY, "yes")
+        catalog.commit()
+    except CompLLMError:
+        parts.vectors.close()
+        parts.store.close()
+        raise
+    return replace(parts, manifest=manifest)
 
 
 def _rate_options(given: RateOptions | Mapping[str, Any]) -> RateOptions:

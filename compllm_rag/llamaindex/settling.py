@@ -24,6 +24,7 @@ from compllm_rag.llamaindex.tracked_store import NodeStore
 
 logger = logging.getLogger(__name__)
 
+REFIT_KEY = "compllm/refit"  # setting: the budget was changed, and chunks do not share the new one yet
 PRICE_KEY = "compllm/price"  # setting: what a concept costs, in predicted loss
 _PAGE = 256
 
@@ -45,8 +46,15 @@ def open_price(library: ConceptLibrary, catalog: Catalog) -> None:
         library.forget_choices()
 
 
+def is_due(index: Budgeted) -> bool:
+    """Whether a storage has a new budget."""
+    return index.library.chooser.budgeted and bool(index.faiss.catalog.get_meta(REFIT_KEY))
+
+
 def settle(index: Budgeted) -> list[str]:
     """Raise the price of a concept until all chunks of a storage fit its budget, if they do not.
+
+    A new budget is shared out anew, whether it is higher or lower.
 
     Those whose rate changes wait for their concepts from then on, see `complete`.
 
@@ -62,10 +70,12 @@ def settle(index: Budgeted) -> list[str]:
     size = index.library.store.encoding.nbytes(1, index.library.spec.width)
     of_bytes = index.config.budget_bytes is not None
     budget = (index.config.budget_bytes or 0) // size if of_bytes else index.config.budget_positions or 0
-    if choices.concepts() <= budget:
+    due = is_due(index)
+    if choices.concepts() <= budget and not due:
         return []
     known = list(choices.priced())
-    lost = np.array([row for _, choice in known for row in choice.lost])  # (n_units, n_rates)
+    rows = [row for _, choice in known for row in choice.lost]
+    lost = np.array(rows).reshape(len(rows), len(policy.choices))  # (n_units, n_rates)
     kept = kept_at([size for _, choice in known for size in choice.sizes], policy.choices)
     policy.price = least_price(
         lost, kept, budget, unit="bytes" if of_bytes else "positions", size=size if of_bytes else 1
@@ -73,6 +83,8 @@ def settle(index: Budgeted) -> list[str]:
     changed = dict(_changed(known, [policy.choices[i] for i in chosen_at(policy.price, lost, kept)], kept, policy))
     logger.info("%d chunks give up concepts, so that all fit %d positions", len(changed), budget)
     index.faiss.catalog.set_meta(PRICE_KEY, repr(policy.price))
+    if due:
+        index.faiss.catalog.set_meta(REFIT_KEY, "")
     return _replace(index, {digest: choice for digest, choice in known if digest in changed}, changed)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from compllm_rag.catalog import rows as node_rows
+from compllm_rag.catalog.choices import damaged_choices
 from compllm_rag.catalog.database import connected, has_tables, read_state
 from compllm_rag.catalog.generations import GenerationFiles
 from compllm_rag.catalog.pending import pending_keys
@@ -231,6 +232,8 @@ def _check_accounts(connection: sqlite3.Connection, made: StorageCheck) -> None:
         made.add("counts", f"{chunks} chunks are accounted for, and {made.chunks} are there")
     if not is_counted(connection):
         made.add("counts", "nothing says how often each segment is referred to")
+    for wrong in damaged_choices(connection, made.chunks, deep=made.deep):
+        made.add("counts", wrong)
 
 
 def _check_concepts(

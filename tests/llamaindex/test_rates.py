@@ -22,6 +22,7 @@ from compllm_rag.llamaindex.repair import repair_storage
 from compllm_rag.llamaindex.transform import ConceptTransform
 from compllm_rag.storage.manifest import META_KEY
 from compllm_rag.storage.stats import rate_notes, storage_stats
+from compllm_rag.storage.verification import verify_storage
 from tests.faults.fault_samples import QUESTION, check_whole, documents, execute, sound
 from toy_embedder import HashEmbedder
 from trained import trained, trained_deep
@@ -201,6 +202,21 @@ def test_a_budget_is_kept_whatever_comes(codec: str, tmp_path: Path, deep: DeepC
         assert ask(index)[1]["store"]["misses"] == 0
 
 
+def test_a_budget_is_changed_by_giving_another_one(tmp_path: Path, deep: DeepCompressor) -> None:
+    kept = []
+    for budget in (300, 200, 400, "1GB"):
+        with open_index(tmp_path / "s", deep, budget=budget) as index:
+            index.ingest(documents())
+            kept.append(index.accounts.choices.concepts())
+            check_whole(index)
+            assert len(index.pending) == 0 and ask(index)[1]["store"]["misses"] == 0
+    assert kept[0] <= 300 and kept[1] <= 200 < kept[0] < kept[2] <= 400 < kept[3]
+    with open_index(tmp_path / "s", deep) as index:
+        assert (index.config.budget_positions, index.config.budget_bytes) == (None, 10**9)
+        assert index.stats()["achieved_rate"] == 1.0
+    sound(tmp_path / "s")
+
+
 def test_uploads_keep_to_a_budget(tmp_path: Path, deep: DeepCompressor) -> None:
     with open_index(tmp_path / "s", deep, budget=300) as index:
         index.ingest(documents(2))
@@ -266,6 +282,8 @@ def test_a_storage_keeps_the_rates_it_was_made_with(tmp_path: Path, deep: DeepCo
         index.ingest(documents(1))
     with open_index(tmp_path / "s", deep, rate="auto", guard="exact") as index:
         assert (index.config.rate, index.config.also_rates) == ("information", (2.0,))
+    with open_index(tmp_path / "s", deep) as index:
+        assert index.config.also_rates == (2.0,)
     for other in ({"rate": 2}, {"rates": ("auto", 3)}, {"guard": "off"}, {"budget": 10}, {"rate": "learned"}):
         with pytest.raises(StorageMismatchError):
             open_index(tmp_path / "s", deep, **other)
@@ -317,6 +335,12 @@ def test_a_damaged_choice_is_made_anew_and_no_wrong_concept_is_read(tmp_path: Pa
         execute(tmp_path / "s" / "catalog.db", "UPDATE choices SET value = ?", value)
         with ConceptIndex.load(tmp_path / "s", compressor=deep, embedder=HashEmbedder(), generation=SHORT) as index:
             assert ask(index)[1]["nodes"] == before[1]["nodes"]
+    check = verify_storage(tmp_path / "s", deep=True)
+    assert [finding.part for finding in check.findings] == ["counts"] and "cannot be read" in check.findings[0].what
+    assert repair_storage(tmp_path / "s", compressor=deep, embedder=HashEmbedder()).sound
+    sound(tmp_path / "s")
+    execute(tmp_path / "s" / "catalog.db", "UPDATE choices SET n = n + 5")
+    assert "are known, and" in verify_storage(tmp_path / "s").findings[0].what
 
 
 def test_a_transform_of_a_storage_finds_what_was_chosen(tmp_path: Path, deep: DeepCompressor) -> None:
