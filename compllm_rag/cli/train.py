@@ -140,9 +140,16 @@ def selector(
         str, typer.Option("--from", help="A compressor of deep concepts; auto: the shipped one, or an untrained one.")
     ] = "auto",
     llm: Annotated[str, typer.Option("--llm", help="Target LLM: alias, folder or org/name@revision.")] = DEFAULT_LLM,
+    reader: Annotated[
+        str,
+        typer.Option("--reader", help="Folder of the reader it was made with; auto: the shipped one; none: no reader."),
+    ] = "auto",
     groups: Annotated[
         int, typer.Option("--groups", min=1, help="Groups of questions that share passages to learn from, at most.")
     ] = 1000,
+    gates: Annotated[
+        int, typer.Option("--gates", min=0, help="Of these, how many to learn from by derivatives of the loss; slower.")
+    ] = 300,
     seed: Annotated[int, typer.Option("--seed", help="Of their choice.")] = 0,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="Of the frozen LLM: float32, bfloat16 or float16.")
@@ -158,7 +165,17 @@ def selector(
 
     with progress_show(as_json) as show:
         record = train_selector(
-            out, data_dir, from_, llm, show.fetching, n_groups=groups, seed=seed, dtype=dtype, device=device
+            out,
+            data_dir,
+            from_,
+            llm,
+            show.fetching,
+            reader=reader,
+            n_groups=groups,
+            n_gates=gates,
+            seed=seed,
+            dtype=dtype,
+            device=device,
         )
     if as_json:
         print_json(record)
@@ -175,9 +192,16 @@ def rates(
         str, typer.Option("--from", help="A compressor of deep concepts; auto: the shipped one, or an untrained one.")
     ] = "auto",
     llm: Annotated[str, typer.Option("--llm", help="Target LLM: alias, folder or org/name@revision.")] = DEFAULT_LLM,
+    reader: Annotated[
+        str,
+        typer.Option("--reader", help="Folder of the reader it was made with; auto: the shipped one; none: no reader."),
+    ] = "auto",
     groups: Annotated[
         int, typer.Option("--groups", min=1, help="Held-out groups of questions to read at all rates, at most.")
     ] = 400,
+    gates: Annotated[
+        int, typer.Option("--gates", min=0, help="Of these, how many to learn from by derivatives of the loss; slower.")
+    ] = 300,
     seed: Annotated[int, typer.Option("--seed", help="Of their choice.")] = 0,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="Of the frozen LLM: float32, bfloat16 or float16.")
@@ -193,7 +217,17 @@ def rates(
 
     with progress_show(as_json) as show:
         record = train_rates(
-            out, data_dir, from_, llm, show.fetching, n_groups=groups, seed=seed, dtype=dtype, device=device
+            out,
+            data_dir,
+            from_,
+            llm,
+            show.fetching,
+            reader=reader,
+            n_groups=groups,
+            n_gates=gates,
+            seed=seed,
+            dtype=dtype,
+            device=device,
         )
     if as_json:
         print_json(record)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from compllm_rag.compression.deep import DeepCompressor
-from compllm_rag.compression.loading import load_compressor_for
+from compllm_rag.compression.loading import AUTO, load_compressor_for
 from compllm_rag.compression.rates import FixedRate
 from compllm_rag.compression.selection import selector_features
 from compllm_rag.errors import ConfigurationError
@@ -49,7 +49,9 @@ def train_selector(
     llm: str,
     progress: Progress,
     *,
+    reader: str = AUTO,
     n_groups: int = 1000,
+    n_gates: int = 300,
     seed: int = 0,
     dtype: str | None = None,
     device: str | None = None,
@@ -60,9 +62,11 @@ def train_selector(
         out: Where `load_compressor` will find it.
         data_dir: Holds `train/*.jsonl(.gz)` with questions.
         init: Folder of the compressor to start from; `auto` takes the shipped one, or an untrained one.
-        llm: Its target LLM, with the reader that ships for it.
+        llm: Its target LLM.
         progress: Called with a message and the share that is done.
+        reader: Folder of the reader it was made with, "auto" for the shipped one, "none" for the LLM as it is.
         n_groups: See `fit_selector`.
+        n_gates: See `fit_selector`.
         seed: See `fit_selector`.
         dtype: Of the LLM.
         device: A torch device.
@@ -76,7 +80,14 @@ def train_selector(
         FingerprintMismatchError, UnknownModelError: See `load_compressor_for`.
     """
     questions, _ = Material.files_of(data_dir)
-    compressor = load_compressor_for(llm, compressor=init, dtype=dtype, device=device, progress=progress)
+    compressor = load_compressor_for(
+        llm,
+        reader=None if reader == "none" else reader,
+        compressor=init,
+        dtype=dtype,
+        device=device,
+        progress=progress,
+    )
     if not isinstance(compressor, DeepCompressor):
         raise ConfigurationError(
             "only deep concepts choose the tokens they keep by a selector",
@@ -86,7 +97,7 @@ def train_selector(
         )
     unit_length = compressor.config.unit_length
     material = Material(questions, [], compressor.segmenter, DEEP_DATA.material, unit_length=unit_length)
-    weights = fit_selector(compressor, material, n_groups=n_groups, seed=seed, progress=progress)
+    weights = fit_selector(compressor, material, n_groups=n_groups, n_gates=n_gates, seed=seed, progress=progress)
     made = with_selector(compressor, weights)
     made.save_pretrained(out)
     return {
