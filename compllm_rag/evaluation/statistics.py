@@ -39,6 +39,7 @@ class Record:
         positions: Prompt positions.
         source_tokens: Tokens of the passages as text.
         concepts: Positions that stand for them, None in modes text and none.
+        cost: What these take at prefill, in text tokens; a concept passes the layers from the entry layer on.
     """
 
     id: str
@@ -55,6 +56,7 @@ class Record:
     positions: int
     source_tokens: int
     concepts: int | None
+    cost: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As a line of `--records`."""

@@ -90,7 +90,12 @@ class PassageReading:
         self._sentences = sentence_cutter(library.spec.segmenter)
 
     def read(
-        self, query: str, passages: Sequence[Retrieved], prompt_tokens: int, queued: Collection[str] = ()
+        self,
+        query: str,
+        passages: Sequence[Retrieved],
+        prompt_tokens: int,
+        queued: Collection[str] = (),
+        budget: ReadBudget | None = None,
     ) -> tuple[list[ReadPassage], dict[str, float]]:
         """Decide what passages are read as.
 
@@ -99,6 +104,7 @@ class PassageReading:
             passages: Best first.
             prompt_tokens: The prompt's own, without any passage.
             queued: Ids of those whose concepts are in the making; they are read as text.
+            budget: For this question; None takes the one given before.
 
         Returns:
             One entry per passage, in their order, and what they take of the budget, by the names of its limits.
@@ -108,7 +114,7 @@ class PassageReading:
             ConfigurationError: The policy chose what cannot be read, or more than the budget.
             MissingConceptsError: See `ConceptLibrary.fetch`.
         """
-        return _OneQuestion(self, queued).read(query, passages, prompt_tokens)
+        return _OneQuestion(self, queued, budget or self.budget).read(query, passages, prompt_tokens)
 
     def candidate(self, rank: int, passage: Retrieved) -> Candidate:
         """A passage as policies see it."""
@@ -132,7 +138,8 @@ class PassageReading:
 class _OneQuestion:
     """What is looked up for one question: concepts are fetched once, whoever asks for them."""
 
-    def __init__(self, reading: PassageReading, queued: Collection[str]) -> None:
+    def __init__(self, reading: PassageReading, queued: Collection[str], budget: ReadBudget) -> None:
+        self._budget = budget
         self._of, self._library, self._queued = reading, reading.library, queued
         self._own = reading.library.rate if reading.rate is None else reading.rate
         self._own_library = reading.library.at_rate(self._own)
@@ -148,7 +155,7 @@ class _OneQuestion:
         candidates = [self._of.candidate(rank, passage) for rank, passage in enumerate(passages)]
         for candidate in candidates:
             self._look_up(candidate)
-        meter = self._of.budget.meter(self._library.spec, prompt_tokens, beside_s=self._in_line_s)
+        meter = self._budget.meter(self._library.spec, prompt_tokens, beside_s=self._in_line_s)
         spec = ReadSpec(self._library.spec, self._of.mode, self._own, meter, self._at_hand, self._n_concepts)
         policy = self._of.policy
         readings = checked_readings(policy, candidates, policy.choose(query, candidates, spec))
@@ -177,7 +184,7 @@ class _OneQuestion:
         elif missing == "text" and not all(self._own_library.at_hand(candidate.text)):
             self._as_text[candidate.id] = "its concepts are not stored"
         elif missing == "auto":
-            found = crossover(self._own_library, candidate.text, self._of.budget.costs)
+            found = crossover(self._own_library, candidate.text, self._budget.costs)
             if found is not None and found.reads_text:
                 self._as_text[candidate.id] = found.why
                 self._bypassed.add(candidate.id)
