@@ -19,6 +19,7 @@ FOLDERS = {
     "ingest": ("ingest", "ingest_scale", "edits"),
     "storage": ("storage_size", "storage_quality", "store_read"),
     "rivals": ("rivals",),
+    "planner": ("planner",),
 }
 
 
