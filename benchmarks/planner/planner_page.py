@@ -56,7 +56,7 @@ def _verdict(record: dict[str, Any]) -> list[str]:
     """Sets and costs at which a planner wins over the best of its rivals, or loses to it, by F1."""
     lines = []
     for planner in PLANNERS:
-        won, lost, even = [], [], []
+        won, lost, even = list[str](), list[str](), list[str]()
         for name, found in record["sets"].items():
             for row in found["rows"]:
                 if row["contender"] != planner or not any(rival in row.get("over", {}) for rival in RIVALS):

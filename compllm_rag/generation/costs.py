@@ -105,11 +105,11 @@ class CostModel:
         try:
             fields: dict[str, Any] = dict(json.loads(text))
             version = fields.pop("format_version", None)
-            curves = {name: fields.pop(name) for name in ("whole", "lower", "upper")}
-            made = {name: None if curve is None else Curve(**curve) for name, curve in curves.items()}
-            if version != FORMAT_VERSION or made["whole"] is None:
+            for name in ("whole", "lower", "upper"):
+                fields[name] = None if fields[name] is None else Curve(**fields[name])
+            if version != FORMAT_VERSION or fields["whole"] is None:
                 raise ValueError(f"format version {version}")
-            return cls(**fields, **made)
+            return cls(**fields)
         except (ValueError, TypeError, KeyError) as error:
             raise UnsupportedFormatError(
                 "calibration cannot be read",
