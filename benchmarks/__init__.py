@@ -20,6 +20,7 @@ FOLDERS = {
     "storage": ("storage_size", "storage_quality", "store_read"),
     "rivals": ("rivals",),
     "rates": ("rates",),
+    "planner": ("planner",),
 }
 
 

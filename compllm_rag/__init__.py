@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from compllm_rag.llamaindex.vector_store import FaissTextVectorStore as FaissTextVectorStore
     from compllm_rag.metrics import Metrics as Metrics
     from compllm_rag.models.llm import TargetLLM as TargetLLM
+    from compllm_rag.reading.budgeted import BudgetedReadPolicy as BudgetedReadPolicy
+    from compllm_rag.reading.choice import FixedReadPolicy as FixedReadPolicy
     from compllm_rag.storage.compaction import compact_storage as compact_storage
     from compllm_rag.storage.migration import migrate_storage as migrate_storage
     from compllm_rag.storage.namespaces import delete_namespace as delete_namespace
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from compllm_rag.store import MemoryStore as MemoryStore
 
 _HOME = {
+    "BudgetedReadPolicy": "reading.budgeted",
     "Compressor": "compression.compressor",
     "CompressorConfig": "config",
     "ConceptCollector": "llamaindex.collector",
@@ -53,6 +56,7 @@ _HOME = {
     "ConceptTransform": "llamaindex.transform",
     "DiskStore": "store",
     "FaissTextVectorStore": "llamaindex.vector_store",
+    "FixedReadPolicy": "reading.choice",
     "GenerationConfig": "config",
     "IngestConfig": "config",
     "LocalGenerator": "generation.local",

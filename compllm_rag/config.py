@@ -20,6 +20,8 @@ DEFAULT_RATES = {"deep": 1.0, "input": 2.0}
 Mode = Literal["concepts", "text"]
 Codec = Literal["deep", "input"]
 MissingPolicy = Literal["recompress", "text", "error"]
+# `auto`: whichever of recompress and text is sooner, node by node.
+MissingChoice = Literal["recompress", "text", "error", "auto"]
 OverflowPolicy = Literal["drop", "error"]
 EncodingName = Literal["fp16", "int8", "int4"]
 # By what the rate of a text is chosen; `auto` takes `learned` where a compressor has predicted losses, else

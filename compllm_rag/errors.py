@@ -186,5 +186,13 @@ class PromptTooLongError(CompLLMError, ValueError):
     """The prompt does not fit the window of the target LLM."""
 
 
+class ReadBudgetError(PromptTooLongError):
+    """Not even the smallest piece of a passage fits the budget that was set for reading."""
+
+
+class NotCalibratedError(ConfigurationError, LookupError):
+    """A time was given as a budget, and nobody has measured how fast this machine reads."""
+
+
 class DeviceMemoryError(CompLLMError, MemoryError):
     """A GPU, or the machine, has no memory left, although the step was made as small as it can be."""

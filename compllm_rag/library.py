@@ -102,6 +102,7 @@ class ConceptLibrary(ProcessBound):
         self.took = Took()
         self._known: OrderedDict[str, tuple[Passage, ...]] = OrderedDict()  # at each rate held, the default first
         self._lock, self._memo = threading.Lock(), ConceptMemo()
+        self._at: dict[float, ConceptLibrary] = {}  # the same passages at other rates
         self._most_rms = _MOST_RMS * self.spec.scale
 
     @property
@@ -151,6 +152,39 @@ class ConceptLibrary(ProcessBound):
         never ingested can be compressed at each of them.
         """
         return tuple(passage.rate for passage in self._held(text) if passage.reason is None)
+
+    @property
+    def rate(self) -> float | None:
+        """Source tokens per concept of what is read unless another rate is asked for; None where a policy decides."""
+        return self.policy.rate if isinstance(self.policy, FixedRate) else None
+
+    def at_rate(self, rate: float | None) -> ConceptLibrary:
+        """The same passages at another rate, held or not: over the same store, so that what is kept there is found.
+
+        What is missing there is made as `fetch` is told, and stays in memory; nothing at this rate is held for it.
+
+        Args:
+            rate: Source tokens per concept; None, or the library's own, gives the library itself.
+
+        Raises:
+            ConfigurationError, RateOutOfReachError: See `FixedRate`.
+        """
+        if rate is None or rate == self.rate:
+            return self
+        with self._lock:
+            if rate not in self._at:
+                parts = self._compressor, self.store
+                made = ConceptLibrary(*parts, rate=rate, namespace=self.namespace, metrics=self.metrics)
+                made._memo = self._memo
+                self._at[rate] = made
+            return self._at[rate]
+
+    def at_hand(self, text: str) -> list[bool]:
+        """For each segment of a passage, whether its concepts are stored, or were made for a question of before."""
+        keys = self.passage(text).keys
+        stored = self.store.contains(keys)
+        made = self._memo.find([key for key, there in zip(keys, stored, strict=True) if not there])
+        return [there or key in made for key, there in zip(keys, stored, strict=True)]
 
     def _held(self, text: str) -> tuple[Passage, ...]:
         """The passage at each rate at which it is kept, the default first."""

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
     """Run it; the records of all sets by their names."""
     options = parser("quality", __doc__, "llm data-dir rates reader compressor codec entry-layer batch-size limit")
     options.add_argument("--out", type=Path, default=Path("quality"), help="folder for the results, a file a set")
-    options.add_argument("--rivals", nargs="*", choices=["random", "pruned"], default=["random", "pruned"])
+    options.add_argument("--rivals", nargs="*", choices=["random", "pruned", "budgeted"], default=["random", "pruned"])
     options.add_argument("--sets", nargs="+", choices=[*SETS, "probes"], default=["probes", *SETS])
     args = parsed(options, argv)
     args.out.mkdir(parents=True, exist_ok=True)

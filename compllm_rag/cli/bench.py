@@ -25,6 +25,7 @@ BENCHMARKS = {
     "loft": "Retrieval and answers over a LOFT corpus.",
     "rivals": "Other ways to fill as many positions, on the same passages.",
     "rates": "Rates that follow the text against fixed ones, at the same cost.",
+    "planner": "Read policies at a quarter and an eighth of text's prefill cost, against their rivals.",
     "domains": "What is lost in other kinds of text.",
     "anchors": "Which tokens concepts should start from; needs the training data.",
     "ablations": "What each choice in the compressor brings; trains small ones.",

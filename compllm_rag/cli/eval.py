@@ -29,7 +29,11 @@ if TYPE_CHECKING:
     from compllm_rag.evaluation.results import EvalResult
 
 ModeOption = Annotated[
-    str, typer.Option(help="How passages are read: `concepts`, `text`, `pruned` (the anchors alone) or `none`.")
+    str,
+    typer.Option(
+        help="How passages are read: `concepts`, `text`, `pruned` (the anchors alone), `budgeted` (what a read policy "
+        "chooses, at the cost of concepts at --rate) or `none`."
+    ),
 ]
 Rate = Annotated[
     float | None,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compllm_rag.cli import bench as bench_commands
+from compllm_rag.cli import calibrate as calibrate_command
 from compllm_rag.cli import chat as chat_commands
 from compllm_rag.cli import doctor as doctor_command
 from compllm_rag.cli import eval as eval_commands
@@ -24,6 +25,16 @@ from compllm_rag.cli import train as train_commands
 from compllm_rag.cli.base import AsJson, CodecName, Offline, Storage, print_json, progress_show, reported
 from compllm_rag.cli.doctor import show_version
 from compllm_rag.cli.filters import Filters, parse_filters
+from compllm_rag.cli.reading import (
+    MissingName,
+    PolicyName,
+    PositionBudget,
+    PrefillBudget,
+    ReadRate,
+    TtftBudget,
+    explained,
+    read_options,
+)
 from compllm_rag.cli.terminal import print_anything, question_of
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
 from compllm_rag.errors import ConfigurationError
@@ -71,6 +82,15 @@ def query(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it is made.")] = False,
     namespace: TenantName = None,
+    rate: ReadRate = None,
+    read_policy: PolicyName = None,
+    position_budget: PositionBudget = None,
+    prefill_budget: PrefillBudget = None,
+    ttft_budget: TtftBudget = None,
+    missing: MissingName = "recompress",
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Tell what each passage was read as, sentence by sentence, and why.")
+    ] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto (the checkpoint's).")] = None,
     offline: Offline = False,
     as_json: AsJson = False,
@@ -96,6 +116,7 @@ def query(
             "unknown way of retrieval", got=retrieval, expected="vector, bm25 or hybrid", next_step="pass one of them"
         )
     filters = parse_filters(filter_)
+    reading = read_options(rate, read_policy, position_budget, prefill_budget, ttft_budget, missing)
     from compllm_rag.config import GenerationConfig
     from compllm_rag.llamaindex.answer import answer
 
@@ -121,7 +142,9 @@ def query(
             retrieval=retrieval,
             filters=filters,
             on_piece=each,
+            **reading,
         )
+        told = explained(found, index.library.spec.segmenter) if explain and not as_json else []
     if as_json:
         print_json(found)
         return
@@ -129,11 +152,13 @@ def query(
     typer.echo("")
     for number, source in enumerate(found["sources"], 1):
         size = f"{source['n_concepts']} concepts" if source["used"] == "concepts" else "text"
-        size += f" (kept so by the {source['reason']})" if source["reason"] else ""
+        size += f" ({source['why']})" if source["why"] and not source["parts"] else ""
         title = source["title"] or source["doc_id"]
         typer.echo(f"[{number}] {title} (score {source['score']:.2f}, {source['n_tokens']} tokens as {size})")
     if found["dropped"]:
         typer.echo(f"left out, too long for the window: {', '.join(found['dropped'])}")
+    for line in told:
+        typer.echo(line)
     typer.echo(f"{found['prompt_positions']} prompt positions, first token after {found['ttft_s']:.2f} s")
 
 
@@ -207,7 +232,8 @@ def demo(
 
 
 # In the order of `--help`, after those above: what a newcomer needs stands first.
-_GROUPS = (chat_commands, models_commands, import_commands, storage_commands, doctor_command, namespace_commands)
+_CARE = (storage_commands, doctor_command, calibrate_command, namespace_commands)
+_GROUPS = (chat_commands, models_commands, import_commands, *_CARE)
 for _more in (*_GROUPS, eval_commands, bench_commands, train_commands):
     _more.register(app)
 

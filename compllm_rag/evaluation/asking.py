@@ -9,11 +9,12 @@ from compllm_rag.config import GenerationConfig
 from compllm_rag.evaluation.bodies import COMPRESSED, Bodies, PassageBodies, Segmented, Setting
 from compllm_rag.evaluation.metrics import exact_match, f1, subspan_match
 from compllm_rag.evaluation.questions import Question
+from compllm_rag.evaluation.read_policies import QuestionBodies
 from compllm_rag.evaluation.scoring import PrefilledParts, ScoringGenerator
 from compllm_rag.evaluation.statistics import Record
 from compllm_rag.generation.base import Generator
 from compllm_rag.models.halves import Halves
-from compllm_rag.prompt import PromptPlan, QAPrompt
+from compllm_rag.prompt import ConceptSpan, PromptPlan, QAPrompt
 
 # Prompt positions of one batch: 16 prompts of a long SQuAD paragraph; the embedded LLM caches them in under 1 GiB.
 BATCH_POSITIONS = {"cpu": 16384, "cuda": 131072}
@@ -27,8 +28,8 @@ class Asker:
         setting: How passages are read.
         segmented: Shared by the settings of a run.
         generation: Limits of an answer.
-        bodies: What stands for passages in place of what the setting says, such as a rival's; its positions are counted
-            as those of concepts are. None follows the setting.
+        bodies: What stands for passages in place of what the setting says, such as a rival's or a read policy's; its
+            positions are counted as those of concepts are. None follows the setting.
         prompt: Lays out passages and question; None takes the default prompt.
         halves: Those of the compressor, merged already, so that several settings share them; None merges them here.
         generator: Makes the answers; it must run the same LLM. Likelihoods are taken in this process all the same.
@@ -53,7 +54,11 @@ class Asker:
         self._answers = generator or self._generator
         self._prompt = prompt or QAPrompt(compressor.llm.tokenizer)
         self._counted = bodies is not None or setting.mode in COMPRESSED
+        if bodies is None and setting.mode == "budgeted":
+            bodies = QuestionBodies(compressor, rate=setting.rate, prompt=self._prompt)
         self._bodies: PassageBodies = bodies or Bodies(compressor, setting, segmented)
+        spec = compressor.spec
+        self._concept_cost = (spec.depth - spec.config.entry_layer) / spec.depth
         self._end = int(compressor.llm.tokenizer.eos_token_id)
 
     @property
@@ -88,7 +93,10 @@ class Asker:
             indices = order[begin : begin + batch_size]
             self._bodies.prepare(text for i in indices for text in self._texts(questions[i]))
             plans = [(i, self._plan(questions[i])) for i in indices]
-            for batch in _cut(plans, BATCH_POSITIONS["cpu" if self._llm.device.type == "cpu" else "cuda"]):
+            limit = BATCH_POSITIONS["cpu" if self._llm.device.type == "cpu" else "cuda"]
+            # A read policy may choose text alone for one question and concepts for the next: these are read apart.
+            kinds = [[(i, plan) for i, plan in plans if plan.deep == deep] for deep in (False, True)]
+            for batch in (batch for kind in kinds if kind for batch in _cut(kind, limit)):
                 asked = [questions[i] for i, _ in batch]
                 made = self._batch(asked, [plan for _, plan in batch], answer=answer)
                 records |= {i: record for (i, _), record in zip(batch, made, strict=True)}
@@ -137,8 +145,19 @@ class Asker:
             n_tokens=n_tokens,
             positions=plan.positions,
             source_tokens=sum(map(self._segmented.n_tokens, texts)),
-            concepts=sum(map(self._bodies.size, texts)) if self._counted else None,
+            concepts=self._positions(plan, texts) if self._counted else None,
+            cost=sum(
+                len(span) * (self._concept_cost if isinstance(span, ConceptSpan) else 1.0)
+                for span in plan.spans
+                if span.passage is not None or isinstance(span, ConceptSpan)
+            ),
         )
+
+    def _positions(self, plan: PromptPlan, texts: Sequence[str]) -> int:
+        """Positions that stand for the text of the passages."""
+        if isinstance(self._bodies, QuestionBodies):
+            return sum(end - start for _, start, end in plan.passages)
+        return sum(map(self._bodies.size, texts))
 
     def _target(self, answer: str) -> tuple[int, ...]:
         """Token ids of an answer and of the end of the turn."""
@@ -148,6 +167,8 @@ class Asker:
         return [] if self._setting.mode == "none" else [passage.text for passage in question.passages]
 
     def _plan(self, question: Question) -> PromptPlan:
+        if isinstance(self._bodies, QuestionBodies):
+            return self._prompt.plan(question.question, self._bodies.read(question))
         shown = () if self._setting.mode == "none" else question.passages
         bodies = [(passage.title, self._bodies.spans(passage.text, i)) for i, passage in enumerate(shown)]
         return self._prompt.plan(question.question, bodies)

@@ -17,9 +17,9 @@ from compllm_rag.library import unpacked
 from compllm_rag.prompt import ConceptSpan, Span, TextSpan
 from compllm_rag.store.encodings import deep_encoding, encoding_named
 
-EvalMode = Literal["text", "concepts", "random", "pruned", "none"]
+EvalMode = Literal["text", "concepts", "random", "pruned", "budgeted", "none"]
 MODES: tuple[EvalMode, ...] = get_args(EvalMode)
-COMPRESSED = ("concepts", "random", "pruned")
+COMPRESSED = ("concepts", "random", "pruned", "budgeted")
 
 # Passages whose concepts are kept for the questions that follow; the runner asks those of one passage in a row.
 _KEPT = 256
@@ -31,8 +31,10 @@ class Setting:
 
     Args:
         mode: `text`; `concepts`; `random`, deep concepts at places taken by chance; `pruned`, the kept tokens as text;
-            or `none`, the same prompt without passages.
-        rate: Source tokens per concept, None for text and none.
+            `budgeted`, what a read policy chooses for the question (`read_policies`); or `none`, the same prompt
+            without passages.
+        rate: Source tokens per concept, None for text and none. Of `budgeted`, the rate at which concepts of all
+            passages would take its budget.
         encoding: Give concepts the precision of a storage with this encoding; None reads them as they are made.
     """
 

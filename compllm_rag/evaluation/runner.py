@@ -22,9 +22,12 @@ from compllm_rag.evaluation.asking import Asker
 from compllm_rag.evaluation.bodies import Segmented, Setting
 from compllm_rag.evaluation.journal import Journal
 from compllm_rag.evaluation.questions import Question, QuestionFile
+from compllm_rag.evaluation.read_policies import QuestionBodies
 from compllm_rag.evaluation.results import METRICS, EvalConfig, EvalResult
 from compllm_rag.evaluation.statistics import Record, statistics
 from compllm_rag.generation.base import Generator
+from compllm_rag.reading.budgeted import BudgetedReadPolicy
+from compllm_rag.reading.choice import ReadPolicy
 
 T = TypeVar("T")
 Progress = Callable[[str, float | None], None]
@@ -42,20 +45,22 @@ def evaluate(
     progress: Progress | None = None,
     journal: Journal | None = None,
     generator: Generator | None = None,
+    read_policy: ReadPolicy | None = None,
 ) -> EvalResult:
     """Ask questions in one setting, and in text and none for comparison.
 
     Args:
         compressor: With its target LLM.
         questions: As `read_questions` gives them.
-        mode: `text`, `concepts`, `pruned` or `none`.
-        rate: Source tokens per concept; text and none have none.
+        mode: `text`, `concepts`, `random`, `pruned`, `budgeted` or `none`; see `Setting`.
+        rate: Source tokens per concept; text and none have none. `budgeted` may spend what concepts at this rate take.
         config: Which questions, and how they are asked.
         data: Where they came from; goes into the result.
         progress: Called with a message and a share from 0 to 1.
         journal: Keeps settings that are done; those that are there for the same compressor, questions and way of
             asking are not asked again.
         generator: Makes the answers; it must run the compressor's LLM. None runs it in this process.
+        read_policy: What `budgeted` asks; None is a `BudgetedReadPolicy`.
 
     Raises:
         ConfigurationError: Unknown mode, no question left.
@@ -71,6 +76,7 @@ def evaluate(
         progress=progress,
         journal=journal,
         generator=generator,
+        read_policy=read_policy,
     )[0]
 
 
@@ -84,6 +90,7 @@ def evaluate_many(
     progress: Progress | None = None,
     journal: Journal | None = None,
     generator: Generator | None = None,
+    read_policy: ReadPolicy | None = None,
 ) -> list[EvalResult]:
     """Ask the same questions in several settings; text and none are run once.
 
@@ -96,6 +103,7 @@ def evaluate_many(
         progress: See `evaluate`.
         journal: See `evaluate`.
         generator: See `evaluate`.
+        read_policy: See `evaluate`.
 
     Returns:
         One result per setting, in their order.
@@ -115,6 +123,9 @@ def evaluate_many(
             GenerationConfig(max_new_tokens=config.max_new_tokens),
             halves=halves,
             generator=generator,
+            bodies=QuestionBodies(compressor, rate=setting.rate, policy=read_policy)
+            if setting.mode == "budgeted"
+            else None,
         )
         for setting in dict.fromkeys([TEXT, NONE, *asked])
     }
@@ -132,6 +143,8 @@ def evaluate_many(
     for setting, asker in askers.items():
         answer = config.generate and (setting in asked or setting == TEXT)
         what = run | {"setting": asdict(setting), "answer": answer}
+        if setting.mode == "budgeted":
+            what["read_policy"] = repr(read_policy or BudgetedReadPolicy())
         known = journal.get(what)
         if known is not None:
             runs[setting] = [Record.from_dict(record) for record in known["records"]], known["seconds"]
@@ -157,7 +170,7 @@ def evaluate_many(
                 **{name: values[name] for name in METRICS},
                 positions=values["positions"] or 0.0,
                 achieved_rate=values["achieved_rate"],
-                prefill_cost=_prefill_cost(compressor, setting, values["achieved_rate"]),
+                prefill_cost=_prefill_cost(compressor, setting, values["achieved_rate"], records),
                 intervals={name: found.intervals[name] for name in METRICS},
                 paired=found.paired,
                 skipped=tuple(skipped),
@@ -168,10 +181,14 @@ def evaluate_many(
     return made
 
 
-def _prefill_cost(compressor: ConceptCompressor, setting: Setting, achieved_rate: float | None) -> float | None:
+def _prefill_cost(
+    compressor: ConceptCompressor, setting: Setting, achieved_rate: float | None, records: Sequence[Record]
+) -> float | None:
     """What a token of a passage costs at prefill, text = 1; pruned tokens pass all layers."""
     if setting.mode == "none":
         return None
+    if setting.mode == "budgeted":
+        return sum(record.cost or 0.0 for record in records) / max(1, sum(record.source_tokens for record in records))
     if achieved_rate is None:
         return 1.0
     return compressor.spec.prefill_cost(achieved_rate) if setting.mode in ("concepts", "random") else 1 / achieved_rate

@@ -39,6 +39,7 @@ class Record:
         positions: Prompt positions.
         source_tokens: Tokens of the passages as text.
         concepts: Positions that stand for them, None in modes text and none.
+        cost: What these take at prefill, in text tokens; a concept passes the layers from the entry layer on.
     """
 
     id: str
@@ -55,6 +56,7 @@ class Record:
     positions: int
     source_tokens: int
     concepts: int | None
+    cost: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As a line of `--records`."""
@@ -121,6 +123,51 @@ def statistics(
             for name in _PAIRED
         },
     )
+
+
+def differences(
+    records: Sequence[Record],
+    others: Sequence[Record],
+    text: Sequence[Record],
+    none: Sequence[Record],
+    *,
+    names: Sequence[str] = ("f1", "recovered"),
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> dict[str, dict[str, Any] | None]:
+    """How much higher values are in one setting than in another, on the same questions.
+
+    Args:
+        records: Of the one.
+        others: Of the other.
+        text: Of the same questions with the passages as text.
+        none: Of the same questions without passages.
+        names: Of the values.
+        seed: Of the bootstrap.
+        resamples: See `statistics`; both settings are drawn together.
+
+    Returns:
+        `difference` and 95 % `interval` by name; None where a value does not exist.
+    """
+    mine, theirs, reference = (_sums(each, text) for each in (records, others, text))
+    bare = _sums(none, text)["nll"]
+
+    def values(weights: Array) -> dict[str, Array]:
+        one, other = (_values(weights, sums, reference, bare) for sums in (mine, theirs))
+        return {name: one[name] - other[name] for name in names}
+
+    once, rng = values(np.ones((1, len(records)))), np.random.default_rng(seed)
+    sizes = [min(_CHUNK, resamples - begin) for begin in range(0, resamples, _CHUNK)]
+    drawn = [values(_weights(rng, size, len(records))) for size in sizes]
+    return {
+        name: None
+        if np.isnan(once[name][0])
+        else {
+            "difference": float(once[name][0]),
+            "interval": _interval(np.concatenate([part[name] for part in drawn])),
+        }
+        for name in names
+    }
 
 
 def _sums(records: Sequence[Record], text: Sequence[Record]) -> Sums:

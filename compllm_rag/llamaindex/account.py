@@ -11,13 +11,24 @@ from llama_index.core.schema import NodeWithScore
 from compllm_rag.config import Mode
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.prompt import PromptPlan, Span
+from compllm_rag.reading.choice import Reading as NodeReading
 
 
 @dataclass(frozen=True)
 class NodeFacts:
     """What became of one node in the prompt; plain values only, it ends up in `response.metadata`.
 
-    `reason` says why it was read as text where that was decided when it was ingested: `guard`.
+    Attributes:
+        node_id: Of the node.
+        used: `concepts` if any of it was read as such.
+        n_tokens: Of its text.
+        n_concepts: Those read.
+        positions: Prompt positions, its number, title and metadata included.
+        hits: Segments found in the store.
+        misses: Segments not found.
+        n_text: Of its tokens, those read as text; None where all of it was read in one way.
+        why: Why it was read like that, where something was decided.
+        parts: Where a read policy decided: what each run of its tokens was read as.
     """
 
     node_id: str
@@ -27,7 +38,22 @@ class NodeFacts:
     positions: int
     hits: int
     misses: int
-    reason: str | None = None
+    n_text: int | None = None
+    why: str | None = None
+    parts: list[dict[str, Any]] | None = None
+
+    @property
+    def read_as_text(self) -> int:
+        """Its tokens that were read as text."""
+        if self.n_text is not None:
+            return self.n_text
+        return self.n_tokens if self.used == "text" else 0
+
+    def account(self) -> dict[str, Any]:
+        """As it stands in the account, without what there is not."""
+        held = asdict(self)
+        optional = ("n_text", "why", "parts")
+        return {k: v for k, v in held.items() if k != "node_id" and (k not in optional or v is not None)}
 
 
 @dataclass(frozen=True)
@@ -53,7 +79,7 @@ class PromptCost:
     def of(cls, plan: PromptPlan, facts: Sequence[NodeFacts], library: ConceptLibrary) -> PromptCost:
         """The cost of a plan; concepts pass the layers from the entry layer on, text all of them."""
         concepts = sum(fact.n_concepts for fact in facts)
-        replaced = sum(fact.n_tokens for fact in facts if fact.used == "concepts")
+        replaced = sum(fact.n_tokens - fact.read_as_text for fact in facts)  # as concepts, or left out of what is read
         depth, upper = library.spec.depth, library.spec.depth - library.spec.config.entry_layer
         passed = (plan.positions - concepts) * depth + concepts * upper  # positions times layers
         return cls(passed, (plan.positions - concepts + replaced) * depth, passed * library.llm.kv_bytes)
@@ -69,6 +95,9 @@ class NodeBody:
         misses: Segments not found.
         fetch_s: Seconds spent reading concepts from the store.
         compress_s: Seconds spent compressing what was missing.
+        reading: What a read policy decided.
+        why: Why it is read like that, where something was decided.
+        bypassed: Its concepts are missing, and text is sooner than making them.
     """
 
     spans: Sequence[Span]
@@ -76,6 +105,9 @@ class NodeBody:
     misses: int = 0
     fetch_s: float = 0.0
     compress_s: float = 0.0
+    reading: NodeReading | None = None
+    why: str | None = None
+    bypassed: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +125,7 @@ class PlannedPrompt:
         seconds: Wall time from nodes in hand to the plan.
         cost: What reading it takes, beside the same prompt as text.
         bodies: What stands for the nodes in it, so that the prompt can be laid out once more around them.
+        read_policy: Where one decided: its name, the budget and what is taken of it, and whom it left out, and why.
     """
 
     plan: PromptPlan
@@ -105,6 +138,7 @@ class PlannedPrompt:
     seconds: float
     cost: PromptCost
     bodies: list[NodeBody]
+    read_policy: dict[str, Any] | None = None
 
     def account(self) -> dict[str, Any]:
         """The account as plain values."""
@@ -116,9 +150,11 @@ class PlannedPrompt:
             "fetch_s": self.fetch_s,
             "compress_s": self.compress_s,
             "layout_s": self.layout_s,
-            "nodes": {f.node_id: {k: v for k, v in asdict(f).items() if k != "node_id"} for f in self.facts},
+            "nodes": {f.node_id: f.account() for f in self.facts},
             "dropped": self.dropped,
             "store": {"hits": sum(f.hits for f in self.facts), "misses": sum(f.misses for f in self.facts)},
+            "bypassed": sum(body.bypassed for body in self.bodies),
+            **({} if self.read_policy is None else {"read_policy": self.read_policy}),
         }
 
 
@@ -150,6 +186,7 @@ def empty_account(answer: str) -> dict[str, Any]:
         "nodes": {},
         "dropped": [],
         "store": {"hits": 0, "misses": 0},
+        "bypassed": 0,
         "answer": answer,
         "finish_reason": "stop",
         "new_tokens": 0,
@@ -177,7 +214,7 @@ def joined_account(prompts: Sequence[PlannedPrompt], dropped: Sequence[str]) -> 
         "dropped": list(dropped),
         "store": {name: sum(account["store"][name] for account in accounts) for name in ("hits", "misses")},
     }
-    for name in ("prompt_positions", "fetch_s", "compress_s", "layout_s"):
+    for name in ("prompt_positions", "fetch_s", "compress_s", "layout_s", "bypassed"):
         out[name] = sum(account[name] for account in accounts)
     return out
 

@@ -41,6 +41,7 @@ def answer(
     retrieval: str = "vector",
     filters: MetadataFilters | None = None,
     on_piece: Callable[[str], object] | None = None,
+    **reading: Any,
 ) -> dict[str, Any]:
     """Answer a question.
 
@@ -53,16 +54,19 @@ def answer(
         retrieval: By `vector`, `bm25` (words) or `hybrid` (both).
         filters: On metadata.
         on_piece: Called with each piece of the answer as it is made.
+        **reading: `missing`, and what `ConceptSynthesizer` takes to decide what passages are read as: `rate`,
+            `read_policy`, `position_budget`, `prefill_budget`, `ttft_budget_s`.
 
     Returns:
         The fields of `query --json` (docs/results.md); times in seconds, `used` per source.
     """
+    synthesizer = index.as_synthesizer(mode=mode, streaming=True, **reading)  # what is wrong with it is said first
     begun = time.perf_counter()
     found = list(nodes) if nodes is not None else retrieve(index, question, top_k, retrieval=retrieval, filters=filters)
     retrieval_s = time.perf_counter() - begun if nodes is None else 0.0
     if not found:
         return _empty(mode, retrieval_s)
-    response = index.as_synthesizer(mode=mode, streaming=True).synthesize(QueryBundle(question), found)
+    response = synthesizer.synthesize(QueryBundle(question), found)
     account = (response.metadata or {})["compllm"]
     if not isinstance(response, StreamingResponse) or not account["prompts"]:
         # Only an empty retrieval answers without having read anything.
@@ -80,8 +84,19 @@ def answer(
         "total_s": time.perf_counter() - begun,
         "store": account["store"],
         "dropped": account["dropped"],
+        "bypassed": account["bypassed"],
+        "read_policy": _titled(account.get("read_policy"), found),
         "finish_reason": account["finish_reason"],
     }
+
+
+def _titled(policy: dict[str, Any] | None, nodes: Sequence[NodeWithScore]) -> dict[str, Any] | None:
+    """What a read policy decided, with titles of the passages that it left out."""
+    if policy is None:
+        return None
+    titles = {node.node.node_id: str(node.node.metadata.get("title", "")) for node in nodes}
+    left_out = {name: {"title": titles.get(name, ""), **gone} for name, gone in policy["left_out"].items()}
+    return {**policy, "left_out": left_out}
 
 
 def _source(node: NodeWithScore, facts: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +108,8 @@ def _source(node: NodeWithScore, facts: dict[str, Any]) -> dict[str, Any]:
         "used": facts["used"],
         "n_tokens": facts["n_tokens"],
         "n_concepts": facts["n_concepts"],
-        "reason": facts["reason"],
+        "why": facts.get("why"),
+        "parts": facts.get("parts"),
         "text": node.node.get_content(metadata_mode=MetadataMode.NONE),
     }
 
@@ -112,5 +128,7 @@ def _empty(mode: Mode, retrieval_s: float) -> dict[str, Any]:
         "total_s": retrieval_s,
         "store": {"hits": 0, "misses": 0},
         "dropped": [],
+        "bypassed": 0,
+        "read_policy": None,
         "finish_reason": "stop",
     }

@@ -24,6 +24,7 @@ from compllm_rag.errors import ConfigurationError
 from compllm_rag.llamaindex.callbacks import ConceptQueryEngine
 from compllm_rag.llamaindex.heeded import postprocessors
 from compllm_rag.llamaindex.llm import ConceptLLM
+from compllm_rag.llamaindex.read_options import READ_OPTIONS
 from compllm_rag.llamaindex.retrieval import VECTOR_OPTIONS, chosen_retriever
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 _SYNTHESIZER_OPTIONS = (
     "mode", "streaming", "missing", "overflow", "choose", "text_qa_template", "refine_template", "response_mode",
-    "output_cls", "generation", "callback_manager",
+    "output_cls", "generation", "callback_manager", *READ_OPTIONS,
 )  # fmt: skip
 
 _QUESTIONS = PromptTemplate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.chat_engine.types import BaseChatEngine, ChatMode
@@ -10,6 +10,7 @@ from llama_index.core.query_engine import RetrieverQueryEngine
 
 from compllm_rag.catalog.keywords import KeywordIndex
 from compllm_rag.errors import ConfigurationError
+from compllm_rag.generation.costs import CostModel
 from compllm_rag.llamaindex.chat.options import chat_engine
 from compllm_rag.llamaindex.engines import citation_engine, query_engine, sub_question_engine
 from compllm_rag.llamaindex.index_base import IndexBase
@@ -20,6 +21,7 @@ from compllm_rag.llamaindex.retriever import ConceptRetriever
 from compllm_rag.llamaindex.retrievers import ConceptBM25Retriever, HybridRetriever, keyword_index
 from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer
 from compllm_rag.llamaindex.tracked_store import TrackedVectorStore
+from compllm_rag.reading.calibrated import calibrated
 
 if TYPE_CHECKING:
     from llama_index.core.llms.llm import LLM
@@ -43,7 +45,8 @@ class IndexAsking(IndexBase):
             llm: None or the index's own `llm`, also with settings (`ConceptLLM(index.generator, temperature=0.7)`) or
                 as a structured one: no other can read its concepts.
             **kwargs: Of `ConceptSynthesizer` (`mode`, `streaming`, `missing`, `overflow`, `choose`,
-                `text_qa_template`, `refine_template`, `response_mode`, `output_cls`, `generation`, `callback_manager`),
+                `text_qa_template`, `refine_template`, `response_mode`, `output_cls`, `generation`, `callback_manager`;
+                `rate`, `read_policy`, `position_budget`, `prefill_budget`, `ttft_budget_s`, `costs`),
                 `response_synthesizer`, `node_postprocessors`, and of LlamaIndex's `VectorIndexRetriever`
                 (`similarity_top_k`, `filters`, ...); `retrieval` (`vector`, `bm25` or `hybrid`, with the options of
                 that retriever) or `retriever`, any other that gives nodes, such as an AutoMergingRetriever. `use_async`
@@ -104,14 +107,29 @@ class IndexAsking(IndexBase):
             llm: Leave it out: only the storage's own LLM can read its concepts. `simple` takes any.
             **kwargs: `memory` (any of LlamaIndex's), `chat_history`, `system_prompt` or `prefix_messages`,
                 `context_prompt` (the newest user turn, with `{context_str}`), `condense_prompt`, `condense_llm` (any),
-                `skip_condense`, `verbose`; `generation`, `mode`, `missing`, `overflow`, `choose`,
-                `node_postprocessors`, `callback_manager` and those of the retriever as in `as_query_engine`.
+                `skip_condense`, `verbose`; `generation`, `mode`, `missing`, `overflow`, `choose`, `rate`,
+                `read_policy`, `position_budget`, `prefill_budget`, `ttft_budget_s`, `costs`, `node_postprocessors`,
+                `callback_manager` and those of the retriever as in `as_query_engine`.
                 `streaming` and `use_async` are allowed and change nothing: call `stream_chat`, `achat`, `astream_chat`.
 
         Raises:
             ConfigurationError: A mode, an LLM or an option that nothing here would heed.
         """
         return chat_engine(self, chat_mode, llm, kwargs, RETRIEVER_OPTIONS)
+
+    def calibrate(
+        self, *, seconds: float = 20.0, progress: Callable[[str, float | None], None] | None = None
+    ) -> CostModel:
+        """Measure how fast this machine reads, for `ttft_budget_s` and `missing="auto"`; kept in the cache folder.
+
+        Args:
+            seconds: Time to spend, about.
+            progress: Called with a message and a share from 0 to 1.
+
+        Returns:
+            What was found. Engines that are made from now on heed it.
+        """
+        return calibrated(self.library, seconds=seconds, progress=progress)
 
     @property
     def keywords(self) -> KeywordIndex:

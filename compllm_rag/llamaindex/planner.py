@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.schema import NodeWithScore, QueryBundle
 
-from compllm_rag.config import MissingPolicy, Mode, OverflowPolicy
+from compllm_rag.config import MissingChoice, Mode, OverflowPolicy
 from compllm_rag.errors import ConfigurationError, PromptTooLongError
-from compllm_rag.library import ConceptLibrary, Fetched
+from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.account import NodeBody, NodeFacts, PlannedPrompt, PromptCost
 from compllm_rag.llamaindex.node_text import node_spans, text_of_node
+from compllm_rag.llamaindex.read_options import ReadOptions, known_costs, passage_reading
+from compllm_rag.llamaindex.read_planning import fixed_body, read_nodes, told
 from compllm_rag.llamaindex.templates import (
     DEFAULT_REFINE_TEMPLATE,
     DEFAULT_TEMPLATE,
@@ -42,15 +44,18 @@ class Planner:
         text_qa_template: Any LlamaIndex template with `{context_str}` and `{query_str}`; may be set anew at any time.
         llm: For templates that differ by LLM.
         mode: How passages enter, unless `choose` says otherwise.
-        missing: What to do when concepts are not stored.
+        missing: What to do when concepts are not stored; `auto` is `recompress` or `text`, whichever is sooner.
         overflow: Leave out the nodes that do not fit (and say so), or raise.
         choose: Decides for each node by itself.
         queued: Tells which of some node ids have concepts in the making; those are read as text meanwhile.
         refine_template: The same with `{context_msg}`, `{query_str}` and `{existing_answer}`, to refine an answer.
         instructions: Stand at the end of the request, such as the form of the answer.
+        reading: What decides in place of the fixed choice, and the rate of concepts; see `passage_reading`.
 
     Raises:
-        ConfigurationError: A setting is none that there is, or a function of a template would have to see concepts.
+        ConfigurationError: A setting is none that there is, a function of a template would have to see concepts, or
+            see `passage_reading`.
+        NotCalibratedError, RateOutOfReachError: See `passage_reading`.
     """
 
     def __init__(
@@ -60,20 +65,27 @@ class Planner:
         *,
         llm: LLM | None = None,
         mode: Mode = "concepts",
-        missing: MissingPolicy = "recompress",
+        missing: MissingChoice = "recompress",
         overflow: OverflowPolicy = "drop",
         choose: Chooser | None = None,
         queued: Queued | None = None,
         refine_template: BasePromptTemplate = DEFAULT_REFINE_TEMPLATE,
         instructions: str = "",
+        reading: ReadOptions | None = None,
     ) -> None:
         _check_setting("mode", mode, Mode)
-        _check_setting("missing", missing, MissingPolicy)
+        _check_setting("missing", missing, MissingChoice)
         _check_setting("overflow", overflow, OverflowPolicy)
         self.library, self.mode, self.missing, self.overflow, self.choose = library, mode, missing, overflow, choose
         self.text_qa_template, self.refine_template, self.instructions = text_qa_template, refine_template, instructions
         self.llm, self.queued = llm, queued
         self.template = PromptTemplate(library.llm.tokenizer)
+        self.options: ReadOptions = reading or {}
+        self.reading = passage_reading(
+            library, mode=mode, missing=missing, decides_otherwise=choose is not None, options=self.options
+        )
+        self._at_rate = library.at_rate(self.options.get("rate"))
+        self._costs = self.options.get("costs") or known_costs(library, missing)
         if not self._text_alone:
             for template, slot in ((text_qa_template, "context_str"), (refine_template, "context_msg")):
                 if slot in (chosen(template, llm).function_mappings or {}):
@@ -82,7 +94,7 @@ class Planner:
     @property
     def _text_alone(self) -> bool:
         """Whether no passage can enter as concepts."""
-        return self.mode == "text" and self.choose is None
+        return self.mode == "text" and self.choose is None and self.reading is None
 
     def plan(
         self,
@@ -107,6 +119,7 @@ class Planner:
         Raises:
             PromptTooLongError: The question alone does not fit, or no passage does, or not all of them do and
                 `overflow` is "error".
+            ReadBudgetError: Nothing fits the budget.
             MissingConceptsError: See `ConceptLibrary.fetch`.
             ConfigurationError: See `PromptTemplate.spans`, `templates.messages_of` and `node_text.node_spans`.
         """
@@ -121,14 +134,19 @@ class Planner:
         dropped: list[NodeWithScore] = []
         fetch_s = compress_s = 0.0
         queued = self.queued([node.node.node_id for node in nodes]) if self.queued else ()
+        made, policy = bodies, None
+        if self.reading is not None and bodies is None and nodes:
+            tokens = sum(map(len, self.template.spans(self.unread(messages), [])))
+            read = read_nodes(self.reading, self.template, bundle.query_str, nodes, tokens, queued)
+            nodes, made, policy = read.nodes, read.bodies, read.account
         for i, node in enumerate(nodes):
             number = len(prompt.nodes)
             head, tail = node_spans(self.template, number + 1, node.node, [])
-            if len(head) + len(tail) + self.least(node) > left:
+            if made is None and len(head) + len(tail) + self.least(node) > left:
                 dropped.append(node)  # nothing is read or compressed for it
                 continue
-            missing: MissingPolicy = "text" if node.node.node_id in queued else self.missing
-            body = bodies[i] if bodies is not None else self.body(bundle, node, number, missing)
+            missing: MissingChoice = "text" if node.node.node_id in queued else self.missing
+            body = self.body(bundle, node, number, missing) if made is None else made[i]
             fetch_s, compress_s = fetch_s + body.fetch_s, compress_s + body.compress_s
             passage = [head, *body.spans, tail]
             extent = sum(span.extent for span in passage)
@@ -141,7 +159,11 @@ class Planner:
         if bodies is not None:  # their time belongs to this answer, too
             begun -= fetch_s + compress_s
         plan = PromptPlan(tuple(self.template.spans(messages, prompt.spans)))
-        return self._planned(plan, prompt, dropped, begun, fetch_s, compress_s)
+        return replace(self._planned(plan, prompt, dropped, begun, fetch_s, compress_s), read_policy=policy)
+
+    def unread(self, messages: list[Message]) -> list[Message]:
+        """Of the turns of a prompt, those that a time as budget has to reckon with; here all of them."""
+        return messages
 
     def _plan_text(
         self,
@@ -280,33 +302,29 @@ class Planner:
 
         A planner of your own whose `body` takes fewer overrides this too.
         """
-        passage = self.library.passage(text_of_node(node.node))
+        passage = self._at_rate.passage(text_of_node(node.node))
         whole = self.library.spec.config.deep or passage.reason is not None
         return len(passage.ids) if whole else sum(passage.n_concepts)
 
-    def body(self, query: QueryBundle, node: NodeWithScore, passage: int, missing: MissingPolicy) -> NodeBody:
+    def body(self, query: QueryBundle, node: NodeWithScore, passage: int, missing: MissingChoice) -> NodeBody:
         """What stands for a node's text; a planner of your own may mix text and concepts within one node.
 
         Args:
             query: What is asked.
             node: Whose text.
             passage: Number of the passage, from 0.
-            missing: What to do when concepts are not stored.
+            missing: What to do when concepts are not stored; `auto` is `recompress` or `text`, whichever is sooner.
         """
-        text = text_of_node(node.node)
-        fetched, fetch_s = Fetched(None, 0, 0, 0.0), 0.0
-        if self.mode_of(query, node) == "concepts":
-            begun = time.perf_counter()
-            fetched = self.library.fetch(text, missing=missing)
-            fetch_s = time.perf_counter() - begun - fetched.compress_s
-        span: Span = (
-            TextSpan(self.library.passage(text).ids, passage) if fetched.concepts is None else fetched.span(passage)
+        as_concepts = self.mode_of(query, node) == "concepts"
+        return fixed_body(
+            self._at_rate, text_of_node(node.node), passage, missing if as_concepts else None, self._costs
         )
-        return NodeBody([span], fetched.hits, fetched.misses, fetch_s, fetched.compress_s)
 
     def _facts(self, node: NodeWithScore, body: NodeBody, positions: int) -> NodeFacts:
         concepts = [span for span in body.spans if isinstance(span, ConceptSpan)]
-        known = self.library.passage(text_of_node(node.node))
+        known = self._at_rate.passage(text_of_node(node.node))
+        decided = body.reading is not None
+        guarded = f"kept as text by the {known.reason}" if known.reason and not concepts else None
         return NodeFacts(
             node.node.node_id,
             "concepts" if concepts else "text",
@@ -315,7 +333,9 @@ class Planner:
             positions,
             body.hits,
             body.misses,
-            known.reason,
+            sum(map(len, body.spans)) - sum(map(len, concepts)) if decided else None,
+            body.why or guarded,
+            told(body.reading) if body.reading is not None else None,
         )
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
 from collections.abc import Generator as TextStream
-from typing import Any
+from typing import Any, Unpack
 
 from llama_index.core.base.response.schema import RESPONSE_TYPE, AsyncStreamingResponse, Response, StreamingResponse
 from llama_index.core.callbacks.base import CallbackManager
@@ -24,7 +24,7 @@ from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index_instrumentation import get_dispatcher
 from pydantic import BaseModel
 
-from compllm_rag.config import GenerationConfig, MissingPolicy, Mode, OverflowPolicy
+from compllm_rag.config import GenerationConfig, MissingChoice, Mode, OverflowPolicy
 from compllm_rag.generation.base import Generation, Generator, TokenStream
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import ConceptLibrary
@@ -33,6 +33,7 @@ from compllm_rag.llamaindex.callbacks import FollowsSettings
 from compllm_rag.llamaindex.decoding import generation_of
 from compllm_rag.llamaindex.llm import ConceptLLM
 from compllm_rag.llamaindex.planner import Chooser, Planner, Queued
+from compllm_rag.llamaindex.read_options import ReadOptions, refuse_several_prompts
 from compllm_rag.llamaindex.response_modes import ResponseMode, StockMode, allot, checked_mode, silent_answer
 from compllm_rag.llamaindex.streams import aiter_once, in_thread, iter_once
 from compllm_rag.llamaindex.structured import instructions_for, parsed, refuse_stream, schema_of
@@ -55,7 +56,8 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
         generator: Runs the target LLM; None runs it in this process.
         text_qa_template: Any LlamaIndex template with `{context_str}` and `{query_str}`.
         mode: `concepts`, or `text` to read the passages as tokens in the identical layout.
-        missing: What to do when concepts are not stored: `recompress`, `text` or `error`.
+        missing: What to do when concepts are not stored: `recompress`, `text`, `error`, or `auto`: recompress or text,
+            whichever is sooner, node by node.
         overflow: What to do when passages do not fit: `drop` those and report it, or `error`. When none fits it is an
             error always. In `compact` and `refine` only passages that do not fit a prompt by themselves count.
         choose: Decides text or concepts for each node by itself.
@@ -69,9 +71,13 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
         refine_template: Any LlamaIndex template with `{context_msg}`, `{query_str}` and `{existing_answer}`.
         output_cls: A pydantic model; the answer is an object of it (`PydanticResponse`). Tokens that its schema does
             not allow are never chosen (extra `structured`). Not with `streaming`.
+        **reading: `rate`, `read_policy`, `position_budget`, `prefill_budget`, `ttft_budget_s`, `costs`: what passages
+            are read as, and how much they may take; see `llamaindex.read_options.passage_reading`.
 
     Raises:
-        ConfigurationError: A setting is none that there is, or a function of a template would have to see concepts.
+        ConfigurationError: A setting is none that there is, a function of a template would have to see concepts, or a
+            read policy is to decide for several prompts.
+        NotCalibratedError: `ttft_budget_s`, and nobody has measured how fast this machine reads.
     """
 
     def __init__(
@@ -81,7 +87,7 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
         *,
         text_qa_template: BasePromptTemplate | None = None,
         mode: Mode = "concepts",
-        missing: MissingPolicy = "recompress",
+        missing: MissingChoice = "recompress",
         overflow: OverflowPolicy = "drop",
         choose: Chooser | None = None,
         queued: Queued | None = None,
@@ -91,6 +97,7 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
         response_mode: str | StockMode | None = None,
         refine_template: BasePromptTemplate | None = None,
         output_cls: type[BaseModel] | None = None,
+        **reading: Unpack[ReadOptions],
     ) -> None:
         if output_cls is not None and streaming:
             refuse_stream()
@@ -117,7 +124,10 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
             queued=queued,
             refine_template=refine_template or DEFAULT_REFINE_TEMPLATE,
             instructions="" if output_cls is None else instructions_for(output_cls),
+            reading=reading,
         )
+        if self._planner.reading is not None and self._mode in ("compact", "refine"):
+            refuse_several_prompts(self._mode)
         self._generation = generation or self._generator.config
         if output_cls is not None:
             self._generation = generation_of(self._generation, {"json_schema": schema_of(output_cls)})

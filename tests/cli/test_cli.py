@@ -23,7 +23,7 @@ QUERY = (
     "answer mode sources prompt_positions prefill_cost kv_bytes retrieval_s fetch_s layout_s prefill_s ttft_s total_s "
     "store"
 )
-SOURCE = "doc_id node_id title score used n_tokens n_concepts text"
+SOURCE = "doc_id node_id title score used n_tokens n_concepts text why parts"
 STATS = (
     "documents chunks segments unique_segments source_tokens concepts achieved_rate entry_layer prefill_cost "
     "concept_bytes bytes_per_source_token fingerprint llm embedder"
@@ -73,7 +73,7 @@ def test_ingest_query_stats(storage: Path, corpus: Path) -> None:
     assert "0 new or changed" in run("ingest", corpus, "--storage", storage).stdout
     found = json.loads(run("query", QUESTION, "--storage", storage, "--json", "--max-new-tokens", 8).stdout)
     assert set(QUERY.split()) <= set(found)
-    assert set(found) - set(QUERY.split()) == {"dropped", "finish_reason"}
+    assert set(found) - set(QUERY.split()) == {"dropped", "finish_reason", "bypassed", "read_policy"}
     assert all(list(s) == SOURCE.split() for s in found["sources"])
     assert {s["used"] for s in found["sources"]} == {"concepts"}
     assert found["store"]["misses"] == 0

@@ -174,8 +174,8 @@ def test_rates_by_the_text_and_side_by_side(here: Path, models: tuple[str, ...])
     found = json.loads(run("stats", "--storage", "s", "--json").stdout)
     assert found["chunks_as_text"]["guard"] >= 1 and sum(found["chunks_by_rate"].values()) == 2
     asked = json.loads(run("query", "What was the price?", "--storage", "s", "--top-k", "9", "--json").stdout)
-    assert {source["reason"] for source in asked["sources"]} == {None, "guard"}
-    assert "(kept so by the guard)" in run("query", "What was the price?", "--storage", "s", "--top-k", "9").stdout
+    assert {source["why"] for source in asked["sources"]} == {None, "kept as text by the guard"}
+    assert "(kept as text by the guard)" in run("query", "What was the price?", "--storage", "s", "--top-k", "9").stdout
     again = run("ingest", "docs", "--storage", "s", "--rate", "auto", "--also-rate", "3", "--guard", "exact", *models)
     assert "0 new or changed" in again.stdout
 

@@ -33,12 +33,14 @@ from toy_embedder import HashEmbedder
 # With a storage made elsewhere.
 GO_ON = (
     "docs/guide/query.md",
+    "docs/guide/read_policy.md",
     "docs/guide/engines.md",
     "docs/guide/retrieval.md",
     "docs/guide/chat.md",
     "docs/guide/agents.md",
     "docs/guide/upkeep.md",
     "docs/extend/generator.md",
+    "docs/extend/read_policy.md",
 )
 NOT_RUN = 1  # one more is a decision
 COMMANDS = [(name_of(page), " ".join(words), words) for page in PAGES for words in commands(page)]

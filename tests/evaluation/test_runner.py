@@ -19,7 +19,9 @@ from compllm_rag.evaluation.questions import QuestionFile, read_questions
 from compllm_rag.evaluation.results import METRICS, EvalConfig, EvalResult
 from compllm_rag.evaluation.runner import evaluate, evaluate_many
 from compllm_rag.generation.local import LocalGenerator
+from compllm_rag.reading.choice import FixedReadPolicy
 from tests.evaluation.evaluation_samples import PARTS, questions
+from tests.reading import read_samples
 
 QUICK = EvalConfig(max_new_tokens=4)
 
@@ -235,3 +237,29 @@ def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path, text: str) -> N
     with pytest.raises(ConfigurationError, match=r"line 1 of .*notes.txt is no finished part"):
         Journal(path)
     assert path.read_text() == text
+
+
+@pytest.mark.parametrize("codec", ["deep", "input"])
+def test_a_read_policy_is_a_mode_within_the_cost_of_its_rate(codec: str) -> None:
+    compressor = read_samples.compressor(codec)
+    config = EvalConfig(max_new_tokens=4)
+    settings = [("budgeted", 2.0), ("concepts", 2.0), ("budgeted", 4.0)]
+    journal = Journal()
+    asked = questions()
+    two, fixed, four = evaluate_many(compressor, asked, settings, config=config, journal=journal)
+    assert (two.mode, two.rate) == ("budgeted", 2.0)
+    share = (compressor.spec.depth - compressor.spec.config.entry_layer) / compressor.spec.depth
+    for record, theirs in zip(two.records, fixed.records, strict=True):
+        assert theirs.cost == theirs.concepts * share
+        around = 40 * len(asked[0].passages)  # what is not spent on titles may go to sentences
+        assert 0 < record.cost <= theirs.cost + around
+        assert record.source_tokens == theirs.source_tokens and record.f1 is not None
+    assert two.prefill_cost == sum(r.cost for r in two.records) / sum(r.source_tokens for r in two.records)
+    assert four.prefill_cost < two.prefill_cost
+    again = evaluate(compressor, asked, mode="budgeted", rate=2.0, config=config, journal=journal)
+    assert again.records == two.records
+    policy = FixedReadPolicy("text")
+    options = {"mode": "budgeted", "rate": 2.0, "config": config, "journal": journal}
+    text = evaluate(compressor, asked, **options, read_policy=policy)
+    assert text.records != two.records
+    assert any(r.positions < t.positions for r, t in zip(text.records, two.records, strict=True))

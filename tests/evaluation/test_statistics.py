@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from compllm_rag.evaluation.statistics import Record, statistics
+from compllm_rag.evaluation.statistics import Record, differences, statistics
 
 
 def record(nll: float, n_tokens: int = 1, **more) -> Record:
@@ -91,3 +91,15 @@ def test_intervals_are_seeded_and_hold_the_mean() -> None:
     # About 1.96 standard errors of the mean of 0 to 39 on each side.
     low, high = first.intervals["f1"]
     assert (high - low) / 2 == pytest.approx(1.96 * 11.54 / n**0.5, rel=0.1)
+
+
+def test_differences_are_paired_and_hold_for_recovered_too() -> None:
+    none, text = [record(4.0)] * 40, [record(1.0, f1=80.0)] * 40
+    low = [record(3.0 - i / 40, f1=float(i)) for i in range(40)]
+    high = [record(2.7 - i / 40, f1=i + 10.0) for i in range(40)]
+    found = differences(high, low, text, none)
+    assert found["f1"] == {"difference": pytest.approx(10), "interval": [pytest.approx(10)] * 2}
+    assert found["recovered"]["difference"] == pytest.approx(10)
+    assert found["recovered"]["interval"] == [pytest.approx(10)] * 2
+    assert differences(low, low, text, none)["f1"] == {"difference": 0.0, "interval": [0.0, 0.0]}
+    assert differences(high, low, none, none)["recovered"] is None

@@ -145,8 +145,8 @@ def test_a_table_stays_text_is_counted_and_explained(tmp_path: Path, deep: DeepC
             with pytest.raises(ConfigurationError, match="as the guard decided"):
                 index.library.fetch(node.text, rate=1)
         _, account = ask(index)
-        used = {facts["used"]: facts["reason"] for facts in account["nodes"].values()}
-        assert used == {"concepts": None, "text": "guard"}
+        used = {facts["used"]: facts.get("why") for facts in account["nodes"].values()}
+        assert used == {"concepts": None, "text": "kept as text by the guard"}
         stats = index.stats()
         assert stats["chunks_as_text"] == {"guard": len(table)}
         assert stats["tokens_as_text"] == sum(len(index.library.passage(node.text).ids) for node in table)

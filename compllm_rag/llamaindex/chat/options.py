@@ -20,6 +20,7 @@ from compllm_rag.llamaindex.chat.planner import Turn
 from compllm_rag.llamaindex.chat.synthesizer import TurnSynthesizer
 from compllm_rag.llamaindex.heeded import messages, postprocessors
 from compllm_rag.llamaindex.llm import ConceptLLM
+from compllm_rag.llamaindex.read_options import READ_OPTIONS
 from compllm_rag.models.plaintext import encode_plain
 from compllm_rag.prompt import SYSTEM, Message
 
@@ -30,7 +31,8 @@ MODES = ("best", "condense_plus_context", "context", "condense_question", "simpl
 _CONVERSATION = {"memory", "chat_history", "system_prompt", "prefix_messages", "callback_manager"}
 # `streaming` and `use_async` change nothing: `chat` waits, `stream_chat` streams, `achat` and `astream_chat` await.
 _NOTHING = {"streaming", "use_async"}
-_READING = {"mode", "missing", "overflow", "choose", "node_postprocessors", "context_prompt", "context_template"}
+_FIXED = ("mode", "missing", "overflow", "choose", *READ_OPTIONS)
+_READING = {*_FIXED, "node_postprocessors", "context_prompt", "context_template"}
 _CONDENSING = {"condense_prompt", "condense_question_prompt", "condense_llm", "skip_condense", "verbose"}
 
 
@@ -106,9 +108,7 @@ def _made(index: IndexAsking, mode: str, options: dict[str, Any]) -> ConceptChat
     callback_manager = options.pop("callback_manager", None)
     after = postprocessors(options.pop("node_postprocessors", None))
     chat_mode = _chat_mode(mode, options)
-    reading: dict[str, Any] = {
-        name: options.pop(name) for name in ("mode", "missing", "overflow", "choose") if name in options
-    }
+    reading: dict[str, Any] = {name: options.pop(name) for name in _FIXED if name in options}
     reading |= {"generation": generation, "callback_manager": callback_manager, "queued": index.pending.among}
 
     def synthesizer(turn: Turn, streaming: bool) -> TurnSynthesizer:

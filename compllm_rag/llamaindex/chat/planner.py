@@ -8,7 +8,7 @@ again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from llama_index.core.prompts import BasePromptTemplate
@@ -52,7 +52,7 @@ class Turn:
 class PlannedTurn(PlannedPrompt):
     """A planned prompt with what became of the conversation: `conversation` is added to the account."""
 
-    conversation: dict[str, Any]
+    conversation: dict[str, Any] = field(default_factory=dict)
 
     def account(self) -> dict[str, Any]:
         """The account as plain values."""
@@ -79,12 +79,17 @@ class ChatPlanner(Planner):
             overflow=base.overflow,
             choose=base.choose,
             queued=base.queued,
+            reading=base.options,
         )
         self.turn, self.context_prompt, self._n_turns, self._passages = turn, context_prompt, len(turn.turns), True
 
     def messages(self, query: str, *, existing: str | None = None, passages: str | None = None) -> list[Message]:
         """The conversation, as much of it as fits, and the newest user turn."""
         return self._messages(self._n_turns)
+
+    def unread(self, messages: list[Message]) -> list[Message]:
+        """Without the earlier turns, which the turn before has read."""
+        return self._messages(0)
 
     def plan(
         self, query: str | QueryBundle, nodes: Sequence[NodeWithScore], budget: int, **options: Any
@@ -134,9 +139,10 @@ class ChatPlanner(Planner):
 
     def _extent(self, query: QueryBundle, node: NodeWithScore, number: int) -> int:
         """Positions that a passage takes, near enough: what is missing in the store may be read as text."""
-        passage = self.library.passage(node.node.get_content(MetadataMode.NONE))
+        passage = self._at_rate.passage(node.node.get_content(MetadataMode.NONE))
         deep = self.library.spec.config.deep
-        concepts = not deep and self.missing != "text" and self.mode_of(query, node) == "concepts"
+        sure = not deep and self.missing not in ("text", "auto") and self.reading is None
+        concepts = sure and self.mode_of(query, node) == "concepts"
         body = sum(passage.n_concepts) if concepts and passage.reason is None else len(passage.ids)
         title, metadata = shown_metadata(node.node)
         return body + sum(map(len, self.template.passage(number + 1, title, [], metadata)))

@@ -1,0 +1,1 @@
+"""Does it pay to decide for each question what passages are read as?"""

@@ -1,0 +1,158 @@
+"""Does a read policy answer better than its rivals at the same prefill cost?
+
+Passages are retrieved for each question (of SQuAD and NarrativeQA among the chunks of many questions, of HotpotQA and
+MuSiQue among its own documents), and read as text, at a share of text's prefill cost in several ways, and not at all:
+by the budgeted policy from a storage at one rate and at two, the best sentences by BM25 as text, concepts of all
+passages at the rate of that cost, fewer passages as text (the first, and of the last as many sentences as fit), and
+concepts at places taken by chance. All have the same budget a question. Differences are paired over questions.
+
+Parts that are done are kept beside the JSON (OUT.records.jsonl) and not asked again.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from benchmarks.common import any_compressor_of, journal_of, parsed, parser, part, progress, written
+from benchmarks.planner.candidates import SETS, asked, found, recall, with_passages
+from benchmarks.planner.contenders import CONTENDERS, PLANNERS
+from compllm_rag.compression.spec import ConceptCompressor
+from compllm_rag.config import DEFAULT_EMBEDDER, GenerationConfig
+from compllm_rag.evaluation.asking import Asker
+from compllm_rag.evaluation.bodies import PassageBodies, Segmented, Setting
+from compllm_rag.evaluation.journal import Journal
+from compllm_rag.evaluation.questions import Question
+from compllm_rag.evaluation.statistics import Record, differences, statistics
+from compllm_rag.models.halves import Halves
+from compllm_rag.reading.budgeted import BudgetedReadPolicy
+
+_SHOWN = ("f1", "em", "nll", "recovered", "positions")
+Row = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> Row:
+    """Run it; the record of all sets."""
+    shared = "llm data-dir reader compressor codec entry-layer embedder batch-size limit"
+    options = parser("planner", __doc__, shared, limit=150)
+    options.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
+    options.add_argument("--costs", type=float, nargs="+", default=[0.25, 0.125], help="shares of text's prefill cost")
+    options.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    options.add_argument("--top-k", type=int, default=4, help="passages of a question")
+    options.add_argument("--pool", type=int, default=400, help="passages to look among, where a question has but one")
+    options.add_argument("--max-new-tokens", type=int, default=24)
+    args = parsed(options, argv)
+    if args.data_dir is None:
+        options.error("--data-dir is needed")
+    compressor = any_compressor_of(args)
+    spec = compressor.spec
+    rates = {cost: (spec.depth - spec.config.entry_layer) / (spec.depth * cost) for cost in args.costs}
+    for cost, rate in rates.items():
+        if rate < 1:
+            options.error(f"--costs {cost:g}: concepts of this compressor take no more than {rate * cost:g}")
+    same = {
+        "fingerprint": compressor.fingerprint,
+        "limit": args.limit,
+        "top_k": args.top_k,
+        "pool": args.pool,
+        "policy": repr(BudgetedReadPolicy()),
+    }
+    journal = journal_of(args.json, same)
+    halves = compressor.halves.merged() if compressor.halves else None
+    made = {name: _one(name, args, compressor, halves, rates, journal) for name in args.sets}
+    return written(
+        args,
+        {**same, "llm": compressor.llm.source, "rates": {f"{c:g}": rate for c, rate in rates.items()}, "sets": made},
+    )
+
+
+def _one(
+    name: str,
+    args: Namespace,
+    compressor: ConceptCompressor,
+    halves: Halves | None,
+    rates: Mapping[float, float],
+    journal: Journal,
+) -> Row:
+    chosen = SETS[name]
+    questions, among = asked(
+        args.data_dir / "eval" / chosen.file,
+        limit=args.limit,
+        pool=args.pool,
+        pooled=chosen.pooled,
+        segmenter=compressor.spec.segmenter,
+    )
+    places = part(journal, f"{name}, retrieval", lambda: found(questions, among, _embedder(args), args.top_k))
+    questions = with_passages(questions, among, places)
+    segmented, fits = Segmented(compressor), list[Question]()
+    text = Asker(compressor, Setting("text"), segmented, _generation(args), halves=halves)
+    fits = [question for question in questions if text.room(question) <= text.window]
+
+    def ask(label: str, setting: Setting, bodies: PassageBodies | None = None) -> list[Record]:
+        asker = Asker(compressor, setting, segmented, _generation(args), bodies, halves=halves)
+        make = partial(_asked, asker, fits, args.batch_size, answer=setting.mode != "none")
+        return [Record.from_dict(record) for record in part(journal, f"{name}, {label}", make)]
+
+    whole, none = ask("text", Setting("text")), ask("none", Setting("none"))
+    rows = [_row("text", None, whole, whole, none), _row("none", None, none, whole, none)]
+    for cost, rate in rates.items():
+        records = {}
+        for label in args.contenders:
+            if label == "random" and (not compressor.config.deep or rate == 1):
+                continue
+            bodies = CONTENDERS[label](compressor, segmented, rate)
+            records[label] = ask(f"{label} at {cost:g}", Setting("text"), bodies)
+            rows.append(_row(label, cost, records[label], whole, none))
+            progress(f"{name}, {label} at {cost:g}: f1 {rows[-1]['f1']}, recovered {rows[-1]['recovered']}")
+        for row in rows:
+            if row["cost"] == cost and row["contender"] in PLANNERS:
+                others = {label: theirs for label, theirs in records.items() if label not in PLANNERS}
+                row["over"] = {
+                    label: differences(records[row["contender"]], theirs, whole, none)
+                    for label, theirs in others.items()
+                }
+    return {
+        "title": chosen.title,
+        "n": len(fits),
+        "skipped": len(questions) - len(fits),
+        "recall": recall(fits),
+        "rows": rows,
+    }
+
+
+def _asked(asker: Asker, questions: Sequence[Question], batch_size: int, *, answer: bool) -> list[dict[str, Any]]:
+    records = asker.ask(questions, batch_size=batch_size, answer=answer, progress=lambda _: None)
+    return [record.to_dict() for record in records]
+
+
+def _row(
+    label: str, cost: float | None, records: Sequence[Record], text: Sequence[Record], none: Sequence[Record]
+) -> Row:
+    summed = statistics(records, text, none)
+    tokens = max(1, sum(record.source_tokens for record in text))
+    return {
+        "contender": label,
+        "cost": cost,
+        **{name: summed.values[name] for name in _SHOWN},
+        "intervals": {name: summed.intervals[name] for name in ("f1", "recovered")},
+        "prefill_cost": sum(record.cost or 0.0 for record in records) / tokens,
+        "prefill_tokens": sum(map(_prefill, records)) / len(records),
+    }
+
+
+def _prefill(record: Record) -> float:
+    """What a prompt takes at prefill, in text tokens."""
+    bodies = record.source_tokens if record.concepts is None else record.concepts
+    return record.positions - bodies + (record.cost or 0.0)
+
+
+def _generation(args: Namespace) -> GenerationConfig:
+    return GenerationConfig(max_new_tokens=args.max_new_tokens)
+
+
+def _embedder(args: Namespace) -> Any:
+    from compllm_rag.llamaindex.embedding import load_embedder
+
+    return load_embedder(args.embedder or DEFAULT_EMBEDDER)[0]

@@ -1,0 +1,123 @@
+"""Options of `query` that decide what passages are read as, and `--explain`, which tells what came of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compllm_rag.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from compllm_rag.compression.segmentation import Segmenter
+
+ReadRate = Annotated[
+    float | None,
+    typer.Option("--rate", help="Read concepts at this rate (source tokens per concept), not at the storage's."),
+]
+PolicyName = Annotated[
+    str | None,
+    typer.Option(
+        "--read-policy",
+        help="`fixed`: all passages alike, as far as a budget goes; `budgeted`: what the question needs within a "
+        "budget, sentence by sentence. Default: budgeted where there is a budget.",
+    ),
+]
+PositionBudget = Annotated[
+    int | None, typer.Option("--position-budget", min=1, help="Most prompt positions of all passages.")
+]
+PrefillBudget = Annotated[
+    float | None, typer.Option("--prefill-budget", help="Most that passages take at prefill, in text tokens.")
+]
+TtftBudget = Annotated[
+    float | None, typer.Option("--ttft-budget", help="Most seconds to the first token; `calibrate` first.")
+]
+MissingName = Annotated[
+    str,
+    typer.Option(
+        "--missing",
+        help="Concepts that are not stored: `recompress` now, read `text`, `error`, or `auto`: what is sooner.",
+    ),
+]
+_SHOWN = 60  # characters of a sentence
+
+
+def read_options(
+    rate: float | None,
+    read_policy: str | None,
+    position_budget: int | None,
+    prefill_budget: float | None,
+    ttft_budget: float | None,
+    missing: str,
+) -> dict[str, Any]:
+    """The options as `answer` takes them.
+
+    Raises:
+        ConfigurationError: There is no such policy; said here, before anything is loaded.
+    """
+    for given, known, what in (
+        (read_policy, (None, "fixed", "budgeted"), "read policy"),
+        (missing, ("recompress", "text", "error", "auto"), "policy for missing concepts"),
+    ):
+        if given not in known:
+            names = ", ".join(name for name in known if name)
+            raise ConfigurationError(f"unknown {what}", got=given, expected=names, next_step="pass one of them")
+    return {
+        "rate": rate,
+        "read_policy": read_policy,
+        "position_budget": position_budget,
+        "prefill_budget": prefill_budget,
+        "ttft_budget_s": ttft_budget,
+        "missing": missing,
+    }
+
+
+def explained(found: dict[str, Any], segmenter: Segmenter) -> list[str]:
+    """What became of each passage, in plain words.
+
+    Args:
+        found: As `answer` gives it.
+        segmenter: Of the storage; tells which words the tokens of a passage are.
+    """
+    out = [""]
+    for number, source in enumerate(found["sources"], 1):
+        title = source["title"] or source["doc_id"]
+        out.append(f"[{number}] {title}: {_size(source)}{_because(source['why'])}")
+        if source["parts"]:
+            tokenized = segmenter.tokenize(source["text"])
+            out += [_part(part, tokenized.text, tokenized.offsets) for part in source["parts"]]
+    policy = found["read_policy"]
+    if policy is None:
+        out.append("nothing was decided for this question: all passages are read in the same way")
+    else:
+        for name, gone in policy["left_out"].items():
+            out.append(f"left out: {gone['title'] or name}{_because(gone['why'])}")
+        taken = ", ".join(f"{name} {policy['taken'][name]:.4g} of {most:g}" for name, most in policy["budget"].items())
+        out.append(f"read policy {policy['name']}" + (f": {taken}" if taken else ", without a budget"))
+    if found["prefill_cost"] is not None:
+        out.append(f"the prompt takes {found['prefill_cost']:.2f} of the prefill that the same passages take as text")
+    return out
+
+
+def _size(source: dict[str, Any]) -> str:
+    n, parts = source["n_tokens"], source["parts"]
+    if not parts:
+        return (
+            f"{n} tokens as {source['n_concepts']} concepts" if source["used"] == "concepts" else f"{n} tokens as text"
+        )
+    sizes = {used: sum(p["end"] - p["start"] for p in parts if p["used"] == used) for used in ("text", "concepts")}
+    told = [f"{sizes['text']} as text"] if sizes["text"] else []
+    told += [f"{sizes['concepts']} as {source['n_concepts']} concepts"] if sizes["concepts"] else []
+    told += [f"{n - sum(sizes.values())} left out"] if sum(sizes.values()) < n else []
+    return f"{n} tokens, {', '.join(told)}"
+
+
+def _because(why: str | None) -> str:
+    return f" ({why})" if why else ""
+
+
+def _part(part: dict[str, Any], text: str, offsets: list[tuple[int, int]]) -> str:
+    said = " ".join(text[offsets[part["start"]][0] : offsets[part["end"] - 1][1]].split())
+    said = said if len(said) <= _SHOWN else f"{said[: _SHOWN - 3]}..."
+    at = f" at rate {part['rate']:g}" if part["rate"] is not None else ""
+    return f"      {part['used'] + at:<20} {said!r}{_because(part['why'])}"

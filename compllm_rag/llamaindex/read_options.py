@@ -1,0 +1,122 @@
+"""The options by which engines, the synthesizer and the command line say what passages are read as."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+from compllm_rag.config import MissingChoice, Mode
+from compllm_rag.errors import ConfigurationError
+from compllm_rag.generation.calibration import needed_costs, saved_costs
+from compllm_rag.generation.costs import CostModel
+from compllm_rag.library import ConceptLibrary
+from compllm_rag.reading.budget import NAMES, ReadBudget
+from compllm_rag.reading.budgeted import BudgetedReadPolicy
+from compllm_rag.reading.choice import FixedReadPolicy, ReadPolicy
+from compllm_rag.reading.passages import PassageReading
+
+READ_OPTIONS = ("rate", "read_policy", "position_budget", "prefill_budget", "ttft_budget_s", "costs")
+_POLICIES: dict[str, type[FixedReadPolicy] | type[BudgetedReadPolicy]] = {
+    "fixed": FixedReadPolicy,
+    "budgeted": BudgetedReadPolicy,
+}
+
+
+class ReadOptions(TypedDict, total=False):
+    """See `passage_reading`."""
+
+    rate: float | None
+    read_policy: ReadPolicy | str | None
+    position_budget: int | None
+    prefill_budget: float | None
+    ttft_budget_s: float | None
+    costs: CostModel | None
+
+
+def policy_named(given: object) -> ReadPolicy | None:
+    """A read policy by its name, or one as it is; None where there is none.
+
+    Raises:
+        ConfigurationError: There is no such policy, or it cannot choose.
+    """
+    if given is None:
+        return None
+    if isinstance(given, str) and given in _POLICIES:
+        return _POLICIES[given]()
+    if isinstance(given, str | type) or not callable(getattr(given, "choose", None)):
+        raise ConfigurationError(
+            "there is no such read policy",
+            got=repr(given),
+            expected=f"{', '.join(_POLICIES)}, or an object with `name` and `choose`",
+            next_step="pass one of them",
+        )
+    return given  # type: ignore[return-value]
+
+
+def passage_reading(
+    library: ConceptLibrary, *, mode: Mode, missing: MissingChoice, decides_otherwise: bool, options: ReadOptions
+) -> PassageReading | None:
+    """What decides how passages are read; None where nothing but the fixed choice was asked for.
+
+    Args:
+        library: Compressor and store.
+        mode: The fixed choice.
+        missing: See `PassageReading`.
+        decides_otherwise: Whether something else decides for each node (`choose`).
+        options: `rate`: source tokens per concept, where it is not that of the library. `read_policy`: `fixed`,
+            `budgeted`, or one of your own; None is `budgeted` where there is a budget. `position_budget`: most prompt
+            positions of all passages, their titles included. `prefill_budget`: most that they take at prefill, in text
+            tokens. `ttft_budget_s`: most seconds to the first token. `costs`: of this machine; None takes what
+            `compllm-rag calibrate` found.
+
+    Raises:
+        ConfigurationError: There is no such policy, a budget makes no sense, or two options contradict each other.
+        NotCalibratedError: A time is asked for, and nothing was measured.
+        RateOutOfReachError: See `FixedRate`.
+    """
+    rate = options.get("rate")
+    if rate is not None and mode == "text" and not decides_otherwise:
+        raise ConfigurationError(
+            "text has no compression rate",
+            got=f"mode text and rate {rate:g}",
+            expected="one of them",
+            next_step="leave one out",
+        )
+    library.at_rate(rate)  # whatever is wrong with it is said now
+    limits: dict[str, Any] = {
+        field: options.get(name) for field, name in NAMES.items() if options.get(name) is not None
+    }
+    policy = policy_named(options.get("read_policy"))
+    if policy is None and not limits:
+        return None
+    if decides_otherwise:
+        raise ConfigurationError(
+            "choose and a read policy both decide what passages are read as",
+            got="choose, and a read policy or a budget",
+            expected="one of them",
+            next_step="leave choose out",
+        )
+    costs = options.get("costs")
+    layer = library.spec.config.entry_layer
+    if costs is None:
+        costs = needed_costs(library.llm, layer) if "ttft_s" in limits else known_costs(library, missing)
+    budget = ReadBudget(**limits, costs=costs)
+    return PassageReading(library, policy or BudgetedReadPolicy(), budget, mode=mode, missing=missing, rate=rate)
+
+
+def known_costs(library: ConceptLibrary, missing: MissingChoice) -> CostModel | None:
+    """What was measured on this machine, where it would be looked at."""
+    return saved_costs(library.llm, library.spec.config.entry_layer) if missing == "auto" else None
+
+
+def refuse_several_prompts(response_mode: str) -> None:
+    """Refuse a read policy where what it leaves out would be read in the next prompt.
+
+    Raises:
+        ConfigurationError: Always.
+    """
+    raise ConfigurationError(
+        "a read policy decides for one prompt",
+        got=f"a read policy or a budget, and response_mode {response_mode}",
+        expected="simple_summarize",
+        next_step="leave response_mode out; what does not fit the budget is left out, and told",
+    )

@@ -1,0 +1,142 @@
+"""How much passages may take: positions, prefill in text tokens, or the time to the first token."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from compllm_rag.compression.spec import ConceptSpec
+from compllm_rag.errors import ConfigurationError, NotCalibratedError, ReadBudgetError
+from compllm_rag.generation.costs import CostModel, counted_prefill
+
+# Of a TTFT, what planning, fetching and layout may take beside the prefill.
+_BESIDE = 0.05
+NAMES = {"positions": "position_budget", "prefill": "prefill_budget", "ttft_s": "ttft_budget_s"}
+
+
+@dataclass(frozen=True)
+class ReadBudget:
+    """Limits of one prompt; None is no limit, several hold together.
+
+    Attributes:
+        positions: Most prompt positions of all passages, their numbers, titles and metadata included.
+        prefill: Most that these passages take at prefill, in text tokens: a token counts 1, a concept (D - L) / D.
+        ttft_s: Most seconds to the first token, by the cost model; the whole prompt counts.
+        costs: What reading takes on this machine; needed for `ttft_s`.
+
+    Raises:
+        ConfigurationError: A limit is none.
+        NotCalibratedError: A time is asked for without a cost model.
+    """
+
+    positions: int | None = None
+    prefill: float | None = None
+    ttft_s: float | None = None
+    costs: CostModel | None = None
+
+    def __post_init__(self) -> None:
+        for field, name in NAMES.items():
+            value = getattr(self, field)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ConfigurationError(
+                    f"{name} makes no sense", got=repr(value), expected="a number above 0", next_step="correct it"
+                )
+        if self.prefill is not None and self.prefill < 1:
+            raise ConfigurationError(
+                "prefill_budget makes no sense",
+                got=self.prefill,
+                expected="text tokens that passages may be worth, at least 1; it is no share",
+                next_step="multiply the share by the tokens of the passages",
+            )
+        if self.ttft_s is not None and self.costs is None:
+            raise NotCalibratedError(
+                "ttft_budget_s needs the speed of this machine",
+                got="no calibration",
+                expected="a cost model",
+                next_step="compllm-rag calibrate",
+            )
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits that there are, by the names of `as_query_engine`."""
+        return {name: getattr(self, field) for field, name in NAMES.items() if getattr(self, field) is not None}
+
+    def meter(self, spec: ConceptSpec, prompt_tokens: int, *, beside_s: float = 0.0) -> Meter:
+        """Measures prompts against this budget.
+
+        Args:
+            spec: Of the concepts.
+            prompt_tokens: The prompt's own, without any passage.
+            beside_s: Seconds that are spent before anything is read.
+        """
+        return Meter(self, spec, prompt_tokens, beside_s)
+
+
+class Meter:
+    """What the passages of one prompt take of its budget.
+
+    Args:
+        budget: The limits.
+        spec: Of the concepts.
+        prompt_tokens: The prompt's own, without any passage.
+        beside_s: Seconds that are spent before anything is read.
+    """
+
+    def __init__(self, budget: ReadBudget, spec: ConceptSpec, prompt_tokens: int, beside_s: float = 0.0) -> None:
+        self.budget, self._prompt_tokens, self._beside_s = budget, prompt_tokens, beside_s
+        self._layers = {"entry_layer": spec.config.entry_layer, "depth": spec.depth}
+
+    def taken(self, tokens: int, concepts: int) -> dict[str, float]:
+        """What passages take, by the names of the limits.
+
+        Args:
+            tokens: Read as text, numbers and titles included.
+            concepts: Read as such.
+        """
+        out: dict[str, float] = {
+            "position_budget": tokens + concepts,
+            "prefill_budget": counted_prefill(tokens, concepts, **self._layers),
+        }
+        if self.budget.costs is not None:
+            read = self.budget.costs.prefill_s(self._prompt_tokens + tokens, concepts)
+            out["ttft_budget_s"] = self._beside_s + read * (1 + _BESIDE)
+        return {name: out[name] for name in out if name in self.budget.limits}
+
+    def fits(self, tokens: int, concepts: int) -> bool:
+        """Whether passages that take so much are within every limit."""
+        return all(took <= self.budget.limits[name] + 1e-9 for name, took in self.taken(tokens, concepts).items())
+
+    def share(self, tokens: int, concepts: int) -> float:
+        """What passages take of the limit that is nearest, 1 being all of it; 0 where there is no limit.
+
+        Of a time, what the prompt takes without passages does not count.
+        """
+        bare = self.taken(0, 0)
+        shares = [
+            (took - bare[name]) / max(1e-9, self.budget.limits[name] - bare[name])
+            for name, took in self.taken(tokens, concepts).items()
+        ]
+        return max(shares, default=0.0)
+
+    def too_small(self, tokens: int, concepts: int) -> ReadBudgetError:
+        """The error that says the least that would do.
+
+        Args:
+            tokens: Of the least that could be read, as text.
+            concepts: And as concepts.
+        """
+        limits, least = self.budget.limits, self.taken(tokens, concepts)
+        short = {name: least[name] for name in limits if least[name] > limits[name]}
+        # Rounded up: what is named here must do.
+        named = {
+            n: f"{math.ceil(v * 1000) / 1000:g} s" if n.endswith("_s") else str(math.ceil(v)) for n, v in short.items()
+        }
+        return ReadBudgetError(
+            "no passage fits the budget",
+            got=", ".join(f"{name}={limits[name]:g}" for name in short),
+            expected=", ".join(f"{name} of at least {value}" for name, value in named.items())
+            + ": the prompt, and the smallest piece of the first passage",
+            next_step="raise the budget, or keep long titles and metadata from the LLM (excluded_llm_metadata_keys)",
+        )

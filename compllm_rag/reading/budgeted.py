@@ -1,0 +1,191 @@
+"""The read policy that spends a budget where the question needs it, sentence by sentence.
+
+Concepts of a passage's sentences can be read apart, since each stands for tokens of its own; they were made from the
+whole passage all the same. So a budget buys sentences at the price of concepts, where choosing sentences as text
+(BM25) buys fewer, and a higher rate of everything thins out those that matter as well.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from compllm_rag.errors import ConfigurationError
+from compllm_rag.reading.choice import Candidate, Part, Reading, ReadSpec, Used
+from compllm_rag.reading.kept import DEEP, INPUT, checked_table, kept_at
+from compllm_rag.reading.relevance import Weights, relevance
+
+
+@dataclass(frozen=True)
+class _Option:
+    """One way to read a sentence: positions as text and as concepts, and the share of what text gives."""
+
+    used: Used
+    rate: float | None
+    tokens: int
+    concepts: int
+    kept: float
+
+
+_NOTHING = _Option("left out", None, 0, 0, 0.0)
+
+
+@dataclass(frozen=True)
+class BudgetedReadPolicy:
+    """Reads what a budget allows, the likeliest to matter first.
+
+    Every sentence of the retrieved passages has a value: how likely it matters (its words and its neighbours' beside
+    the question's by BM25, its passage's words and rank) times the share of it that is kept (1 as text; concepts by the
+    table of their rate). The budget is spent step by step on whatever adds most value for what it takes: a sentence
+    more, or one at a lower rate, or as text. What is not reached is left out.
+
+    Args:
+        rates: Rates of concepts to choose from; None takes those at which the storage keeps the passage. Others are
+            read where they are stored, and never made.
+        text: Whether sentences may be read as text.
+        kept: The share of what text gives that concepts keep, by rate; None takes what was measured with the shipped
+            compressors (`compllm_rag.reading.kept`).
+        weights: What makes a sentence likely to matter.
+
+    Raises:
+        ConfigurationError: A rate or the table makes no sense.
+    """
+
+    rates: Sequence[float] | None = None
+    text: bool = True
+    kept: Mapping[float, float] | None = None
+    weights: Weights = field(default_factory=Weights)
+    name: str = field(default="budgeted", init=False)
+
+    def __post_init__(self) -> None:
+        if self.rates is not None and not all(rate >= 1 for rate in self.rates):
+            raise ConfigurationError("rates make no sense", got=list(self.rates), expected="numbers of at least 1")
+        if self.kept is not None:
+            checked_table(self.kept)
+
+    def choose(self, query: str, nodes: Sequence[Candidate], spec: ReadSpec) -> list[Reading]:
+        """See `ReadPolicy.choose`.
+
+        Raises:
+            ReadBudgetError: Not even the smallest sentence fits.
+        """
+        if not spec.meter.budget.limits:
+            raise ConfigurationError(
+                "this read policy has nothing to spend",
+                got="no budget",
+                expected="position_budget, prefill_budget or ttft_budget_s",
+                next_step="set one of them, or leave the read policy out",
+            )
+        scores = relevance(query, nodes, self.weights)
+        options = [self._options(node, spec) for node in nodes]
+        spent = _Spending(nodes, options, [[score.value for score in row] for row in scores], spec)
+        chosen = spent.chosen()
+        if any(node.n_tokens for node in nodes) and not any(option.kept for row in chosen for option in row):
+            raise spec.meter.too_small(*spent.least())
+        out = []
+        for node, row, why in zip(nodes, chosen, scores, strict=True):
+            triples = zip(node.sentences, row, why, strict=True)
+            parts = tuple(Part(s.start, s.end, o.used, o.rate, w.why) for s, o, w in triples)
+            reading = Reading(parts, "" if parts else "it has no text")
+            if parts and reading.left_out:
+                reading = Reading(parts, "sentences of other passages were worth more within the budget")
+            out.append(reading)
+        return out
+
+    def _options(self, node: Candidate, spec: ReadSpec) -> list[list[_Option]]:
+        """Ways to read each sentence, those that nothing speaks for left out, the cheapest first."""
+        table = checked_table(self.kept or (DEEP if spec.concepts.config.deep else INPUT))
+        rates = [rate for rate in (node.rates if self.rates is None else self.rates) if spec.at_hand(node, rate)]
+        shares = {rate: kept_at(self._achieved(node, rate, spec), table) for rate in rates}
+        out = []
+        for sentence in node.sentences:
+            found = []
+            for rate in rates:
+                k = spec.n_concepts(node, sentence.start, sentence.end, rate)
+                if k:
+                    found.append(_Option("concepts", rate, 0, k, shares[rate]))
+            if self.text or not rates:  # a passage whose concepts are missing is read as text or not at all
+                found.append(_Option("text", None, len(sentence), 0, 1.0))
+            out.append(found)
+        return out
+
+    @staticmethod
+    def _achieved(node: Candidate, rate: float | None, spec: ReadSpec) -> float:
+        return max(1.0, node.n_tokens / max(1, spec.n_concepts(node, 0, node.n_tokens, rate)))
+
+
+class _Spending:
+    """Spends a budget step by step on what adds most value for what it takes.
+
+    A step takes a sentence from how it is read so far to a better way. Whatever does not fit any more is passed over,
+    so that smaller steps behind it use up what is left.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[Candidate],
+        options: Sequence[Sequence[Sequence[_Option]]],
+        values: Sequence[Sequence[float]],
+        spec: ReadSpec,
+    ) -> None:
+        self._nodes, self._options, self._values, self._meter = nodes, options, values, spec.meter
+        self._now = [[_NOTHING for _ in row] for row in options]
+        self._begun = [False for _ in nodes]
+        self._tokens = self._concepts = 0
+        # Per position, as a share of the budget: steps are compared by it, and measured exactly before they are taken.
+        size = max(1, sum(node.n_tokens for node in nodes))
+        self._weight = (spec.meter.share(size, 0) / size, spec.meter.share(0, size) / size)
+
+    def chosen(self) -> list[list[_Option]]:
+        """How each sentence is read in the end."""
+        waiting: list[tuple[float, int, int, int]] = []
+        for n in range(len(self._nodes)):
+            for s in range(len(self._options[n])):
+                self._push(waiting, n, s)
+        while waiting:
+            worth, n, s, o = heapq.heappop(waiting)
+            option = self._options[n][s][o]
+            if option.kept <= self._now[n][s].kept:
+                continue
+            now = self._worth(n, s, option)
+            if -worth > now + 1e-12:  # its sentence is read by now, or it counted less to begin its passage
+                heapq.heappush(waiting, (-now, n, s, o))
+                continue
+            tokens, concepts = self._after(n, s, option)
+            if not self._meter.fits(tokens, concepts):
+                continue
+            self._now[n][s], self._tokens, self._concepts = option, tokens, concepts
+            self._push(waiting, n, s)
+            if not self._begun[n]:
+                self._begun[n] = True
+                for other in range(len(self._options[n])):
+                    self._push(waiting, n, other)
+        return self._now
+
+    def least(self) -> tuple[int, int]:
+        """The least that could be read: positions as text, and as concepts."""
+        each = [
+            (self._nodes[n].around + option.tokens, option.concepts)
+            for n, row in enumerate(self._options)
+            for options in row
+            for option in options
+        ]
+        return min(each, key=lambda taken: (self._meter.share(*taken), taken))
+
+    def _push(self, waiting: list[tuple[float, int, int, int]], n: int, s: int) -> None:
+        for o, option in enumerate(self._options[n][s]):
+            if option.kept > self._now[n][s].kept:
+                heapq.heappush(waiting, (-self._worth(n, s, option), n, s, o))
+
+    def _worth(self, n: int, s: int, option: _Option) -> float:
+        """Value that a step adds, for each share of the budget that it takes."""
+        tokens, concepts = self._after(n, s, option)
+        text, concept = self._weight
+        takes = (tokens - self._tokens) * text + (concepts - self._concepts) * concept
+        return self._values[n][s] * (option.kept - self._now[n][s].kept) / max(takes, 1e-9)
+
+    def _after(self, n: int, s: int, option: _Option) -> tuple[int, int]:
+        now = self._now[n][s]
+        around = 0 if self._begun[n] else self._nodes[n].around
+        return self._tokens + option.tokens - now.tokens + around, self._concepts + option.concepts - now.concepts

@@ -1,0 +1,76 @@
+"""The planner's benchmark on a toy model: sets, contenders at equal cost, resuming, and its section."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import loft_corpus
+import toy
+import toy_embedder
+from benchmarks.planner import planner_page
+from benchmarks.planner.candidates import asked, found, with_passages
+from benchmarks.planner.contenders import CONTENDERS
+from compllm_rag.compression.segmentation import Segmenter
+from toy_embedder import HashEmbedder
+
+PARTS = [part.strip() for part in toy.TEXT.split("\n\n")]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("planner")
+    one = [
+        {"id": f"s{i}", "title": f"T{i}", "context": f"{part} It is part {i}.",
+         "qas": [{"id": f"q{i}", "question": " ".join(part.split()[1:6]), "answers": [part.split()[3]]}]}
+        for i, part in enumerate(PARTS * 2)
+    ]  # fmt: skip
+    several = [
+        {"id": f"h{i}", "question": " ".join(PARTS[i].split()[2:8]), "answers": [PARTS[i].split()[4]],
+         "documents": [{"title": f"D{n}", "text": part, "is_supporting": n == i} for n, part in enumerate(PARTS)]}
+        for i in range(3)
+    ]  # fmt: skip
+    loft_corpus.write(folder / "eval/squad_dev.jsonl.gz", one)
+    loft_corpus.write(folder / "eval/musique_dev.jsonl.gz", several)
+    toy_embedder.save_sentence_transformer(folder / "embedder", toy.TEXT)
+    return folder
+
+
+def test_passages_are_looked_for_among_those_of_all_questions_or_its_own(data: Path) -> None:
+    segmenter, embedder = Segmenter(toy.tokenizer(), 20), HashEmbedder()
+    options = {"limit": 2, "segmenter": segmenter}
+    chosen, among = asked(data / "eval/squad_dev.jsonl.gz", pool=5, pooled=True, **options)
+    assert len(chosen) == 2 and len(among[0]) >= 5 and among[0] == among[1]
+    places = found(chosen, among, embedder, 3)
+    read = with_passages(chosen, among, places)
+    assert [len(question.passages) for question in read] == [3, 3]
+    assert all(len({p.text for p in question.passages}) == 3 for question in read)
+    chosen, among = asked(data / "eval/musique_dev.jsonl.gz", pool=5, pooled=False, **options)
+    assert {p.title for p in among[0]} == {"D0", "D1", "D2"}
+    assert any(p.supporting for p in among[0]) and not all(p.supporting for p in among[0])
+
+
+def test_it_runs_resumes_and_has_its_section(data: Path, toy_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "planner.json"
+    words = ["--llm", toy_folder, "--data-dir", data, "--embedder", data / "embedder" / "model", "--limit", 3]
+    words += ["--sets", "squad", "musique", "--top-k", 3, "--pool", 4, "--max-new-tokens", 3]
+    record, _ = loft_corpus.run("planner", out, *words)
+    assert record["rates"] == {"0.25": 2.0, "0.125": 4.0}
+    for each in record["sets"].values():
+        rows = {(row["contender"], row["cost"]): row for row in each["rows"]}
+        assert set(rows) == {("text", None), ("none", None)} | {(c, p) for c in CONTENDERS for p in (0.25, 0.125)}
+        assert rows["text", None]["prefill_cost"] == 1 and rows["none", None]["prefill_cost"] == 0
+        for cost in (0.25, 0.125):
+            fixed = rows["concepts", cost]["prefill_tokens"]
+            assert abs(rows["concepts", cost]["prefill_cost"] - cost) < 0.02
+            for name in CONTENDERS:
+                assert rows[name, cost]["prefill_tokens"] <= fixed + 1e-6, name
+            over = rows["planner", cost]["over"]
+            assert set(over) == {"BM25 sentences", "concepts", "fewer text", "random"}
+            low, high = over["concepts"]["f1"]["interval"]
+            assert low <= over["concepts"]["f1"]["difference"] <= high
+    again, log = loft_corpus.run("planner", out, *words)
+    assert again["sets"] == record["sets"] and log.count("done before") == 2 * (3 + 2 * len(CONTENDERS))
+    page = "\n".join(planner_page.tables(record))
+    assert "| BM25 sentences | 0.125 |" in page and "Against the best of" in page and "### MuSiQue dev" in page
