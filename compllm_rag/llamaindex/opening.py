@@ -152,7 +152,9 @@ def create_index(
             "storage is not a folder", got=folder, expected="a folder, or a path where one can be made"
         )
     if folder is not None and has_manifest(folder):
-        budget_asked = {name: asked.pop(name) for name in ("budget_positions", "budget_bytes") if name in asked}
+        budget_asked: dict[str, int] = {
+            name: asked.pop(name) for name in ("budget_positions", "budget_bytes") if name in asked
+        }
         parts = load_index(
             folder,
             llm=llm,
