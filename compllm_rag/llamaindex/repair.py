@@ -242,10 +242,11 @@ def _repair_store(folder: Path, manifest: Manifest) -> int:
             if check.index_damaged:
                 raise CorruptRecordError("the index of the concept store is damaged")
             if check.damage:
-                store.remove(check.damaged_rows, check.sound)
-                store.compact()
-            return len(check.damaged_rows)
+                store.discard(check)
+            return len(check.damaged_rows) or sum(damage.key is not None for damage in check.damage)
     except (CorruptRecordError, StorageNotFoundError, StorageMismatchError):
+        if manifest.concept_store is not None:
+            raise  # it is not this storage's alone to put aside
         number = len(list(folder.glob(f"{_ASIDE}*")))
         if concepts.exists():
             concepts.rename(folder / f"{_ASIDE}{number}")
