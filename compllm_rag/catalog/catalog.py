@@ -2,13 +2,14 @@
 
 ```
 <path>/catalog.db                    rows; whoever reads it sees the last commit
-<path>/vectors-<generation>.faiss    vectors, see `generations`
+<path>/vectors-<n>.faiss, .log       vectors, see `generations`
 <path>/catalog.lock                  who has uncommitted work
 ```
 
-Uncommitted work lies in an open SQLite write transaction, so memory does not grow with it. A commit first makes the
-new vector file durable and then commits the transaction, which also names that file: the SQLite commit is the one
+Uncommitted work lies in an open SQLite write transaction, so memory does not grow with it. A commit first makes what
+changed of the vectors durable and then commits the transaction, which also names it: the SQLite commit is the one
 point at which rows, vectors and settings change together, and a process killed before it leaves the former state.
+Searches wait for nobody: each has a connection of its own for as long as it lasts, and vectors that nobody changes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -35,6 +37,8 @@ from compllm_rag.store.sqlite import Connection, connect, connect_uri
 
 _DATABASE = "catalog.db"
 _RELOADS = 20  # a writer would have to commit twice during each of them
+_IDLE = 8  # connections that wait for the next search
+_INSIDE: ContextVar[frozenset[int]] = ContextVar("compllm_rag_private_work", default=frozenset())
 
 
 class Catalog(ProcessBound):
@@ -56,6 +60,8 @@ class Catalog(ProcessBound):
         self._vectors = CatalogVectors(path, self._database)
         self._lock: WriterLock | None = None
         self._uncommitted = False
+        self._private = 0  # blocks whose uncommitted work is theirs alone to see
+        self._idle: list[Connection] = []
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], dim: int) -> Catalog:
@@ -159,6 +165,61 @@ class Catalog(ProcessBound):
                 yield connection
             finally:
                 connection.execute("ROLLBACK")
+
+    @contextmanager
+    def snapshot(self) -> Iterator[tuple[sqlite3.Connection, FlatVectors]]:
+        """One consistent view of rows and vectors that waits for no writer of this instance, nor keeps it waiting.
+
+        It is of the last commit. Uncommitted work of this instance is in it, and then it is the view of `reading` and
+        waits as that does, unless the work is `private` to another context. A catalog in memory has no other view.
+
+        Yields:
+            The connection to read rows with, and the vectors that belong to them, not to be changed.
+        """
+        self._alive()
+        others = self._private > 0 and id(self) not in _INSIDE.get()
+        if self.path is None or (self._uncommitted and not others):
+            with self.reading() as connection:
+                yield connection, self.vectors()
+            return
+        with translated_errors(self._database, writing=False):
+            own = self._borrowed()
+            try:
+                yield own, self._begin_snapshot(own)
+            finally:
+                if own.in_transaction:
+                    own.execute("ROLLBACK")
+                if own.lasting and self._connection is not None and len(self._idle) < _IDLE:
+                    self._idle.append(own)
+                else:
+                    own.close()
+
+    def _borrowed(self) -> Connection:
+        with suppress(IndexError):
+            return self._idle.pop()
+        return connect(self._database, writing=False, busy_s=BUSY_S)[0]
+
+    def _begin_snapshot(self, connection: sqlite3.Connection) -> FlatVectors:
+        for _ in range(_RELOADS):
+            connection.execute("BEGIN")
+            try:
+                return self._vectors.at(connection)
+            except FileNotFoundError:
+                connection.execute("ROLLBACK")  # see `_begin_read`
+        raise damaged("the vector file that the catalog names is not there", got=self._database)
+
+    @contextmanager
+    def private(self) -> Iterator[None]:
+        """Until the block ends, uncommitted work is seen by `snapshot` within the block's context alone."""
+        token = _INSIDE.set(_INSIDE.get() | {id(self)})
+        with self._guard:
+            self._private += 1
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._private -= 1
+            _INSIDE.reset(token)
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
@@ -266,14 +327,24 @@ class Catalog(ProcessBound):
     def reclaim(self) -> None:
         """Give the space of what was deleted back to the disk; the claim of this writer, if any, is given up.
 
-        A reader that has looked up the former vectors and not read them yet looks again.
+        Where the vectors have a log, a vector file is written in its place. A reader that has looked up the former
+        vectors and not read them yet looks again.
+
+        Raises:
+            StoreFullError: No space for the vector file; nothing is lost.
+            StoreLockedError: Another process writes.
         """
         with self._guard, translated_errors(self._database, writing=True):
             self.claim()
             connection = self._alive()
             if self._vectors.changed or self.path is None:
                 raise ConfigurationError("uncommitted changes are in the way", next_step="commit them first")
-            self._vectors.keep_only(read_state(connection).number)
+            if read_state(connection).log_bytes:
+                self._vectors.get(connection, changing=True, uncommitted=True)
+                self._vectors.whole = True
+                self.commit()
+                self.claim()
+            self._vectors.keep_only(read_state(connection).base)
             self._abandon(connection)
             with suppress(sqlite3.OperationalError):  # somebody writes again already; there is a next time
                 free, pages = (
@@ -294,8 +365,10 @@ class Catalog(ProcessBound):
         """Let go of all files. Uncommitted work is given up, never committed silently."""
         with self._guard:
             connection, self._connection = self._connection, None
+            while self._idle:
+                self._idle.pop().close()
             if connection is not None:
-                connection.close()
+                connection.close()  # the last: the others may not take the journal away
             self._vectors.forget()
             self._uncommitted = False
             self._release()

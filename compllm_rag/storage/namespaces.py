@@ -37,8 +37,8 @@ _DELETED = ".deleted-"
 # Parts of a storage, in the order in which they are deleted where they have no folder to themselves: as long as the
 # catalog is there, it can be seen that the rest has to go.
 _PARTS = (
-    "vectors-[0-9]*.faiss", "vectors-[0-9]*.faiss.tmp", "concepts", "concepts.damaged[0-9]*", "backup-v[0-9]*",
-    "compressor", "reader", "catalog.lock", "catalog.db-wal", "catalog.db-shm", "catalog.db",
+    "vectors-[0-9]*.faiss", "vectors-[0-9]*.faiss.tmp", "vectors-[0-9]*.log", "concepts", "concepts.damaged[0-9]*",
+    "backup-v[0-9]*", "compressor", "reader", "catalog.lock", "catalog.db-wal", "catalog.db-shm", "catalog.db",
 )  # fmt: skip
 
 
