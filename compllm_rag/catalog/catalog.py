@@ -18,8 +18,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -28,6 +27,7 @@ from compllm_rag.catalog.database import BUSY_S, connected, has_tables, locked, 
 from compllm_rag.catalog.faults import damaged, translated_errors
 from compllm_rag.catalog.flat_vectors import FlatVectors
 from compllm_rag.catalog.generations import sync_folder
+from compllm_rag.catalog.snapshots import RELOADS, Snapshots
 from compllm_rag.catalog.vectors import CatalogVectors
 from compllm_rag.errors import ConfigurationError, StorageNotFoundError, StoreReadOnlyError
 from compllm_rag.handles import ProcessBound
@@ -36,9 +36,6 @@ from compllm_rag.store.lock import WriterLock
 from compllm_rag.store.sqlite import Connection, connect, connect_uri
 
 _DATABASE = "catalog.db"
-_RELOADS = 20  # a writer would have to commit twice during each of them
-_IDLE = 8  # connections that wait for the next search
-_INSIDE: ContextVar[frozenset[int]] = ContextVar("compllm_rag_private_work", default=frozenset())
 
 
 class Catalog(ProcessBound):
@@ -60,8 +57,7 @@ class Catalog(ProcessBound):
         self._vectors = CatalogVectors(path, self._database)
         self._lock: WriterLock | None = None
         self._uncommitted = False
-        self._private = 0  # blocks whose uncommitted work is theirs alone to see
-        self._idle: list[Connection] = []
+        self._snapshots = Snapshots(self._database, self._vectors)
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], dim: int) -> Catalog:
@@ -177,49 +173,16 @@ class Catalog(ProcessBound):
             The connection to read rows with, and the vectors that belong to them, not to be changed.
         """
         self._alive()
-        others = self._private > 0 and id(self) not in _INSIDE.get()
-        if self.path is None or (self._uncommitted and not others):
+        if self.path is None or (self._uncommitted and not self._snapshots.belongs_to_another):
             with self.reading() as connection:
                 yield connection, self.vectors()
             return
-        with translated_errors(self._database, writing=False):
-            own = self._borrowed()
-            try:
-                yield own, self._begin_snapshot(own)
-            finally:
-                if own.in_transaction:
-                    own.execute("ROLLBACK")
-                if own.lasting and self._connection is not None and len(self._idle) < _IDLE:
-                    self._idle.append(own)
-                else:
-                    own.close()
+        with self._snapshots.taken() as view:
+            yield view
 
-    def _borrowed(self) -> Connection:
-        with suppress(IndexError):
-            return self._idle.pop()
-        return connect(self._database, writing=False, busy_s=BUSY_S)[0]
-
-    def _begin_snapshot(self, connection: sqlite3.Connection) -> FlatVectors:
-        for _ in range(_RELOADS):
-            connection.execute("BEGIN")
-            try:
-                return self._vectors.at(connection)
-            except FileNotFoundError:
-                connection.execute("ROLLBACK")  # see `_begin_read`
-        raise damaged("the vector file that the catalog names is not there", got=self._database)
-
-    @contextmanager
-    def private(self) -> Iterator[None]:
-        """Until the block ends, uncommitted work is seen by `snapshot` within the block's context alone."""
-        token = _INSIDE.set(_INSIDE.get() | {id(self)})
-        with self._guard:
-            self._private += 1
-        try:
-            yield
-        finally:
-            with self._guard:
-                self._private -= 1
-            _INSIDE.reset(token)
+    def private(self) -> AbstractContextManager[None]:
+        """A block whose uncommitted work `snapshot` shows to the block's own context alone."""
+        return self._snapshots.private()
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
@@ -365,8 +328,7 @@ class Catalog(ProcessBound):
         """Let go of all files. Uncommitted work is given up, never committed silently."""
         with self._guard:
             connection, self._connection = self._connection, None
-            while self._idle:
-                self._idle.pop().close()
+            self._snapshots.close()
             if connection is not None:
                 connection.close()  # the last: the others may not take the journal away
             self._vectors.forget()
@@ -399,7 +361,7 @@ class Catalog(ProcessBound):
         return self._alive()
 
     def _begin_read(self, connection: sqlite3.Connection) -> None:
-        for _ in range(_RELOADS):
+        for _ in range(RELOADS):
             connection.execute("BEGIN")
             try:
                 self.vectors()

@@ -32,7 +32,7 @@ class CatalogVectors:
         self._held: tuple[tuple[VectorGeneration, FlatVectors], ...] = ()  # the latest first; at most two
         self._working: FlatVectors | None = None
         self._since: FlatVectors | None = None  # what the working ones were
-        self._whole: FlatVectors | None = None  # the working ones as they were written into a vector file
+        self._merged: FlatVectors | None = None  # the working ones as they were written into a vector file
         self._saved: tuple[VectorGeneration, VectorGeneration] | None = None  # in force, and to be
         self.whole = False  # the next commit writes a vector file, however little changed
 
@@ -131,12 +131,12 @@ class CatalogVectors:
         (n_nodes,) = connection.execute("SELECT count(*) FROM nodes").fetchone()
         if n_nodes != len(vectors):
             raise damaged("text and vectors went apart; nothing was committed", got=f"{n_nodes} and {len(vectors)}")
-        former, self._whole = read_state(connection), None
+        former, self._merged = read_state(connection), None
         made = None if self.whole else self._files.append(former, vectors, since)
         if made is None:
             merged = vectors.merged()
             made = self._files.save(former.number + 1, merged)
-            self._whole = merged
+            self._merged = merged
         write_state(connection, made)
         self._saved = (former, made)
 
@@ -145,7 +145,7 @@ class CatalogVectors:
         if self._working is None or self._saved is None:
             return
         former, made = self._saved
-        self._hold(made, self._whole or self._working.copy())
+        self._hold(made, self._merged or self._working.copy())
         self.abandoned()
         with suppress(OSError):  # the commit stands; what is left is removed by the next one
             self._files.keep_only(made.base, former.base)
@@ -156,7 +156,7 @@ class CatalogVectors:
 
     def abandoned(self) -> None:
         """Changes are given up, or committed; the next look finds the committed ones."""
-        self._working = self._since = self._saved = self._whole = None
+        self._working = self._since = self._saved = self._merged = None
         self.whole = False
 
     def forget(self) -> None:
