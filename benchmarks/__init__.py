@@ -17,7 +17,7 @@ FOLDERS = {
     "reuse": ("reuse",),
     "chat": ("chat",),
     "ingest": ("ingest", "ingest_scale", "edits"),
-    "storage": ("storage_size", "storage_quality", "store_read"),
+    "storage": ("storage_size", "storage_quality", "store_read", "commits"),
     "rivals": ("rivals",),
     "rates": ("rates",),
     "planner": ("planner",),

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from compllm_rag.storage.verification import verify_storage as verify_storage
     from compllm_rag.store import DiskStore as DiskStore
     from compllm_rag.store import MemoryStore as MemoryStore
+    from compllm_rag.store import RedisStore as RedisStore
 
 _HOME = {
     "BudgetedReadPolicy": "reading.budgeted",
@@ -61,6 +62,7 @@ _HOME = {
     "IngestConfig": "config",
     "LocalGenerator": "generation.local",
     "MemoryStore": "store",
+    "RedisStore": "store",
     "Metrics": "metrics",
     "PrefixCache": "generation.reuse",
     "TargetLLM": "models.llm",

@@ -54,6 +54,10 @@ class UntrainedCompressorWarning(UserWarning):
     """Concepts are made without anything that was trained for this LLM, and lose more than trained ones."""
 
 
+class StoreSettingsWarning(UserWarning):
+    """The server of a shared concept store is set up so that it may lose records."""
+
+
 class ConfigurationError(CompLLMError, ValueError):
     """A setting has a value that makes no sense."""
 
@@ -164,6 +168,10 @@ class MissingConceptsError(CompLLMError, LookupError):
 
 class StoreFullError(CompLLMError, OSError):
     """The disk or the size limit of the store is reached; nothing was evicted."""
+
+
+class StoreUnavailableError(CompLLMError, ConnectionError):
+    """The server of a shared concept store cannot be reached, or does not let this client in."""
 
 
 class UploadQueueFullError(CompLLMError, BlockingIOError):

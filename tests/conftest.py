@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import toy  # noqa: E402
 from compllm_rag.compression.compressor import Compressor  # noqa: E402
 from compllm_rag.models.llm import TargetLLM  # noqa: E402
+from tests.redis_servers import RedisProcess, installed  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +43,19 @@ def compressor(llm: TargetLLM) -> Compressor:
 def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The random Llama as a model folder."""
     return toy.save(tmp_path_factory.mktemp("toy-llm"))
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisProcess]:
+    """A real Redis server of the test's own, on a free port of the loopback interface."""
+    installed()
+    with RedisProcess(tmp_path / "redis") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
+    """A real Redis server for tests that leave it as it is, each in a space of its own."""
+    installed()
+    with RedisProcess(tmp_path_factory.mktemp("redis") / "shared") as server:
+        yield server

@@ -2,13 +2,14 @@
 
 ```
 <path>/catalog.db                    rows; whoever reads it sees the last commit
-<path>/vectors-<generation>.faiss    vectors, see `generations`
+<path>/vectors-<n>.faiss, .log       vectors, see `generations`
 <path>/catalog.lock                  who has uncommitted work
 ```
 
-Uncommitted work lies in an open SQLite write transaction, so memory does not grow with it. A commit first makes the
-new vector file durable and then commits the transaction, which also names that file: the SQLite commit is the one
+Uncommitted work lies in an open SQLite write transaction, so memory does not grow with it. A commit first makes what
+changed of the vectors durable and then commits the transaction, which also names it: the SQLite commit is the one
 point at which rows, vectors and settings change together, and a process killed before it leaves the former state.
+Searches wait for nobody: each has a connection of its own for as long as it lasts, and vectors that nobody changes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -26,6 +27,7 @@ from compllm_rag.catalog.database import BUSY_S, connected, has_tables, locked, 
 from compllm_rag.catalog.faults import damaged, translated_errors
 from compllm_rag.catalog.flat_vectors import FlatVectors
 from compllm_rag.catalog.generations import sync_folder
+from compllm_rag.catalog.snapshots import RELOADS, Snapshots
 from compllm_rag.catalog.vectors import CatalogVectors
 from compllm_rag.errors import ConfigurationError, StorageNotFoundError, StoreReadOnlyError
 from compllm_rag.handles import ProcessBound
@@ -34,7 +36,6 @@ from compllm_rag.store.lock import WriterLock
 from compllm_rag.store.sqlite import Connection, connect, connect_uri
 
 _DATABASE = "catalog.db"
-_RELOADS = 20  # a writer would have to commit twice during each of them
 
 
 class Catalog(ProcessBound):
@@ -56,6 +57,7 @@ class Catalog(ProcessBound):
         self._vectors = CatalogVectors(path, self._database)
         self._lock: WriterLock | None = None
         self._uncommitted = False
+        self._snapshots = Snapshots(self._database, self._vectors)
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], dim: int) -> Catalog:
@@ -159,6 +161,28 @@ class Catalog(ProcessBound):
                 yield connection
             finally:
                 connection.execute("ROLLBACK")
+
+    @contextmanager
+    def snapshot(self) -> Iterator[tuple[sqlite3.Connection, FlatVectors]]:
+        """One consistent view of rows and vectors that waits for no writer of this instance, nor keeps it waiting.
+
+        It is of the last commit. Uncommitted work of this instance is in it, and then it is the view of `reading` and
+        waits as that does, unless the work is `private` to another context. A catalog in memory has no other view.
+
+        Yields:
+            The connection to read rows with, and the vectors that belong to them, not to be changed.
+        """
+        self._alive()
+        if self.path is None or (self._uncommitted and not self._snapshots.belongs_to_another):
+            with self.reading() as connection:
+                yield connection, self.vectors()
+            return
+        with self._snapshots.taken() as view:
+            yield view
+
+    def private(self) -> AbstractContextManager[None]:
+        """A block whose uncommitted work `snapshot` shows to the block's own context alone."""
+        return self._snapshots.private()
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
@@ -266,14 +290,24 @@ class Catalog(ProcessBound):
     def reclaim(self) -> None:
         """Give the space of what was deleted back to the disk; the claim of this writer, if any, is given up.
 
-        A reader that has looked up the former vectors and not read them yet looks again.
+        Where the vectors have a log, a vector file is written in its place. A reader that has looked up the former
+        vectors and not read them yet looks again.
+
+        Raises:
+            StoreFullError: No space for the vector file; nothing is lost.
+            StoreLockedError: Another process writes.
         """
         with self._guard, translated_errors(self._database, writing=True):
             self.claim()
             connection = self._alive()
             if self._vectors.changed or self.path is None:
                 raise ConfigurationError("uncommitted changes are in the way", next_step="commit them first")
-            self._vectors.keep_only(read_state(connection).number)
+            if read_state(connection).log_bytes:
+                self._vectors.get(connection, changing=True, uncommitted=True)
+                self._vectors.whole = True
+                self.commit()
+                self.claim()
+            self._vectors.keep_only(read_state(connection).base)
             self._abandon(connection)
             with suppress(sqlite3.OperationalError):  # somebody writes again already; there is a next time
                 free, pages = (
@@ -294,8 +328,9 @@ class Catalog(ProcessBound):
         """Let go of all files. Uncommitted work is given up, never committed silently."""
         with self._guard:
             connection, self._connection = self._connection, None
+            self._snapshots.close()
             if connection is not None:
-                connection.close()
+                connection.close()  # the last: the others may not take the journal away
             self._vectors.forget()
             self._uncommitted = False
             self._release()
@@ -326,7 +361,7 @@ class Catalog(ProcessBound):
         return self._alive()
 
     def _begin_read(self, connection: sqlite3.Connection) -> None:
-        for _ in range(_RELOADS):
+        for _ in range(RELOADS):
             connection.execute("BEGIN")
             try:
                 self.vectors()

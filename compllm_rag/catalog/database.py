@@ -15,6 +15,7 @@ from compllm_rag.store.lock import WriterLock
 from compllm_rag.store.sqlite import connect
 
 CATALOG_VERSION = 1
+LOG_VERSION = 2  # while the vectors have a log, which earlier releases would not see
 BUSY_S = 5.0  # only a checkpoint or a foreign program makes us wait
 _SCHEMA = """
 CREATE TABLE state (
@@ -32,6 +33,10 @@ CREATE TABLE kv (
 );
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
+# Of a catalog of version 2: what of the log belongs to its state. Made when it is needed first.
+_LOG = """CREATE TABLE IF NOT EXISTS vector_log (
+    one INTEGER PRIMARY KEY CHECK (one = 1), in_file INTEGER NOT NULL, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL
+)"""
 REFERENCES = "CREATE TABLE refs (key BLOB PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID"  # see `references`
 
 
@@ -84,16 +89,33 @@ def read_state(connection: sqlite3.Connection) -> VectorGeneration:
         CorruptRecordError: The row is missing or damaged.
     """
     row = connection.execute("SELECT * FROM state").fetchone()
-    if row is not None and row[1] != CATALOG_VERSION:
+    if row is not None and row[1] not in (CATALOG_VERSION, LOG_VERSION):
         raise UnsupportedFormatError(
             "the catalog was written in another format version",
             got=row[1],
-            expected=CATALOG_VERSION,
+            expected=f"{CATALOG_VERSION} or {LOG_VERSION}",
             next_step="use a release that reads it, or ingest again into a new folder",
         )
     if row is None or [type(value) for value in row[2:]] != [int, int, int, str, str]:
         raise damaged("the catalog does not say which vectors it has", got=row)
-    return VectorGeneration(*row[2:])
+    if row[1] == CATALOG_VERSION:
+        return VectorGeneration(*row[2:])
+    log = connection.execute("SELECT in_file, bytes, sha256 FROM vector_log").fetchone()
+    if log is None or [type(value) for value in log] != [int, int, str] or min(log[:2]) < 0:
+        raise damaged("the catalog does not say what of the vector log it has", got=log)
+    return VectorGeneration(*row[2:], *log)
+
+
+def write_state(connection: sqlite3.Connection, state: VectorGeneration) -> None:
+    """Say which vectors the catalog has from now on."""
+    version = LOG_VERSION if state.log_bytes else CATALOG_VERSION
+    named = (state.number, state.dim, state.ntotal, state.file, state.sha256)
+    connection.execute("DELETE FROM state")
+    connection.execute("INSERT INTO state VALUES (1, ?, ?, ?, ?, ?, ?)", (version, *named))
+    if state.log_bytes:
+        connection.execute(_LOG)
+        log = (state.in_file, state.log_bytes, state.log_sha256)
+        connection.execute("INSERT OR REPLACE INTO vector_log VALUES (1, ?, ?, ?)", log)
 
 
 def storable(text: str) -> str:

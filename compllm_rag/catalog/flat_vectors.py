@@ -1,23 +1,17 @@
-"""Unit vectors in a flat FAISS index under ids of the caller's: exact cosine search, real removal, checked loading."""
+"""Unit vectors under ids of the caller's, in flat FAISS indexes: exact cosine search, real removal, cheap copies."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import faiss as _faiss  # type: ignore[import-untyped, unused-ignore]
 import numpy as np
 import numpy.typing as npt
 
-from compllm_rag.catalog.faults import damaged
+from compllm_rag.catalog.vector_parts import Ids, VectorPart, Vectors, joined
 from compllm_rag.errors import ConfigurationError, EmbedderMismatchError
 
-faiss: Any = _faiss  # what types it has describe the C++ calls, not the Python methods laid over them
 _HEADER_BYTES = 4096  # far more than what FAISS writes around vectors and ids
-_ONE_THREAD_BYTES = 256 * 2**20  # one core scans this in some 20 ms
-_parsing = threading.Lock()  # FAISS keeps its parsing limit in a global
 
 
 def unit_vector(embedding: Sequence[float], dim: int, of: str) -> npt.NDArray[np.float32]:
@@ -57,57 +51,102 @@ def unit_vector(embedding: Sequence[float], dim: int, of: str) -> npt.NDArray[np
 
 
 class FlatVectors:
-    """Vectors by 64-bit id. Not safe between threads by itself.
+    """Vectors by 64-bit id, in parts that never change; later ids are higher. Changes are not safe between threads.
 
     Args:
         dim: Their number of dimensions.
+        parts: What they begin with.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, parts: Sequence[VectorPart] = ()) -> None:
         self.dim = dim
-        self._index = _empty(dim)
-        # A removal moves all later vectors, so removals gather until somebody looks. Ids never come again.
-        self._removed: set[int] = set()
+        self._parts = tuple(parts)
+        self._removed: list[Ids] = []
+        self.cleared = False  # since it was made, or copied
+
+    def copy(self) -> FlatVectors:
+        """Another one that shares all parts, and may be changed while this one is searched."""
+        return FlatVectors(self.dim, self._parts)
 
     @property
     def index(self) -> Any:
-        """The FAISS index itself."""
-        self._settle()
-        return self._index
+        """One FAISS index of all of them; made, where there are several parts."""
+        return self.merged()._parts[0].index
+
+    def merged(self) -> FlatVectors:
+        """The same in one part, without a trace of what was removed."""
+        whole = len(self._parts) == 1 and self._parts[0].left is None
+        return self if whole else FlatVectors(self.dim, [joined(self._parts, self.dim)])
 
     def __len__(self) -> int:
-        return int(self.index.ntotal)
+        return sum(map(len, self._parts))
 
-    def ids(self) -> npt.NDArray[np.int64]:
+    @property
+    def highest(self) -> int:
+        """The highest id, of rows that are gone perhaps; 0 when there is none."""
+        return max((int(part.ids[-1]) for part in self._parts if len(part.ids)), default=0)
+
+    @property
+    def last(self) -> int:
+        """The highest id that is there; 0 when there is none."""
+        return max((part.last for part in self._parts), default=0)
+
+    def ids(self) -> Ids:
         """All ids, shape (n,), in ascending order."""
-        ids: npt.NDArray[np.int64] = np.sort(faiss.vector_to_array(self.index.id_map))
+        parts = [np.empty(0, dtype=np.int64), *(part.live() for part in self._parts)]
+        ids: Ids = np.sort(np.concatenate(parts))
         return ids
 
-    def add(self, ids: Sequence[int], vectors: npt.NDArray[np.float32]) -> None:
+    def add(self, ids: Sequence[int] | Ids, vectors: Vectors) -> None:
         """Add unit vectors (n, dim) under new ids."""
-        if ids:
-            self._index.add_with_ids(np.ascontiguousarray(vectors), np.asarray(ids, dtype=np.int64))
+        if not len(ids):
+            return
+        parts = [*self._parts, VectorPart.of(np.asarray(ids, dtype=np.int64), vectors)]
+        # Parts grow as the digits of a binary number do: few of them, and each vector is copied a few times at most.
+        while len(parts) > 1 and len(parts[-2].ids) <= 2 * len(parts[-1].ids):
+            parts[-2:] = [joined(parts[-2:], self.dim)]
+        self._parts = tuple(parts)
 
     def get(self, ids: Iterable[int]) -> dict[int, npt.NDArray[np.float32]]:
         """Unit vectors (dim,) by id; ids that are not there are skipped."""
-        wanted = np.fromiter(set(ids) - self._removed, dtype=np.int64)
-        held = faiss.vector_to_array(self._index.id_map)
-        places = np.flatnonzero(np.isin(held, wanted))
-        found = faiss.downcast_index(self._index.index).reconstruct_batch(places)
-        return {int(held[place]): vector for place, vector in zip(places, found, strict=True)}
+        wanted = np.fromiter(set(ids), dtype=np.int64)
+        found: dict[int, npt.NDArray[np.float32]] = {}
+        for part in self._parts:
+            places = part.places(wanted)
+            if len(places):
+                found.update(zip(part.ids[places].tolist(), part.vectors_at(places), strict=True))
+        return found
 
-    def remove(self, ids: Iterable[int]) -> None:
+    def remove(self, ids: Iterable[int] | Ids) -> None:
         """Remove vectors; ids that are not there are skipped."""
-        self._removed.update(ids)
+        gone = ids if isinstance(ids, np.ndarray) else np.fromiter(ids, dtype=np.int64)
+        parts = []
+        for part in self._parts:
+            places = part.places(gone)
+            if len(places):
+                self._removed.append(part.ids[places])
+                part = part.without(places)
+            parts.append(part)
+        self._parts = tuple(part for part in parts if len(part))
 
     def clear(self) -> None:
         """Remove all vectors."""
-        self._index = _empty(self.dim)
-        self._removed.clear()
+        self._parts, self._removed, self.cleared = (), [], True
 
-    def search(
-        self, vector: npt.NDArray[np.float32], k: int, among: npt.NDArray[np.int64] | None = None
-    ) -> list[tuple[int, float]]:
+    def changes(self, since: FlatVectors) -> tuple[Ids, Ids, Vectors]:
+        """What became of a copy that was not cleared: ids removed, ids added, vectors added (n, dim).
+
+        Args:
+            since: What it was copied from. Ids are given in ascending order, so those above its highest are new.
+        """
+        former = since.highest
+        removed = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *self._removed]))
+        rows = [part.rows() for part in self._parts if part.ids[-1] > former]
+        ids = np.concatenate([np.empty(0, dtype=np.int64), *(ids for ids, _ in rows)])
+        vectors = np.concatenate([np.empty((0, self.dim), dtype=np.float32), *(vectors for _, vectors in rows)])
+        return removed[removed <= former], ids[ids > former], vectors[ids > former]
+
+    def search(self, vector: Vectors, k: int, among: Ids | None = None) -> list[tuple[int, float]]:
         """Find the nearest vectors.
 
         Args:
@@ -116,23 +155,14 @@ class FlatVectors:
             among: Only these ids, shape (n,); None for all.
 
         Returns:
-            Ids and cosine similarities, best first.
+            Ids and cosine similarities, best first; ties in ascending order of ids.
         """
-        index = self.index
-        k = min(k, int(index.ntotal) if among is None else len(among))
-        if k < 1:
-            return []
-        parameters = None
-        if among is not None:
-            selector = faiss.IDSelectorBatch(among)
-            parameters = faiss.SearchParameters(sel=selector)
-        with _few_threads(int(index.ntotal) * self.dim * 4):
-            scores, ids = index.search(vector[None, :], k, params=parameters)
-        return [(int(id_), float(score)) for id_, score in zip(ids[0], scores[0], strict=True) if id_ >= 0]
+        hits = [hit for part in self._parts for hit in part.search(vector, k, among)]
+        return sorted(hits, key=lambda hit: (-hit[1], hit[0]))[: max(k, 0)]
 
     def to_bytes(self) -> memoryview:
         """What FAISS would write into a file."""
-        return memoryview(faiss.serialize_index(self.index))
+        return self.merged()._parts[0].to_bytes()
 
     @classmethod
     def most_bytes(cls, dim: int, n: int) -> int:
@@ -151,54 +181,4 @@ class FlatVectors:
         Raises:
             CorruptRecordError: They hold something else.
         """
-        index = _parse(data, source)
-        inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexIDMap2) else None
-        if (
-            not isinstance(inner, faiss.IndexFlat)
-            or inner.metric_type != faiss.METRIC_INNER_PRODUCT
-            or not index.d == inner.d == dim
-            or not index.ntotal == inner.ntotal == index.id_map.size()
-        ):
-            raise damaged(
-                "a vector file holds another kind of index",
-                got=f"{type(inner or index).__name__} of {index.d} dimensions in {source}",
-                expected=f"a flat inner-product index of {dim} dimensions under 64-bit ids",
-            )
-        vectors = cls(dim)
-        vectors._index = index
-        return vectors
-
-    def _settle(self) -> None:
-        if self._removed:
-            self._index.remove_ids(np.fromiter(self._removed, dtype=np.int64, count=len(self._removed)))
-            self._removed.clear()
-
-
-@contextmanager
-def _few_threads(scanned_bytes: int) -> Iterator[None]:
-    # Where an LLM runs on the same cores, FAISS's threads wait for each other longer than one takes alone: 27 ms
-    # instead of 1 ms for 20,000 vectors of 384 dimensions. (The setting is the calling thread's own.)
-    former = faiss.omp_get_max_threads()
-    if scanned_bytes < _ONE_THREAD_BYTES:
-        faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(former)
-
-
-def _empty(dim: int) -> Any:
-    return faiss.IndexIDMap2(faiss.IndexFlatIP(dim))
-
-
-def _parse(data: bytes, source: str) -> Any:
-    with _parsing:
-        former = faiss.get_deserialization_vector_byte_limit()
-        # No vector inside can be longer than the whole; without a limit a forged length is allocated first.
-        faiss.set_deserialization_vector_byte_limit(max(len(data), 1))
-        try:
-            return faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8))
-        except (RuntimeError, MemoryError) as error:
-            raise damaged("FAISS cannot read a vector file", got=f"{str(error)[:120]} in {source}") from error
-        finally:
-            faiss.set_deserialization_vector_byte_limit(former)
+        return cls(dim, [VectorPart.from_bytes(data, dim, source)])

@@ -50,7 +50,7 @@ class PendingChunks:
     def among(self, node_ids: Sequence[str]) -> frozenset[str]:
         """Those of some nodes that await their concepts."""
         found = set[str]()
-        with self._kv.catalog.reading() as connection:
+        with self._kv.catalog.snapshot() as (connection, _):
             for start in range(0, len(node_ids), _PER_QUERY):
                 batch = node_ids[start : start + _PER_QUERY]
                 marks = ",".join("?" * len(batch))

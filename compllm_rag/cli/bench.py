@@ -33,6 +33,7 @@ BENCHMARKS = {
     "store_read": "Concepts from disk to tensor, against a flat file and other stores.",
     "storage_size": "Bytes per source token of storages, vectors, text and KV cache.",
     "storage_quality": "What fewer bits per concept cost.",
+    "commits": "Small uploads into a large storage, and searches beside them.",
     "edits": "The cost of ingesting a document again after an edit.",
     "startup": "Time until the command line answers.",
 }

@@ -69,6 +69,13 @@ def ingest(
     encoding: Annotated[
         str | None, typer.Option(help="How concepts are kept: fp16, int8 (half the bytes) or int4 (a quarter) [fp16].")
     ] = None,
+    concept_store: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="redis://HOST:PORT/NUMBER: keep concepts there, shared with other storages [in the storage].",
+        ),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto (the checkpoint's).")] = None,
     prune: Annotated[
         bool, typer.Option("--prune", help="Delete documents ingested from these paths that are not there any more.")
@@ -119,6 +126,7 @@ def ingest(
                 entry_layer=entry_layer,
                 chunk_size=chunk_size,
                 encoding=encoding,
+                concept_store=concept_store,
                 dtype=dtype,
                 offline=offline,
             ) as index,

@@ -27,6 +27,7 @@ from compllm_rag.storage.namespaces import existing_namespace, namespace_folder,
 from compllm_rag.storage.stats import stats_fields
 from compllm_rag.store.compaction import CompactReport
 from compllm_rag.store.memory import MemoryStore
+from compllm_rag.store.redis import RedisStore
 
 if TYPE_CHECKING:
     from compllm_rag.storage.compaction import StorageCompaction
@@ -250,7 +251,7 @@ class ConceptIndex(IndexAsking, IndexWriting):
 
     def reclaim(self, progress: Callable[[str, float | None], None] | None = None) -> CompactReport:
         """Drop concepts that nothing refers to, on the disk (see `compact`) or in memory."""
-        if isinstance(self.store, MemoryStore):
+        if isinstance(self.store, MemoryStore) or (isinstance(self.store, RedisStore) and self.storage_dir is None):
             return self.store.compact(self.accounts.references.live, progress=progress)
         return self.compact(progress=progress).concepts
 

@@ -237,7 +237,7 @@ class IndexWriting(IndexBase):
         Concepts are known by their content, so those made before an error or a Ctrl-C are right, and save the next
         run their work. Threads take turns; what is called from within the block belongs to it.
         """
-        with self._writing.acquired() as outermost:
+        with self._writing.acquired() as outermost, self.faiss.catalog.private():
             if outermost:
                 self._texts.begin()
                 self.settled = EnsureReport(0, 0, 0, 0, 0, 0.0)

@@ -54,7 +54,7 @@ from compllm_rag.llamaindex.tracked_store import NodeStore
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 from compllm_rag.storage.adapter_files import FILES_KEY, kept_digests
 from compllm_rag.storage.manifest import CONCEPTS, META_KEY, Manifest, has_manifest
-from compllm_rag.storage.stores import open_store
+from compllm_rag.storage.stores import open_store, shared_store
 from compllm_rag.store import ConceptStore, DiskStore
 
 _LOOKS = 10  # a writer would have to commit, or a compaction to end, between each two of them
@@ -99,6 +99,7 @@ def create_index(
     chunk_size: int | None = None,
     namespace: str | None = None,
     encoding: str | None = None,
+    concept_store: str | None = None,
     codec: Codec | str | None = None,
     entry_layer: int | None = None,
     generation: GenerationConfig | None = None,
@@ -127,6 +128,8 @@ def create_index(
         chunk_size: Target tokens per chunk, about; None takes 200.
         namespace: Tenant.
         encoding: How concepts are kept: `fp16`, `int8` or `int4`; None takes fp16. No part of their identity.
+        concept_store: `redis://HOST:PORT/NUMBER` of a store that several storages share; None keeps concepts in the
+            folder.
         codec: `deep` (the default) for concepts that enter the LLM at a middle layer, `input` for those of CompLLM
             at its input embeddings; a compressor that is given says it itself.
         entry_layer: Of untrained deep concepts: L; None takes half the LLM's layers.
@@ -165,6 +168,7 @@ def create_index(
             codec=codec,
             entry_layer=entry_layer,
             elsewhere=elsewhere,
+            concept_store=concept_store,
             expect={**asked, "chunk_size": chunk_size, "namespace": namespace, "encoding": encoding},
             **settings,
         )
@@ -190,16 +194,17 @@ def create_index(
     _check_rate(config, made, elsewhere)
     embed, source, identity = embedder_named(embedder or DEFAULT_EMBEDDER, progress, settings)
     dimension = len(embed.get_text_embedding("dimension"))
-    manifest = Manifest.of(made.spec, made.llm, source, identity, dimension, config)
+    shared = shared_store(concept_store, folder)
+    manifest = Manifest.of(made.spec, made.llm, source, identity, dimension, config, shared)
     if folder is None:
         vectors = FaissTextVectorStore(dim=dimension)
         _begin_elsewhere(vectors, elsewhere)
         return IndexParts(made, open_store(manifest, None), vectors, embed, manifest, generation, None)
     vectors = new_vectors(folder, dimension)
     keep_adapters(folder, made, llm or DEFAULT_LLM, reader)
-    store = open_store(manifest, folder / CONCEPTS)
+    store = open_store(manifest, folder / CONCEPTS, url=concept_store)
     vectors.catalog.set_meta(FILES_KEY, kept_digests(folder))
-    vectors.catalog.set_meta(META_KEY, manifest.model_dump_json())
+    vectors.catalog.set_meta(META_KEY, manifest.to_json())
     _begin_elsewhere(vectors, elsewhere)
     vectors.commit()
     return IndexParts(made, store, vectors, embed, manifest, generation, folder)
@@ -219,6 +224,7 @@ def load_index(
     codec: Codec | str | None = None,
     entry_layer: int | None = None,
     elsewhere: str | None = None,
+    concept_store: str | None = None,
     **model_options: Unpack[ModelOptions],
 ) -> IndexParts:
     """Open a storage that exists.
@@ -235,6 +241,8 @@ def load_index(
         codec: Must be the storage's own; None asks for none.
         entry_layer: The same.
         elsewhere: Class of the vector store that keeps vectors and text in the storage's place; None for none.
+        concept_store: Where the server of its shared concept store is now, with a password if it needs one; None takes
+            what the environment says (`COMPLLM_CONCEPT_STORE`), else the address the storage was made with.
         complete: Refuse a concept store that holds fewer records than text refers to; repair does not.
         **model_options: `dtype`, `device`, `cache_dir`, `offline` of `TargetLLM.from_pretrained`.
 
@@ -264,8 +272,8 @@ def load_index(
         manifest.check_compressor(made.spec.fingerprint, made.llm.source)
         _check_codec(codec, entry_layer, made.spec.config)
         embed = load_embedder_of(manifest, embedder, progress, settings)
-        store = open_store(manifest, folder / CONCEPTS, read_only=read_only)
-        if complete:
+        store = open_store(manifest, folder / CONCEPTS, read_only=read_only, url=concept_store)
+        if complete and isinstance(store, DiskStore):  # what others put into a shared one says nothing about this
             _check_complete(vectors, store)
     except CompLLMError:
         vectors.close()

@@ -51,6 +51,7 @@ class LoadOptions(ModelOptions, StockNames, total=False):
     progress: Callable[[str, float | None], None] | None
     codec: Codec | str | None
     entry_layer: int | None
+    concept_store: str | None
 
 
 class CreateOptions(ModelOptions, StockNames, total=False):
@@ -68,6 +69,7 @@ class CreateOptions(ModelOptions, StockNames, total=False):
     guard_limit: float | None
     chunk_size: int | None
     encoding: str | None
+    concept_store: str | None
     codec: Codec | str | None
     entry_layer: int | None
     generation: GenerationConfig | None

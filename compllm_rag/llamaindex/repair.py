@@ -14,7 +14,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.schema import MetadataMode
 
 from compllm_rag.catalog import rows as node_rows
-from compllm_rag.catalog.database import CATALOG_VERSION, claimed, connected, read_state
+from compllm_rag.catalog.database import claimed, connected, read_state, write_state
 from compllm_rag.catalog.flat_vectors import FlatVectors, unit_vector
 from compllm_rag.catalog.generations import GenerationFiles, VectorGeneration
 from compllm_rag.catalog.rows import StoredNode
@@ -194,8 +194,7 @@ def _repair_rows(
                 progress("embedding chunks again", made / max(len(ids) - len(bad), 1))
     vectors.remove(bad)
     state = files.save(number + 1, vectors)
-    connection.execute("DELETE FROM state")
-    connection.execute("INSERT INTO state VALUES (1, ?, ?, ?, ?, ?, ?)", (CATALOG_VERSION, *astuple(state)))
+    write_state(connection, state)
     connection.execute("COMMIT")
     files.keep_only(number + 1)
     return len(bad), made
@@ -242,10 +241,11 @@ def _repair_store(folder: Path, manifest: Manifest) -> int:
             if check.index_damaged:
                 raise CorruptRecordError("the index of the concept store is damaged")
             if check.damage:
-                store.remove(check.damaged_rows, check.sound)
-                store.compact()
-            return len(check.damaged_rows)
+                store.discard(check)
+            return len(check.damaged_rows) or sum(damage.key is not None for damage in check.damage)
     except (CorruptRecordError, StorageNotFoundError, StorageMismatchError):
+        if manifest.concept_store is not None:
+            raise  # it is not this storage's alone to put aside
         number = len(list(folder.glob(f"{_ASIDE}*")))
         if concepts.exists():
             concepts.rename(folder / f"{_ASIDE}{number}")

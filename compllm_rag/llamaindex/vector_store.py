@@ -288,8 +288,7 @@ class FaissTextVectorStore(ProcessBound, ThreadedVectorStore):
         if query.query_embedding is None:
             raise ConfigurationError("the query has no embedding", next_step="give query_embedding")
         vector = unit_vector(query.query_embedding, self.dim, "the query")
-        with self._catalog.reading() as connection:
-            vectors = self._catalog.vectors()
+        with self._catalog.snapshot() as (connection, vectors):
             allowed = allowed_ids(connection, query)
             found = nearest(connection, vectors, vector, query.similarity_top_k, allowed, diversity)
             nodes = [decode_node(row) for row, _ in found]

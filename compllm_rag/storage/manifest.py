@@ -27,6 +27,18 @@ META_KEY = "compllm/manifest"
 CATALOG, CONCEPTS = "catalog.db", "concepts"
 
 
+class SharedStore(Frozen):
+    """A concept store that a storage shares with others, outside of its folder.
+
+    Attributes:
+        url: Of its server, without a password.
+        owner: The name of this storage there.
+    """
+
+    url: str
+    owner: str
+
+
 class Manifest(Frozen):
     """Identity of a storage."""
 
@@ -41,6 +53,7 @@ class Manifest(Frozen):
     entry_layer: int = 0
     depth: int | None = None
     ingest: IngestConfig
+    concept_store: SharedStore | None = None
 
     @classmethod
     def of(
@@ -51,6 +64,7 @@ class Manifest(Frozen):
         embedder_identity: str,
         dimension: int,
         ingest: IngestConfig,
+        concept_store: SharedStore | None = None,
     ) -> Manifest:
         """The manifest of a storage made from these parts."""
         return cls(
@@ -64,7 +78,12 @@ class Manifest(Frozen):
             entry_layer=spec.config.entry_layer,
             depth=spec.depth,
             ingest=ingest,
+            concept_store=concept_store,
         )
+
+    def to_json(self) -> str:
+        """As the catalog keeps it; releases that know no shared stores read all others, and refuse those."""
+        return self.model_dump_json(exclude={"concept_store"} if self.concept_store is None else None)
 
     @classmethod
     def parse(cls, text: str | None) -> Manifest:

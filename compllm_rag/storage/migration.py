@@ -123,7 +123,8 @@ def _version(folder: Path) -> int:
 @contextmanager
 def _nobody_writes(folder: Path) -> Iterator[None]:
     with claimed(folder), ExitStack() as held:
-        held.callback(WriterLock(folder / CONCEPTS / _WRITER).release)
+        if (folder / CONCEPTS).is_dir():
+            held.callback(WriterLock(folder / CONCEPTS / _WRITER).release)
         yield
 
 
@@ -143,7 +144,7 @@ def _back_up(folder: Path, version: int) -> Path:
     with translated_errors(made, writing=True):
         shutil.rmtree(draft, ignore_errors=True)
         shutil.copytree(folder, draft, ignore=shutil.ignore_patterns(*_LEFT_OUT), symlinks=True)
-        for name in _DATABASES:
+        for name in [name for name in _DATABASES if (folder / name).exists()]:  # concepts may lie elsewhere
             _copy_database(folder / name, draft / name)
         for path in [draft, *draft.rglob("*")]:
             if path.is_dir():

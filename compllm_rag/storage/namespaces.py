@@ -27,7 +27,9 @@ from compllm_rag.catalog.generations import sync_folder
 from compllm_rag.config import IngestConfig, checked
 from compllm_rag.errors import CompLLMError, ConfigurationError, StorageNotFoundError
 from compllm_rag.storage.manifest import CATALOG, CONCEPTS, read_manifest
+from compllm_rag.storage.stores import open_store
 from compllm_rag.store.lock import WriterLock
+from compllm_rag.store.redis import RedisStore
 
 FOLDER = "namespaces"
 DEFAULT: str = IngestConfig.model_fields["namespace"].default
@@ -35,8 +37,8 @@ _DELETED = ".deleted-"
 # Parts of a storage, in the order in which they are deleted where they have no folder to themselves: as long as the
 # catalog is there, it can be seen that the rest has to go.
 _PARTS = (
-    "vectors-[0-9]*.faiss", "vectors-[0-9]*.faiss.tmp", "concepts", "concepts.damaged[0-9]*", "backup-v[0-9]*",
-    "compressor", "reader", "catalog.lock", "catalog.db-wal", "catalog.db-shm", "catalog.db",
+    "vectors-[0-9]*.faiss", "vectors-[0-9]*.faiss.tmp", "vectors-[0-9]*.log", "concepts", "concepts.damaged[0-9]*",
+    "backup-v[0-9]*", "compressor", "reader", "catalog.lock", "catalog.db-wal", "catalog.db-shm", "catalog.db",
 )  # fmt: skip
 
 
@@ -135,6 +137,7 @@ def delete_namespace(storage: str | Path, name: str) -> int:
         StorageNotFoundError: There is no such namespace.
         StoreLockedError: A process writes to it.
         StoreReadOnlyError: The folder cannot be written.
+        StoreUnavailableError: Its concepts lie in a shared store that cannot be reached; nothing was deleted.
     """
     root = Path(storage)
     folder, freed = namespace_folder(root, _check(name)), _purge(root)
@@ -145,6 +148,7 @@ def delete_namespace(storage: str | Path, name: str) -> int:
             "there is no such namespace", got=repr(name), next_step=f"see `compllm-rag namespace list --storage {root}`"
         )
     with _locked(folder), translated_errors(folder, writing=True):
+        _release_concepts(folder)
         if folder == root:
             freed += sum(_size(path) for path in _own_parts(folder))
             for path in _own_parts(folder):
@@ -172,6 +176,18 @@ def prepare_namespace(storage: Path, folder: Path) -> None:
         with translated_errors(folder, writing=True):
             storage.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.parent.mkdir(mode=0o700, exist_ok=True)
+
+
+def _release_concepts(folder: Path) -> None:
+    """Give up what a storage has in a shared concept store; as long as that fails, the folder stays as it is."""
+    try:
+        manifest = read_manifest(folder)
+    except CompLLMError:
+        return  # damaged, or half made: it cannot be told
+    store = open_store(manifest, folder / CONCEPTS) if manifest.concept_store is not None else None
+    if isinstance(store, RedisStore):
+        with store:
+            store.release()
 
 
 def _check(name: str) -> str:

@@ -22,7 +22,7 @@ from compllm_rag.catalog.generations import GenerationFiles
 from compllm_rag.catalog.pending import pending_keys
 from compllm_rag.catalog.references import count_keys, is_counted, referred_keys
 from compllm_rag.catalog.tracked import count_chunks
-from compllm_rag.errors import CompLLMError, CorruptRecordError, UnsupportedFormatError
+from compllm_rag.errors import CompLLMError, CorruptRecordError, StoreUnavailableError, UnsupportedFormatError
 from compllm_rag.storage.adapter_files import FILES_KEY, damaged_adapters
 from compllm_rag.storage.manifest import CATALOG, CONCEPTS, META_KEY, Manifest, refuse_newer, require_storage
 from compllm_rag.storage.stores import open_store
@@ -247,9 +247,9 @@ def _check_concepts(
             for damage in check.damage:
                 made.add("concepts", damage.what, damage.key)
             missing = _check_references(connection, store, made)
-            if is_counted(connection) and not check.damage:
+            if is_counted(connection) and not check.damage and not store.shared:
                 made.dead_records = made.records - made.segments + missing + made.segments_awaiting
-    except UnsupportedFormatError:
+    except (UnsupportedFormatError, StoreUnavailableError):
         raise
     except CompLLMError as error:
         made.add("concepts", error.what if error.got is None else f"{error.what}: {error.got}")

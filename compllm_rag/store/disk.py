@@ -29,7 +29,8 @@ from compllm_rag.errors import (
     StoreLockedError,
     StoreReadOnlyError,
 )
-from compllm_rag.store.base import ConceptStore, StoreStats, check_hidden_size, check_keys, encode_record
+from compllm_rag.store.base import StoreStats, check_hidden_size, check_keys, encode_record
+from compllm_rag.store.durable import DurableStore
 from compllm_rag.store.encodings import FP16, encoding_named
 from compllm_rag.store.faults import translated_errors
 from compllm_rag.store.index import LocationIndex
@@ -53,7 +54,7 @@ PACK_BYTES = 256 * 2**20
 _RECORDS_PER_WRITE = 256
 
 
-class DiskStore(ConceptStore):
+class DiskStore(DurableStore):
     """Concepts in a folder.
 
     Args:
@@ -255,6 +256,11 @@ class DiskStore(ConceptStore):
         """
         with self._alone():
             self._index.add({}, totals, gone=rowids)
+
+    def discard(self, check: StoreCheck) -> None:
+        """Take damaged records away, and their bytes; see `DurableStore.discard`."""
+        self.remove(check.damaged_rows, check.sound)
+        self.compact()
 
     def compact(
         self, live: Callable[[Sequence[str]], Sequence[bool]] | None = None, *, progress: Progress | None = None

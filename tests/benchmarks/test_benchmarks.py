@@ -76,6 +76,17 @@ def test_store_read(tmp_path: Path) -> None:
     assert record["ten_chunks"]["int8"]["warm"]["median_ms"] > 0
 
 
+def test_commits(tmp_path: Path) -> None:
+    sizes = ["--vectors", "400", "--dim", "8", "--uploads", "12", "--uploads-before", "3", "--seconds", "0.3"]
+    record = run("commits", tmp_path / "o.json", *sizes, "--every", "0.05")
+    log, file = record["commits"]["log"], record["commits"]["file"]
+    assert (log["vector_files_written"], file["vector_files_written"]) == (0, 3)
+    assert log["vector_bytes_per_upload"] * 10 < file["vector_bytes_per_upload"]
+    for name, found in record["searches"].items():
+        assert found["searches"] > 0 and (found["uploads"] > 0) == (not name.startswith("alone"))
+        assert 0 < found["p50_ms"] <= found["p95_ms"] <= found["most_ms"]
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_world(tmp_path_factory.mktemp("data"), rows=40)

@@ -19,6 +19,7 @@ import faiss
 import numpy as np
 import pytest
 
+from compllm_rag.catalog import generations
 from compllm_rag.catalog.catalog import Catalog
 from compllm_rag.errors import (
     CompLLMError,
@@ -101,7 +102,9 @@ def test_close_and_rollback_give_up_what_was_not_committed(tmp_path: Path) -> No
         assert store.n_nodes == 2
 
 
-def test_files_of_older_generations_go(tmp_path: Path) -> None:
+def test_files_of_older_generations_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generations, "LEAST_LOG", 0)
+    monkeypatch.setattr(generations, "LOG_SHARE", 0.0)
     with filled(tmp_path) as store:
         for step in range(4):
             store.add([node(f"s{step}", axis(step))])
@@ -140,18 +143,18 @@ def test_sigkill_before_commit_leaves_the_former_state(tmp_path: Path) -> None:
 def test_sigkill_between_vectors_and_rows_leaves_the_former_state(tmp_path: Path) -> None:
     filled(tmp_path).close()
     done = run(
-        "save = GenerationFiles.save\n"
-        "def save_and_die(self, *arguments):\n"
-        "    save(self, *arguments)\n"
+        "append = GenerationFiles.append\n"
+        "def append_and_die(self, *arguments):\n"
+        "    append(self, *arguments)\n"
         "    die()\n"
-        "GenerationFiles.save = save_and_die\n"
+        "GenerationFiles.append = append_and_die\n"
         "store = FaissTextVectorStore.open(sys.argv[1])\n"
         "store.add([node('half', axis(3))])\n"
         "store.commit()",
         tmp_path,
     )
     assert done.returncode == -signal.SIGKILL
-    assert vector_files(tmp_path) == ["vectors-1.faiss", "vectors-2.faiss"]
+    assert vector_files(tmp_path) == ["vectors-1.faiss", "vectors-1.log"]
     with FaissTextVectorStore.open(tmp_path, read_only=True) as reader:
         assert sorted(find(reader, axis(0), 9)) == ["n0", "n1", "n2"]
     with FaissTextVectorStore.open(tmp_path) as store:
@@ -302,8 +305,8 @@ def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
 
 def test_newer_format_is_refused(tmp_path: Path) -> None:
     filled(tmp_path).close()
-    change_database(tmp_path, "UPDATE state SET format_version = 2")
-    with pytest.raises(UnsupportedFormatError, match="got 2, expected 1"):
+    change_database(tmp_path, "UPDATE state SET format_version = 3")
+    with pytest.raises(UnsupportedFormatError, match="got 3, expected 1 or 2"):
         FaissTextVectorStore.open(tmp_path)
 
 

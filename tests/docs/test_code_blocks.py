@@ -70,9 +70,13 @@ def storage() -> ConceptIndex:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
-def test_python_blocks_run(page: Path, user: Path) -> None:
+def test_python_blocks_run(
+    page: Path, user: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if name_of(page) in GO_ON:
         storage().close()
+    if "COMPLLM_CONCEPT_STORE" in read(page):
+        monkeypatch.setenv("COMPLLM_CONCEPT_STORE", request.getfixturevalue("redis_server").url)
     namespace: dict[str, Any] = {"__name__": "page"}
     for found in blocks(page, "python"):
         if not found["reason"]:

@@ -44,7 +44,10 @@ pytestmark = pytest.mark.faults
 POINTS = {
     "before concepts": "ConceptIndex.commit = die",
     "between concepts and text": "ConceptIndex.commit = lambda self: (self.store.flush(), die())",
-    "between vectors and rows": "save = GenerationFiles.save; GenerationFiles.save = lambda *a: (save(*a), die())",
+    "between vectors and rows": "append = GenerationFiles.append; "
+    "GenerationFiles.append = lambda *a: (append(*a), die())",
+    "between a vector file and rows": "GenerationFiles.append = lambda *a: None; save = GenerationFiles.save; "
+    "GenerationFiles.save = lambda *a: (save(*a), die())",
     "after the commit": "GenerationFiles.keep_only = die",
 }
 
@@ -153,6 +156,57 @@ def test_a_damaged_record_names_its_key_and_is_no_answer(tmp_path: Path, compres
         assert index.as_query_engine(missing="error").query(QUESTION).source_nodes
 
 
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_a_damaged_log_of_vectors_is_found_and_made_whole_from_text(
+    tmp_path: Path, compressor: Compressor, damage: str
+) -> None:
+    path = filled(tmp_path / "s", compressor)
+    with load(path, compressor) as index:
+        index.ingest(documents(7, version=1))
+        index.delete_ref_doc("d2")
+        kept = texts(index)
+        before = index.as_retriever(similarity_top_k=9).retrieve(QUESTION)
+    (log,) = path.glob("vectors-*.log")
+    if damage == "flipped":
+        flip(log, log.stat().st_size // 2)
+    elif damage == "cut":
+        os.truncate(log, log.stat().st_size - 1)
+    else:
+        log.unlink()
+    with pytest.raises(CorruptRecordError, match="repair"):
+        load(path, compressor, read_only=True)
+    assert [finding.part for finding in verify_storage(path).findings] == ["vectors"]
+    report = repair_storage(path, compressor=compressor, embedder=HashEmbedder())
+    assert (report.sound, report.documents_lost, report.segments_compressed) == (True, (), 0)
+    with load(path, compressor) as index:
+        assert texts(index) == kept
+        after = index.as_retriever(similarity_top_k=9).retrieve(QUESTION)
+        assert [(n.node_id, n.score) for n in after] == [(n.node_id, n.score) for n in before]
+        index.ingest(documents(8, version=2))
+        check_whole(index)
+    sound(path)
+
+
+def test_answers_are_the_same_before_and_after_a_log_is_folded(tmp_path: Path, compressor: Compressor) -> None:
+    path = filled(tmp_path / "s", compressor)
+    with load(path, compressor) as index:
+        for version in (1, 2):
+            index.ingest(documents(8, version=version))
+        index.delete_ref_doc("d1")
+        assert list(path.glob("vectors-*.log"))
+
+        def found() -> list[tuple[str, float]]:
+            return [(n.node_id, n.score) for n in index.as_retriever(similarity_top_k=50).retrieve(QUESTION)]
+
+        before = found()
+        index.compact()
+        assert not list(path.glob("vectors-*.log"))
+        assert found() == before
+    with load(path, compressor, read_only=True) as index:
+        assert found() == before
+    sound(path)
+
+
 @pytest.mark.parametrize("read_only", [True, False])
 def test_parts_of_different_storages_do_not_open(tmp_path: Path, compressor: Compressor, read_only: bool) -> None:
     path = filled(tmp_path / "s", compressor)
@@ -237,12 +291,12 @@ def test_a_writer_that_stands_still_in_its_commit_keeps_nobody_from_reading(
     path = filled(tmp_path / "s", compressor)
     script = (
         "from compllm_rag.catalog.generations import GenerationFiles\n"
-        "save = GenerationFiles.save\n"
+        "append = GenerationFiles.append\n"
         "def stop(*a):\n"
-        "    made = save(*a)\n"
+        "    made = append(*a)\n"
         "    print(os.getpid(), flush=True); os.kill(os.getpid(), signal.SIGSTOP)\n"
         "    return made\n"
-        "GenerationFiles.save = stop\n"
+        "GenerationFiles.append = stop\n"
         "index = load(Path(sys.argv[1]))\n"
         "index.ingest(documents(6, version=1)); index.close(); print('done', flush=True)\n"
     )

@@ -1,8 +1,9 @@
-"""What both stores promise."""
+"""What all stores promise."""
 
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,15 +14,21 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from compllm_rag.errors import ConfigurationError, InvalidConceptsError
-from compllm_rag.store import ConceptStore, DiskStore, MemoryStore
+from compllm_rag.store import ConceptStore, DiskStore, MemoryStore, RedisStore
 from tests.processes import join
 from tests.store.store_samples import HIDDEN, concepts, key, records, same
 
 
-@pytest.fixture(params=["memory", "disk"])
+@pytest.fixture(params=["memory", "disk", "redis"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ConceptStore]:
     """An empty store of each kind."""
-    made = MemoryStore(HIDDEN) if request.param == "memory" else DiskStore(tmp_path / "store", hidden_size=HIDDEN)
+    if request.param == "memory":
+        made: ConceptStore = MemoryStore(HIDDEN)
+    elif request.param == "disk":
+        made = DiskStore(tmp_path / "store", hidden_size=HIDDEN)
+    else:
+        server = request.getfixturevalue("shared_redis")
+        made = RedisStore(server.url, hidden_size=HIDDEN, space=uuid.uuid4().hex)
     with made:
         yield made
 
