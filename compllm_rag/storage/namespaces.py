@@ -36,7 +36,7 @@ _DELETED = ".deleted-"
 # catalog is there, it can be seen that the rest has to go.
 _PARTS = (
     "vectors-[0-9]*.faiss", "vectors-[0-9]*.faiss.tmp", "concepts", "concepts.damaged[0-9]*", "backup-v[0-9]*",
-    "compressor", "reader", "catalog.lock", "catalog.db-wal", "catalog.db-shm", "catalog.db",
+    "compressor", "reader", "watch.lock", "catalog.lock", "catalog.db-wal", "catalog.db-shm", "catalog.db",
 )  # fmt: skip
 
 

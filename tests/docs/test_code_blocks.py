@@ -24,6 +24,8 @@ from compllm_rag.llamaindex.answer import answer
 from compllm_rag.llamaindex.ingest import IngestReport
 from compllm_rag.llamaindex.repair import RepairReport
 from compllm_rag.storage.compaction import StorageCompaction
+from compllm_rag.storage.exporting import StorageExport
+from compllm_rag.storage.importing import StorageImport
 from compllm_rag.storage.migration import Migration
 from compllm_rag.storage.verification import StorageCheck
 from compllm_rag.store import CompactReport
@@ -140,6 +142,8 @@ def test_fields_of_results(user: Path) -> None:
         "repair": RepairReport(findings=0).fields(),
         "compact": StorageCompaction(CompactReport(*[0] * len(CompactReport.__dataclass_fields__)), 0, 0, 0.0).fields(),
         "migrate": Migration(1, 1).fields(),
+        "export": StorageExport("", 0, (), 0, 0, 0.0).fields(),
+        "import": StorageImport("", (), 0, 0, 0, 0.0).fields(),
     }
     page = read(ROOT / "docs/results.md")
     for command, fields in expected.items():
