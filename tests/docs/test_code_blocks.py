@@ -23,6 +23,7 @@ from compllm_rag.cli.main import app
 from compllm_rag.llamaindex.answer import answer
 from compllm_rag.llamaindex.ingest import IngestReport
 from compllm_rag.llamaindex.repair import RepairReport
+from compllm_rag.llamaindex.watching.batch import WatchBatch
 from compllm_rag.storage.compaction import StorageCompaction
 from compllm_rag.storage.exporting import StorageExport
 from compllm_rag.storage.importing import StorageImport
@@ -136,6 +137,7 @@ def test_fields_of_results(user: Path) -> None:
         found, stats = answer(index, "Who built the lighthouse?"), index.stats()
     expected = {
         "ingest": IngestReport().fields(),
+        "watch": WatchBatch().fields(),
         "query": found | found["sources"][0],
         "stats": stats | stats["metrics"],
         "verify": StorageCheck(deep=False).fields(),
