@@ -24,7 +24,7 @@ import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Final, Literal
 
 from pydantic import ValidationError
 
@@ -32,7 +32,7 @@ from compllm_rag.config import Frozen
 from compllm_rag.errors import CorruptRecordError, UnsupportedFormatError
 
 HEADER, SUMS = "export.json", "SHA256SUMS"
-VERSION = 1
+VERSION: Final = 1
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 2**20
 _NAME = re.compile(r"[0-9]{1,6}(/[A-Za-z0-9_][A-Za-z0-9._-]*){1,4}")

@@ -99,7 +99,8 @@ def import_storage(
         if first is None or first.name != HEADER:
             raise no_export("another file than its header first" if first else "an empty archive")
         data = reader.bytes_of(first)
-        header, digests = ExportHeader.parse(data), {HEADER: hashlib.sha256(data).hexdigest()}
+        header = ExportHeader.parse(data)
+        digests: dict[str, str | None] = {HEADER: hashlib.sha256(data).hexdigest()}
         wanted = _wanted(header, namespace)
         places, new = _places(header, wanted, target)
         root = target if new else target / FOLDER
@@ -212,11 +213,11 @@ def _unpack(
         if found.name == SUMS:
             sums = reader.bytes_of(found)
             continue
-        number, _, rest = found.name.partition("/")
-        if int(number) not in wanted or number != str(int(number)):
+        first, _, rest = found.name.partition("/")
+        if int(first) not in wanted or first != str(int(first)):
             digests[found.name] = None
             continue
-        digests[found.name] = _write(reader, found, draft / number / rest, progress)
+        digests[found.name] = _write(reader, found, draft / first / rest, progress)
         size += found.size
     if sums is None:
         raise damaged_export("no list of digests at its end: it was cut off")

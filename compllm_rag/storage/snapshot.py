@@ -286,7 +286,7 @@ def _opened(path: Path, held: ExitStack) -> tuple[int, BinaryIO]:
             ) from error
         raise
     stream = held.enter_context(os.fdopen(handle, "rb", buffering=0))
-    return os.fstat(handle).st_size, stream  # type: ignore[return-value]
+    return os.fstat(handle).st_size, stream
 
 
 def _damaged(got: str, expected: object = None) -> CorruptRecordError:
