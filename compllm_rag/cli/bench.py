@@ -32,6 +32,7 @@ BENCHMARKS = {
     "storage_size": "Bytes per source token of storages, vectors, text and KV cache.",
     "storage_quality": "What fewer bits per concept cost.",
     "edits": "The cost of ingesting a document again after an edit.",
+    "editors": "Many editors of one document: time from an edit to an answer, chunks encoded again, nothing lost.",
     "startup": "Time until the command line answers.",
 }
 

@@ -64,15 +64,17 @@ class WatchedFolders:
 
     def matters(self, path: str) -> bool:
         """Whether a change of a path may matter; asked for each, so it looks at names before it looks at files."""
-        if Path(path).name == FILE:
-            return True
         for root in self.roots:
             if lies_in(path, [root]):
                 parts = Path(path).relative_to(root).parts
                 if any(part.startswith(".") for part in parts[:-1]) or self._is_of_storage(path):
                     return False
+        if Path(path).name == FILE:  # those of packages that are installed below are none of ours
+            folder = os.path.dirname(path)  # noqa: PTH120
+            return folder in self.roots or not self.leaves_out(folder)
         # What has no reader may be a folder that was moved away, or here.
-        return reader_of(Path(path)) is not None or not os.path.isfile(path)  # noqa: PTH113
+        is_read = reader_of(Path(path)) is not None or not os.path.isfile(path)  # noqa: PTH113
+        return is_read and not self.leaves_out(path)
 
     def check(self) -> None:
         """Refuse to go on without a folder.

@@ -165,7 +165,7 @@ class Watcher:
         else:
             if _is_being_written(changes, self._quiet_s):
                 time.sleep(self._quiet_s)
-            made = self._changed(sorted({*changes, *self._again}))
+            made = self._changed(sorted({*changes, *self._again} - self._folders.roots.keys()))
         return replace(self._finished(made, begun), edit_s=max(0.0, time.time() - first))
 
     def run(
@@ -216,6 +216,8 @@ class Watcher:
         return None
 
     def _changed(self, paths: Sequence[str]) -> WatchBatch:
+        if not paths:
+            return WatchBatch()
         try:
             made = self._bring(paths)
         except (StoreLockedError, StoreFullError):

@@ -196,10 +196,13 @@ def test_what_is_ignored(tmp_path: Path, docs: Path, compressor: Compressor) -> 
         (docs / "page.md~").write_text("still no")
         (docs / ".git").mkdir()
         (docs / ".git" / "COMMIT_EDITMSG.md").write_text("no")
+        (docs / "node_modules" / "left-pad").mkdir(parents=True)
+        (docs / "node_modules" / "left-pad" / "index.js").write_text("no")
+        (docs / "node_modules" / "left-pad" / ".gitignore").write_text("*.log")
         (docs / "photo.png").write_bytes(b"\x89PNG")
         watch.after(lambda: (docs / "a.md").write_text("Yes."), lambda: "a.md" in texts(index))
         assert sorted(texts(index)) == ["a.md", "page.md", "sub/ferry.md"]
-        assert [batch.files for batch in watch.batches[1:]] == [1]
+        assert [(batch.full, batch.files) for batch in watch.batches[1:]] == [(False, 1)]
         watch.after(lambda: (docs / ".gitignore").write_text("sub/\n"), lambda: "secret2.md" in texts(index))
         assert sorted(texts(index)) == ["a.md", "page.md", "secret.md", "secret2.md"]
         assert watch.batches[-1].full and watch.batches[-1].documents_deleted == 1
