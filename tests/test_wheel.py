@@ -105,6 +105,7 @@ def test_it_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
 
 @pytest.mark.network
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_pip_installs_all_of_it(wheel: Path, tmp_path: Path) -> None:
     """With every dependency from the package index, as a user does."""
     programs, variables = environment(tmp_path / "venv")

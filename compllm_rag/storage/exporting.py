@@ -70,7 +70,8 @@ def export_storage(
 
     Raises:
         StorageNotFoundError: There is no storage here, or no such namespace.
-        ConfigurationError: Something is there already, or the concepts do not lie in the storage.
+        ConfigurationError: Something is there already, the file's folder is not, or the concepts do not lie in the
+            storage.
         CorruptRecordError: The storage is damaged.
         UnsupportedFormatError: A newer release wrote it.
         StoreFullError: No space; nothing is left behind.
@@ -81,6 +82,8 @@ def export_storage(
     folders = _folders(Path(folder).absolute(), namespace)
     if os.path.lexists(target):
         raise _taken(target)
+    if not target.parent.is_dir():
+        raise ConfigurationError("the folder of the export is not there", got=target.parent, next_step="make it first")
     with translated_errors(target, writing=True, subject=EXPORT), ExitStack() as held:
         drafts = held.enter_context(staged(target.with_name(f".{target.name}.exporting")))
         snapshots = []

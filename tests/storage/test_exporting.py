@@ -352,6 +352,8 @@ def test_the_commands(tmp_path: Path, compressor: Compressor) -> None:
     assert done.stdout.startswith("namespace default: 2 documents, ")
     assert "error: the export cannot be read" in command("import", tmp_path / "no.tar", tmp_path / "x", code=2).stderr
     assert "error: there is no storage here" in command("export", tmp_path / "x", tmp_path / "x.tar", code=2).stderr
+    nowhere = command("export", path, tmp_path / "no" / "s.tar", code=2).stderr
+    assert "error: the folder of the export is not there" in nowhere
     assert names(tmp_path) == ["new", "s", "s.tar"]
     with pytest.raises(UnreadableFileError, match="no plain file"):
         import_storage(tmp_path, tmp_path / "x")
