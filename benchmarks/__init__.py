@@ -17,6 +17,7 @@ FOLDERS = {
     "reuse": ("reuse",),
     "chat": ("chat",),
     "ingest": ("ingest", "ingest_scale", "edits"),
+    "live": ("editors",),
     "storage": ("storage_size", "storage_quality", "store_read", "commits"),
     "rivals": ("rivals",),
     "rates": ("rates",),

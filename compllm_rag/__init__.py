@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from compllm_rag.reading.budgeted import BudgetedReadPolicy as BudgetedReadPolicy
     from compllm_rag.reading.choice import FixedReadPolicy as FixedReadPolicy
     from compllm_rag.storage.compaction import compact_storage as compact_storage
+    from compllm_rag.storage.exporting import export_storage as export_storage
+    from compllm_rag.storage.importing import import_storage as import_storage
     from compllm_rag.storage.migration import migrate_storage as migrate_storage
     from compllm_rag.storage.namespaces import delete_namespace as delete_namespace
     from compllm_rag.storage.namespaces import list_namespaces as list_namespaces
@@ -69,7 +71,9 @@ _HOME = {
     "UploadQueue": "llamaindex.uploads",
     "compact_storage": "storage.compaction",
     "delete_namespace": "storage.namespaces",
+    "export_storage": "storage.exporting",
     "import_index": "llamaindex.importing",
+    "import_storage": "storage.importing",
     "list_namespaces": "storage.namespaces",
     "load_compressor_for": "compression.loading",
     "load_documents": "llamaindex.documents",

@@ -35,6 +35,7 @@ BENCHMARKS = {
     "storage_quality": "What fewer bits per concept cost.",
     "commits": "Small uploads into a large storage, and searches beside them.",
     "edits": "The cost of ingesting a document again after an edit.",
+    "editors": "Many editors of one document: time from an edit to an answer, chunks encoded again, nothing lost.",
     "startup": "Time until the command line answers.",
 }
 

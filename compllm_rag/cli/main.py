@@ -22,6 +22,7 @@ from compllm_rag.cli import models as models_commands
 from compllm_rag.cli import namespace as namespace_commands
 from compllm_rag.cli import storage as storage_commands
 from compllm_rag.cli import train as train_commands
+from compllm_rag.cli import watch as watch_command
 from compllm_rag.cli.base import AsJson, CodecName, Offline, Storage, print_json, progress_show, reported
 from compllm_rag.cli.doctor import show_version
 from compllm_rag.cli.filters import Filters, parse_filters
@@ -233,7 +234,7 @@ def demo(
 
 # In the order of `--help`, after those above: what a newcomer needs stands first.
 _CARE = (storage_commands, doctor_command, calibrate_command, namespace_commands)
-_GROUPS = (chat_commands, models_commands, import_commands, *_CARE)
+_GROUPS = (chat_commands, watch_command, models_commands, import_commands, *_CARE)
 for _more in (*_GROUPS, eval_commands, bench_commands, train_commands):
     _more.register(app)
 

@@ -1,4 +1,4 @@
-"""The commands that look after a storage: `verify`, `repair`, `compact`, `migrate`."""
+"""The commands that look after a storage: `verify`, `repair`, `compact`, `migrate`, `export`, `import`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from compllm_rag.cli.base import STORAGE_VARIABLE, AsJson, Offline, print_json, progress_show, reported
+from compllm_rag.cli.base import LOST, STORAGE_VARIABLE, AsJson, Offline, print_json, progress_show, reported
 
 UNSOUND = 1  # exit code of a verification that found something; 2 is for errors
 
@@ -20,6 +20,8 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     for command in (verify, repair, compact, migrate):
         app.command()(reported(command))
+    app.command("export")(reported(export, interrupted=LOST))
+    app.command("import")(reported(import_, interrupted=LOST))
 
 
 def verify(
@@ -131,3 +133,59 @@ def migrate(storage: StorageFolder, as_json: AsJson = False) -> None:
         )
     else:
         typer.echo(f"format {report.to_version}: nothing to do")
+
+
+_ExportFile = Annotated[Path, typer.Argument(metavar="FILE", help="The export, a tar archive.")]
+_OneNamespace = Annotated[str | None, typer.Option("--namespace", help="Only this tenant [all of them].")]
+
+
+def export(
+    storage: Annotated[Path, typer.Argument(metavar="STORAGE", help="Folder of the storage.")],
+    file: _ExportFile,
+    namespace: _OneNamespace = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a storage into one file, whoever writes to it meanwhile. The file is there as a whole, or not at all.
+
+    Example: compllm-rag export storage backup.tar
+    """
+    from compllm_rag.storage.exporting import export_storage
+
+    with progress_show(as_json) as show:
+        made = export_storage(storage, file, namespace=namespace, progress=show.fetching)
+    if as_json:
+        print_json(made.fields())
+        return
+    typer.echo(
+        f"{_tenants(made.namespaces)}, {made.chunks} chunks: {made.files} files of {made.bytes} bytes in {made.file}, "
+        f"{made.seconds:.1f} s"
+    )
+
+
+def import_(
+    file: _ExportFile,
+    storage: Annotated[
+        Path, typer.Argument(metavar="STORAGE", help="A new folder, or a storage without these tenants.")
+    ],
+    namespace: _OneNamespace = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a storage of an export, proven by its digests; whole or not at all, and nothing is overwritten.
+
+    Example: compllm-rag import backup.tar storage
+    """
+    from compllm_rag.storage.importing import import_storage
+
+    with progress_show(as_json) as show:
+        made = import_storage(file, storage, namespace=namespace, progress=show.fetching)
+    if as_json:
+        print_json(made.fields())
+        return
+    typer.echo(
+        f"{_tenants(made.namespaces)}: {made.documents} documents, {made.chunks} chunks, {made.bytes} bytes in "
+        f"{made.folder}, {made.seconds:.1f} s"
+    )
+
+
+def _tenants(names: tuple[str, ...]) -> str:
+    return f"namespace {names[0]}" if len(names) == 1 else f"{len(names)} namespaces"

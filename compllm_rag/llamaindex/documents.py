@@ -59,6 +59,7 @@ class FileDocuments(Iterator[Document]):
         paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
         on_skip: Callable[[SkippedFile], None] | None = None,
         stdin: StdinSource | None = None,
+        listing: Listing | None = None,
     ) -> None:
         self.paths = as_paths(paths)
         self.skipped: list[SkippedFile] = []
@@ -67,6 +68,7 @@ class FileDocuments(Iterator[Document]):
         self.bytes_read = 0
         self.logs = on_skip is None
         self._on_skip, self._stdin = on_skip or _warn, stdin
+        self._found = listing  # by somebody who looked already; None looks through the paths
         self._listing: Listing | None = None
         self._documents = self._read()
 
@@ -78,7 +80,7 @@ class FileDocuments(Iterator[Document]):
             CorpusPathError: A path does not exist.
         """
         if self._listing is None:
-            self._listing = walk(self.paths)
+            self._listing = self._found or walk(self.paths)
             for skipped in self._listing.skipped:
                 self._skip(skipped)
         return self._listing

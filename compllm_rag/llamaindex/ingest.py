@@ -53,6 +53,7 @@ class IngestReport:
         documents_deleted: Documents that were pruned: their files are gone, or empty.
         documents_moved: Documents that came from a file other than before, which is not there any more.
         chunks: Chunks of all documents met.
+        chunks_added: Chunks of those that were not there before; only they are embedded.
         segments: Their segments.
         segments_compressed: Segments that went through the compressor.
         segments_reused: Segments whose concepts were in the store already.
@@ -68,6 +69,7 @@ class IngestReport:
     documents_deleted: int = 0
     documents_moved: int = 0
     chunks: int = 0
+    chunks_added: int = 0
     segments: int = 0
     segments_compressed: int = 0
     segments_reused: int = 0
@@ -84,7 +86,7 @@ class IngestReport:
 
     def fields(self) -> dict[str, Any]:
         """Plain values, as `ingest --json` prints them."""
-        counts = "chunks segments segments_compressed segments_reused"
+        counts = "chunks chunks_added segments segments_compressed segments_reused"
         documents = "documents documents_changed documents_deleted documents_moved"
         return {name: getattr(self, name) for name in f"{documents} {counts}".split()} | {
             "source_tokens": self.source_tokens,
@@ -175,12 +177,21 @@ def ingest_documents(
     progress: Progress | None = None,
     within: Iterable[str | Path] = (),
     prune: bool = False,
+    may_be_empty: bool = False,
 ) -> IngestReport:
     """Ingest documents; see `ConceptIndex.ingest`.
 
+    Args:
+        index: Where they go.
+        documents: See there, as for what follows.
+        progress: See there.
+        within: See there.
+        prune: See there.
+        may_be_empty: No documents at all are no error; what they were pruned for is known to be gone.
+
     Raises:
         ConfigurationError: `prune` without `within`.
-        EmptyCorpusError: There are no documents at all.
+        EmptyCorpusError: There are no documents at all, unless `may_be_empty`.
         PruneRefusedError: Not every file could be looked at; what was read is kept, and nothing is deleted.
     """
     begun = last = time.perf_counter()
@@ -201,7 +212,7 @@ def ingest_documents(
                 last = time.perf_counter()
             if progress:
                 progress(report)
-        if not report.documents:
+        if not report.documents and not may_be_empty:
             # Nor is anything pruned then: a folder that is not mounted looks the same.
             raise _no_documents(reading)
         if prune:
@@ -284,7 +295,7 @@ def _ingest_batch(index: Corpus, documents: list[Document], report: IngestReport
         index.complete_at_end()  # what each chunk may keep is known when all are there
     ensured = () if budgeted else nodes
     made = traced_ensure(index.library, (node.get_content(MetadataMode.NONE) for node in ensured))
-    replace_documents(index, changed, nodes, later=True)  # they are there by now
+    added = replace_documents(index, changed, nodes, later=True)  # they are there by now
     remember_origins(index, documents, changed)
     if made.compressed >= _MANY_SEGMENTS:
         release_unused(index.library.llm.device)
@@ -295,6 +306,7 @@ def _ingest_batch(index: Corpus, documents: list[Document], report: IngestReport
         documents=report.documents + len(documents),
         documents_changed=report.documents_changed + len(changed),
         chunks=report.chunks + sum(t.chunks for t in totals),
+        chunks_added=report.chunks_added + added,
         segments=report.segments + segments,
         segments_compressed=report.segments_compressed + made.compressed,
         segments_reused=report.segments_reused + segments - made.compressed,
@@ -326,7 +338,7 @@ def changed_documents(index: Corpus, documents: Iterable[Document]) -> list[Docu
 
 def replace_documents(
     index: Corpus, changed: Sequence[Document], nodes: Sequence[BaseNode], *, later: bool = False
-) -> None:
+) -> int:
     """Put nodes in the place of those their documents had, and remember the documents' hashes.
 
     Nodes carry the identity of their text, so those of a changed document that stayed are left alone.
@@ -336,6 +348,9 @@ def replace_documents(
         changed: The documents, new or changed.
         nodes: Their nodes.
         later: Leave the concepts to be made later.
+
+    Returns:
+        How many nodes were not there before.
     """
     keep = {node.node_id for node in nodes}
     present = {node_id for d in changed for node_id in index.faiss.node_ids(d.id_)}
@@ -348,6 +363,7 @@ def replace_documents(
         index.docstore.set_document_hash(document.id_, index.splitting.hash_of(document))
     if changed:
         index.splitting.remember()
+    return len(coming)
 
 
 def _keep_embeddings(index: Corpus, going: Sequence[str], coming: Sequence[BaseNode]) -> None:

@@ -45,13 +45,15 @@ class UploadReceipt:
         documents: Documents met.
         documents_changed: Those that were new or differed.
         chunks: Chunks of those.
-        chunks_queued: Chunks that are read as text until their concepts are made.
+        chunks_queued: Chunks that are read as text until their concepts are made, those of earlier uploads included.
+        chunks_added: Chunks that were not there before; only they are embedded.
     """
 
     documents: int
     documents_changed: int
     chunks: int
     chunks_queued: int
+    chunks_added: int = 0
 
 
 @dataclass(frozen=True)
@@ -140,14 +142,13 @@ class UploadQueue:
             changed = changed_documents(index, given.values())
             self._check_room(len(changed))
             nodes = index.splitting.nodes(changed)
-            if changed:
-                replace_documents(index, changed, nodes, later=True)
+            added = replace_documents(index, changed, nodes, later=True) if changed else 0
             remember_origins(index, given.values(), changed)
             queued = index.pending.among([node.node_id for node in nodes])
             # Still in our turn: nobody else must find room that is taken.
             self._enqueue((n.ref_doc_id or n.node_id, n.node_id) for n in nodes if n.node_id in queued)
         names.log()
-        return UploadReceipt(len(given), len(changed), len(nodes), len(queued))
+        return UploadReceipt(len(given), len(changed), len(nodes), len(queued), added)
 
     def add(self, nodes: Iterable[BaseNode]) -> None:
         """Nodes that are there get their concepts anew."""

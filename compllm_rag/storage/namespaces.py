@@ -38,7 +38,8 @@ _DELETED = ".deleted-"
 # catalog is there, it can be seen that the rest has to go.
 _PARTS = (
     "vectors-[0-9]*.faiss", "vectors-[0-9]*.faiss.tmp", "vectors-[0-9]*.log", "concepts", "concepts.damaged[0-9]*",
-    "backup-v[0-9]*", "compressor", "reader", "catalog.lock", "catalog.db-wal", "catalog.db-shm", "catalog.db",
+    "backup-v[0-9]*", "compressor", "reader", "watch.lock", "catalog.lock", "catalog.db-wal", "catalog.db-shm",
+    "catalog.db",
 )  # fmt: skip
 
 

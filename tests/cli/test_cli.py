@@ -16,7 +16,7 @@ from compllm_rag.cli.main import app
 from toy_embedder import save_sentence_transformer
 
 INGEST = (
-    "documents documents_changed documents_deleted documents_moved chunks segments segments_compressed segments_reused "
+    "documents documents_changed documents_deleted documents_moved chunks chunks_added segments segments_compressed segments_reused "
     "source_tokens seconds tokens_per_s skipped notes"
 )
 QUERY = (

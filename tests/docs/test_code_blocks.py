@@ -23,7 +23,10 @@ from compllm_rag.cli.main import app
 from compllm_rag.llamaindex.answer import answer
 from compllm_rag.llamaindex.ingest import IngestReport
 from compllm_rag.llamaindex.repair import RepairReport
+from compllm_rag.llamaindex.watching.batch import WatchBatch
 from compllm_rag.storage.compaction import StorageCompaction
+from compllm_rag.storage.exporting import StorageExport
+from compllm_rag.storage.importing import StorageImport
 from compllm_rag.storage.migration import Migration
 from compllm_rag.storage.verification import StorageCheck
 from compllm_rag.store import CompactReport
@@ -140,12 +143,15 @@ def test_fields_of_results(user: Path) -> None:
         found, stats = answer(index, "Who built the lighthouse?"), index.stats()
     expected = {
         "ingest": IngestReport().fields(),
+        "watch": WatchBatch().fields(),
         "query": found | found["sources"][0],
         "stats": stats | stats["metrics"],
         "verify": StorageCheck(deep=False).fields(),
         "repair": RepairReport(findings=0).fields(),
         "compact": StorageCompaction(CompactReport(*[0] * len(CompactReport.__dataclass_fields__)), 0, 0, 0.0).fields(),
         "migrate": Migration(1, 1).fields(),
+        "export": StorageExport("", 0, (), 0, 0, 0.0).fields(),
+        "import": StorageImport("", (), 0, 0, 0, 0.0).fields(),
     }
     page = read(ROOT / "docs/results.md")
     for command, fields in expected.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,9 @@ _SPECIAL = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+# Why a file, or a folder (true), is no part of the corpus; None where it is. Paths as in `FoundFile.file`.
+Ignored = Callable[[str, bool], str | None]
 
 
 @dataclass(frozen=True)
@@ -98,10 +101,14 @@ def check_paths(paths: Iterable[str | os.PathLike[str]]) -> None:
             raise _no_path(given) from error
 
 
-def walk(paths: Iterable[str | os.PathLike[str]]) -> Listing:
+def walk(paths: Iterable[str | os.PathLike[str]], ignored: Ignored | None = None) -> Listing:
     """Look through files and folders, opening none.
 
     Links to files are followed, links to folders are not: name such a folder to read it.
+
+    Args:
+        paths: Files and folders.
+        ignored: Tells of what lies in folders whether it is left out, besides what always is.
 
     Raises:
         CorpusPathError: A path does not exist.
@@ -119,19 +126,71 @@ def walk(paths: Iterable[str | os.PathLike[str]]) -> Listing:
             _look(listing, met, root, shown(root.name), real)
             continue
         listing.roots.append(real)
-        for path in _below(listing, root, real):
-            within = path.relative_to(root)
-            _look(listing, met, path, shown(within).replace(os.sep, "/"), os.path.join(real, within))  # noqa: PTH118
+        for path in _below(listing, root, real, root, ignored):
+            _look_within(listing, met, root, real, path, ignored)
     return listing
 
 
-def _below(listing: Listing, root: Path, real: str) -> Iterator[Path]:
+def look_at(listing: Listing, root: Path, files: Iterable[str], ignored: Ignored | None = None) -> None:
+    """Look at some files of a folder only, with all that lies in those that are folders; as `walk` would.
+
+    Args:
+        listing: Where they are put. What is not there any more is put among what was skipped, as `vanished`.
+        root: The folder, as it was named.
+        files: Paths in it, absolute, links of the folder followed.
+        ignored: See `walk`.
+    """
+    real, met = os.path.realpath(root), set[str]()
+    for file in sorted(files):
+        path = root / Path(file).relative_to(real)
+        if reason := shut_out(root, file, ignored):
+            _skip(listing, path, file, reason, "excluded")
+        elif _is_of_storage(file):
+            listing.storages.append(file)
+        elif path.is_dir():
+            for below in _below(listing, root, real, path, ignored):
+                _look_within(listing, met, root, real, below, ignored)
+        else:
+            _look_within(listing, met, root, real, path, ignored)
+
+
+def shut_out(root: Path, file: str, ignored: Ignored | None = None) -> str | None:
+    """Why `walk` would not come to a file (or folder), None where it would: a folder above it is left out, or it is.
+
+    Args:
+        root: The folder walked, as it was named.
+        file: A path in it, absolute, links of the folder followed; it need not exist.
+        ignored: See `walk`.
+    """
+    real = os.path.realpath(root)
+    at, parts = root, Path(file).relative_to(real).parts
+    for number, part in enumerate(parts, 1):
+        at = at / part
+        folder = number < len(parts) or (at.is_dir() and not _is_link(at))
+        reason = _left_out(at) if folder or (at.is_dir() and _is_link(at)) else None
+        if reason is None and ignored is not None:
+            reason = ignored(os.path.join(real, *parts[:number]), folder)  # noqa: PTH118
+        if reason is not None:
+            return reason
+    return None
+
+
+def _look_within(listing: Listing, met: set[str], root: Path, real: str, path: Path, ignored: Ignored | None) -> None:
+    within = path.relative_to(root)
+    file = os.path.join(real, within)  # noqa: PTH118
+    if ignored is not None and (reason := ignored(file, False)):
+        _skip(listing, path, file, reason, "excluded")
+    else:
+        _look(listing, met, path, shown(within).replace(os.sep, "/"), file)
+
+
+def _below(listing: Listing, root: Path, real: str, start: Path, ignored: Ignored | None) -> Iterator[Path]:
     """Paths of the files of a folder and those below, in order of name; the files of a folder before its folders."""
 
     def file_of(path: Path) -> str:
         return os.path.join(real, path.relative_to(root))  # noqa: PTH118
 
-    waiting = [root]  # no recursion: folders may be nested deeper than Python calls
+    waiting = [start]  # no recursion: folders may be nested deeper than Python calls
     while waiting:
         here = waiting.pop()
         try:
@@ -149,7 +208,7 @@ def _below(listing: Listing, root: Path, real: str) -> Iterator[Path]:
             path = here / entry.name
             if not _is_folder(entry):
                 yield path
-            elif reason := _left_out(path):
+            elif reason := _left_out(path) or (ignored(file_of(path), True) if ignored else None):
                 _skip(listing, path, file_of(path), reason, "excluded")
             else:
                 folders.append(path)

@@ -1,0 +1,1 @@
+"""Documents that many people change at once."""

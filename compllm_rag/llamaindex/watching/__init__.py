@@ -1,0 +1,1 @@
+"""Folders that are watched: what changes in them is brought into an index, and nothing else."""
