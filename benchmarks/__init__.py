@@ -12,7 +12,7 @@ from typing import Any
 
 FOLDERS = {
     "quality": ("quality", "anchors", "ablations", "domains"),
-    "ttft": ("ttft", "ttft_deep", "query", "startup"),
+    "ttft": ("ttft", "ttft_deep", "cost_model", "query", "startup"),
     "loft": ("loft", "equal_cost"),
     "reuse": ("reuse",),
     "chat": ("chat",),

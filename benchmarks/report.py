@@ -54,8 +54,8 @@ PAGES = {
     "storage.md": (STORAGE, "storage_size storage_quality store_read"),
     "benchmarks.md": (
         OTHERS,
-        "loft loft_in_context equal_cost ttft_deep ttft ttft_qwen3_4b ttft_gemma3_4b reuse chat ingest ingest_scale "
-        "rivals domains",
+        "loft loft_in_context equal_cost ttft_deep cost_model ttft ttft_qwen3_4b ttft_gemma3_4b reuse chat ingest "
+        "ingest_scale rivals domains",
     ),
 }
 _PICTURE = re.compile(r"^!\[.*\]\((.*)\)$", re.MULTILINE)

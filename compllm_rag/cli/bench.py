@@ -16,6 +16,7 @@ from compllm_rag.errors import ConfigurationError
 BENCHMARKS = {
     "ttft": "Time to first token and KV cache, text against concepts, with the bound and the crossover length.",
     "ttft_deep": "The same for deep concepts, with the bound of the two halves; what compressing them costs.",
+    "cost_model": "FLOPs, KV bytes and stored bytes of deep concepts up to 128k tokens, by arithmetic alone.",
     "query": "One query on sample texts: TTFT of text and concepts beside the bound; shorter than ttft.",
     "ingest": "Tokens/s of compressing into a store, against the least that the arithmetic costs.",
     "ingest_scale": "A growing storage: is ingestion linear, is memory flat; layers, batches, bytes per token.",
