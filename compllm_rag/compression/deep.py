@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from compllm_rag.compression.information import information_for
+from compllm_rag.compression.pins import Pins, raised
 from compllm_rag.compression.pretrained import SavedCompressor, read_compressor, save_compressor
 from compllm_rag.compression.segmentation import Segmenter
 from compllm_rag.compression.selection import best_positions, fitted, learned_scores, random_scores
@@ -76,6 +77,7 @@ class DeepCompressor:
         # fp16 is what is saved: a table kept finer than its file would choose other positions after a reload.
         self.information = fitted(table, llm.embedding.weight.shape[0]).half().float().to(llm.device)
         self.selector = None if selector is None else selector.half().float().to(llm.device)
+        self._pins = Pins(llm.tokenizer, llm.embedding.weight.shape[0], config.pins) if config.pins else None
         self.decoder = lower_half(llm.model, config.entry_layer)
         if config.lora_rank:
             inject_lora(self.decoder, rank=config.lora_rank, alpha=config.lora_alpha, modules=config.lora_modules)
@@ -191,10 +193,12 @@ class DeepCompressor:
         return [rows for rows in out if rows is not None]
 
     def kept_places(self, units: Sequence[Sequence[int]], n_concepts: Sequence[int]) -> list[list[int]]:
-        """The places that each unit keeps, in order; see `CompressorConfig.selector`."""
+        """The places that each unit keeps, in order; see `CompressorConfig.selector` and `pins`."""
         scored = [i for i, k in enumerate(n_concepts) if k < len(units[i])]
         with room_for("choose the tokens to keep of a chunk", self.llm.device, _MEMORY):
             scores = dict(zip(scored, self._scores([units[i] for i in scored]), strict=True))
+        if self._pins is not None:
+            scores = {i: raised(own, self._pins.of(units[i]), n_concepts[i]) for i, own in scores.items()}
         return [
             best_positions(scores[i], k) if i in scores else list(range(len(units[i])))
             for i, k in enumerate(n_concepts)
