@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
 def tables(record: Record) -> list[str]:
     """Lines of the section."""
     lines = [
-        "## Cost by arithmetic",
+        "## Cost of deep concepts by arithmetic",
         "",
         "FLOPs of a prefill with attention, and bytes of the KV cache in bf16, counted and not measured (`flops.py` "
         f"has the formulas): text, and deep concepts of passages of {PASSAGE} source tokens with their markers, an "
