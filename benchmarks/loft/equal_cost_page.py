@@ -17,7 +17,7 @@ def tables(record: dict[str, Any]) -> list[str]:
         cells += [number(row["ttft_s"], 2), with_interval(row["f1"], row["interval"]), number(row["subspan_em"])]
         rows.append([*cells, number(row["nll"], 2)])
     return [
-        "## Equal cost",
+        "## Equal cost of deep concepts" if record.get("entry_layer") else "## Equal cost",
         "",
         f"{record['set']}, {record['n']} questions, `{record['llm']}`: fewer documents as text against more of "
         f"them as concepts. TTFT is the median over {record['timed']} of the questions, from a warm store, all "
@@ -34,12 +34,21 @@ def tables(record: dict[str, Any]) -> list[str]:
         "At the most equal prompt positions:",
         "",
         *_pairs(record["equal_positions"], record["rows"]),
+        *_prefill(record),
         "At the most equal TTFT:",
         "",
         *_pairs(record["equal_ttft"], record["rows"]),
-        "![F1 over TTFT](equal_cost.png)",
+        f"![F1 over TTFT](equal_cost{'_deep' if record.get('entry_layer') else ''}.png)",
         "",
     ]
+
+
+def _prefill(record: dict[str, Any]) -> list[str]:
+    """Deep concepts alone: at the input embeddings, positions are the cost."""
+    if not record.get("entry_layer"):
+        return []
+    head = "At the most equal prefill (positions times the share of the layers that each passes):"
+    return [head, "", *_pairs(record["equal_prefill"], record["rows"])]
 
 
 def _pairs(pairs: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[str]:

@@ -34,6 +34,9 @@ def test_as_many_documents_as_concepts_as_cost_what_text_costs() -> None:
     made = settings([1, 2, 4], [4.0], positions)
     assert [k for mode, _, k in made if mode == "text"] == [1, 2, 4]
     assert [k for _, rate, k in made if rate == 4.0] == [1, 2, 3, 4, 6, 11]
+    full = {at: cost if at[0] is None else cost / 2 for at, cost in positions.items()}
+    both = settings([1, 2], [4.0], positions, full)
+    assert [k for _, rate, k in both if rate == 4.0] == [1, 2, 3, 6, 7, 13], "nearest in positions, and in prefill"
 
 
 def test_pairs_are_of_the_nearest_cost_and_paired_by_question() -> None:
@@ -66,9 +69,14 @@ def test_equal_cost_runs_resumes_and_has_its_section(data: Path, toy_folder: Pat
     assert [(row["mode"], row["k"]) for row in record["rows"]] == [("text", 1), ("concepts", 1), ("concepts", 2)]
     assert all(len(row["ttft_all_s"]) == 2 and row["ttft_s"] > 0 for row in record["rows"])
     assert [pair["text_k"] for pair in record["equal_positions"] + record["equal_ttft"]] == [1, 1]
+    assert [pair["text_k"] for pair in record["equal_prefill"]] == [1] and record["entry_layer"] == 1
+    text, one, two = record["rows"]
+    assert text["full_positions"] == text["positions"] and one["full_positions"] < one["positions"]
+    assert one["full_positions"] < two["full_positions"]
     again, log = run("equal_cost", out, *words)
     assert "text, 1 documents: done before" in log and log.count("done before") == 3
     assert again["rows"][0]["f1_by_question"] == record["rows"][0]["f1_by_question"]
     page = "\n".join(equal_cost_page.tables(record))
+    assert "At the most equal prefill" in page and "## Equal cost of deep concepts" in page
     assert "At the most equal TTFT" in page and "| TTFT / text |" in page
     assert len(equal_cost_page.plot(record).axes[0].get_legend().get_texts()) == 2
