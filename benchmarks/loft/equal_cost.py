@@ -4,7 +4,8 @@ On paragraphs of SQuAD dev as a corpus, or on a set of LOFT: the top k documents
 as concepts, are scored on the same questions, and the TTFT of each setting is measured on some of them, all settings in
 turns, from a warm store on disk. For each k as text the setting of concepts with the most equal prompt positions, the
 one whose prefill is nearest by arithmetic (deep concepts pass the layers from their entry layer on alone), and the one
-with the most equal TTFT, are compared with it, paired over questions.
+with the most equal TTFT, are compared with it, paired over questions. `--rivals` puts passages pruned to the kept
+tokens, and deep concepts at random places, beside them, at equal positions and prefill.
 
 Settings that are done are kept beside the JSON (OUT.records.jsonl) and not asked again.
 """
@@ -48,7 +49,11 @@ Counts = Mapping[tuple[float | None, int], float]
 
 
 def settings(
-    text_ks: Sequence[int], rates: Sequence[float], positions: Counts, full: Counts | None = None
+    text_ks: Sequence[int],
+    rates: Sequence[float],
+    positions: Counts,
+    full: Counts | None = None,
+    rivals: Sequence[str] = (),
 ) -> list[tuple[str, float | None, int]]:
     """(mode, rate, k): each k as text; as concepts each k, and those whose prompts are nearest to text's in cost.
 
@@ -57,6 +62,7 @@ def settings(
         rates: Of concepts.
         positions: Mean prompt positions by rate (None is text) and k.
         full: The same, each counted by the share of the layers that it passes; None: all pass all.
+        rivals: Further modes, of each the one k whose prompts are nearest to each of text's in prefill.
     """
     made: list[tuple[str, float | None, int]] = [("text", None, k) for k in text_ks]
     for rate in rates:
@@ -67,6 +73,10 @@ def settings(
             for cost in (positions, full or positions)
         }
         made += [("concepts", rate, k) for k in sorted(equal | (set(text_ks) & set(ks)))]
+        for rival in rivals:
+            own = positions if rival == "pruned" or full is None else full  # tokens pass all layers
+            near = {min(ks, key=lambda k: abs(np.log(own[rate, k] / own[None, t]))) for t in text_ks}
+            made += [(rival, rate, k) for k in sorted(near)]
     return made
 
 
@@ -118,7 +128,8 @@ def quality(
     done = asker.ask(asked, batch_size=config.batch_size, answer=True, progress=lambda n: show(mode, n / len(asked)))
     found = summary(done, done, done)
     names = ("f1", "em", "subspan_em", "nll", "positions", "achieved_rate")
-    whole = statistics.fmean(r.positions - (1 - passed(compressor)) * (r.concepts or 0) for r in done)
+    share = passed(compressor) if mode in ("concepts", "random") else 1.0
+    whole = statistics.fmean(r.positions - (1 - share) * (r.concepts or 0) for r in done)
     by_id = {r.id: round(r.f1 or 0.0, 4) for r in sorted(done, key=lambda r: r.id)}
     values = {name: found.values[name] for name in names}
     return {
@@ -164,15 +175,16 @@ def _first_token(library: ConceptLibrary, question: Question, mode: Mode, genera
     return float((response.metadata or {})["compllm"]["ttft_s"])
 
 
-def pairs(rows: list[Row], cost: str, seed: int = 0) -> list[Row]:
+def pairs(rows: list[Row], cost: str, seed: int = 0, mode: str = "concepts") -> list[Row]:
     """For each k as text the concepts of the most equal cost, and the paired difference of F1 with its interval.
 
     Args:
         rows: Settings with `positions`, `ttft_s` and `f1_by_question`.
         cost: `positions`, `full_positions` (those times the share of the layers that each passes) or `ttft_s`.
         seed: Of the bootstrap over questions.
+        mode: What is compared with text in place of concepts.
     """
-    concepts = [row for row in rows if row["mode"] == "concepts"]
+    concepts = [row for row in rows if row["mode"] == mode]
     made = []
     for text in (row for row in rows if row["mode"] == "text"):
         rates = sorted({row["rate"] for row in concepts})
@@ -185,6 +197,7 @@ def pairs(rows: list[Row], cost: str, seed: int = 0) -> list[Row]:
             made.append(
                 {
                     "text_k": text["k"],
+                    "mode": mode,
                     "rate": rate,
                     "concepts_k": near["k"],
                     "cost_ratio": near[cost] / text[cost],
@@ -205,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> Row:
     options.add_argument("--text-ks", type=int, nargs="+", default=[1, 2, 4])
     options.add_argument("--most", type=int, default=16, help="documents at most")
     options.add_argument("--limit", type=int, default=60, help="questions")
+    options.add_argument("--rivals", nargs="*", choices=["pruned", "random"], default=[], help="beside concepts")
     options.add_argument("--timed", type=int, default=8, help="questions whose TTFT is measured")
     args = parsed(options, argv)
     if args.loft is None and args.data_dir is None:
@@ -215,6 +229,8 @@ def main(argv: Sequence[str] | None = None) -> Row:
         index = open_storage(loft, args.storage or Path(scratch) / "storage", args)
         compressor, ranked = index.compressor, ranking(index, queries, max([args.most, *args.text_ks]))
         index.close()
+        if "random" in args.rivals and not compressor.config.deep:
+            options.error("--rivals random is of deep concepts")
         same = {
             "set": loft.name,
             "note": loft.note,
@@ -226,15 +242,20 @@ def main(argv: Sequence[str] | None = None) -> Row:
         asked = {k: passages(loft, queries, ranked, k) for k in range(1, max([args.most, *args.text_ks]) + 1)}
         journal, config, rows = journal_of(args.json, same), EvalConfig(batch_size=args.batch_size), []
         counts = [mean_positions(compressor, asked, args.rates, share) for share in (1.0, passed(compressor))]
-        for mode, rate, k in settings(args.text_ks, args.rates, *counts):
+        for mode, rate, k in settings(args.text_ks, args.rates, *counts, args.rivals):
             make = partial(quality, compressor, asked[k], mode, rate, config)
             row = part(journal, f"{Setting.of(mode, rate)}, {k} documents", make)
             rows.append({"mode": mode, "rate": rate, "k": k} | row)
         few = {k: questions[: args.timed] for k, questions in asked.items()}
-        _timed(args, few, compressor, rows, Path(scratch))
+        timed = [row for row in rows if row["mode"] in ("text", "concepts")]
+        _timed(args, few, compressor, timed, Path(scratch))
     result = {**same, "timed": min(args.timed, len(queries)), "rows": rows}
-    costs = {"equal_positions": "positions", "equal_prefill": "full_positions", "equal_ttft": "ttft_s"}
-    return written(args, {**result, **{name: pairs(rows, cost) for name, cost in costs.items()}})
+    costs = {"equal_positions": "positions", "equal_prefill": "full_positions"}
+    equal = {
+        name: [pair for mode in ("concepts", *args.rivals) for pair in pairs(rows, cost, mode=mode)]
+        for name, cost in costs.items()
+    }
+    return written(args, {**result, **equal, "equal_ttft": pairs(timed, "ttft_s")})
 
 
 def _timed(

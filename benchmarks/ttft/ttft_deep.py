@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None, name: str = "ttft_deep") -> Record:
     """Run it."""
     options = parser(name, __doc__, "llm reader compressor codec entry-layer repeats texts rates", repeats=5)
     options.set_defaults(rates=[1.0, 2.0, 4.0])
-    options.add_argument("--lengths", type=int, nargs="+", default=[250, 1000, 4000, 7000], help="source tokens")
+    options.add_argument("--lengths", type=int, nargs="+", default=[250, 1000, 4000, 7500], help="source tokens")
     options.add_argument("--decode", type=int, default=16, help="tokens after the first that are timed; 0: none")
     options.add_argument("--memory", choices=["longest", "all", "none"], default="longest", help="peaks on a CPU")
     args = parsed(options, argv)
