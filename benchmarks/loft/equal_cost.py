@@ -241,8 +241,9 @@ def main(argv: Sequence[str] | None = None) -> Row:
         }
         asked = {k: passages(loft, queries, ranked, k) for k in range(1, max([args.most, *args.text_ks]) + 1)}
         journal, config, rows = journal_of(args.json, same), EvalConfig(batch_size=args.batch_size), []
-        counts = [mean_positions(compressor, asked, args.rates, share) for share in (1.0, passed(compressor))]
-        for mode, rate, k in settings(args.text_ks, args.rates, *counts, args.rivals):
+        counted = mean_positions(compressor, asked, args.rates)
+        full = mean_positions(compressor, asked, args.rates, passed(compressor))
+        for mode, rate, k in settings(args.text_ks, args.rates, counted, full, args.rivals):
             make = partial(quality, compressor, asked[k], mode, rate, config)
             row = part(journal, f"{Setting.of(mode, rate)}, {k} documents", make)
             rows.append({"mode": mode, "rate": rate, "k": k} | row)
