@@ -11,8 +11,8 @@ import importlib.util
 from typing import Any
 
 FOLDERS = {
-    "quality": ("quality", "anchors", "ablations", "domains"),
-    "ttft": ("ttft", "ttft_deep", "query", "startup"),
+    "quality": ("quality", "chunks", "frontier", "pins", "anchors", "ablations", "domains"),
+    "ttft": ("ttft", "ttft_deep", "ttft_long", "cost_model", "query", "startup"),
     "loft": ("loft", "equal_cost"),
     "reuse": ("reuse",),
     "chat": ("chat",),

@@ -132,27 +132,28 @@ def texts(folder: Path | None) -> list[str]:
     return [path.read_text(encoding="utf-8") for path in sorted(source.iterdir()) if path.suffix in (".md", ".txt")]
 
 
-def chunks_of(compressor: Compressor, sources: list[str], n_tokens: int) -> list[str]:
+def chunks_of(compressor: ConceptCompressor, sources: list[str], n_tokens: int) -> list[str]:
     """Chunks of the texts, about `n_tokens` in all."""
+    segmenter = compressor.spec.segmenter
     # Here, because it wants LlamaIndex; some benchmarks run without it.
     from compllm_rag.llamaindex.node_parser import chunk_texts
 
     out: list[str] = []
     total = 0
     for source in itertools.cycle(sources):
-        for text, _, _ in chunk_texts(compressor.segmenter.tokenize(source), 200):
+        for text, _, _ in chunk_texts(segmenter.tokenize(source), 200):
             if total >= n_tokens:
                 return out
             out.append(text)
-            total += len(compressor.segmenter.tokenize(text).ids)
+            total += len(segmenter.tokenize(text).ids)
     return out
 
 
-def compressed(compressor: Compressor, chunks: list[str], rate: float) -> float:
+def compressed(compressor: ConceptCompressor, chunks: list[str], rate: float) -> float:
     """Compress chunks into a new store on disk, down to the disk; bytes of concepts per source token."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        DiskStore(Path(folder) / "concepts", hidden_size=compressor.hidden_size) as store,
+        DiskStore(Path(folder) / "concepts", hidden_size=compressor.spec.width) as store,
     ):
         report = ConceptLibrary(compressor, store, rate=rate).ensure(chunks)
         store.flush()
@@ -184,18 +185,17 @@ def trained_like(llm: str) -> Compressor:
     return compressor
 
 
+def timed_compressor(llm: str, codec: str) -> ConceptCompressor:
+    """What is timed: the LLM's deep concepts, or those at the input embeddings with nothing that can be skipped."""
+    return load_compressor_for(llm) if codec == "deep" else trained_like(llm)
+
+
 def any_compressor_of(args: argparse.Namespace) -> ConceptCompressor:
     """The compressor and reader that the options name, of the codec that they name."""
     reader, compressor = (None if word == "none" else word for word in (args.reader, args.compressor))
     return load_compressor_for(
         args.llm, reader=reader, compressor=compressor, codec=args.codec, entry_layer=args.entry_layer
     )
-
-
-def compressor_of(args: argparse.Namespace) -> Compressor:
-    """The compressor of concepts at the input embeddings, and the reader, that the options name."""
-    reader, compressor = (None if word == "none" else word for word in (args.reader, args.compressor))
-    return input_compressor(args.llm, reader=reader, compressor=compressor)
 
 
 def timed(call: Callable[[], object]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,3 +57,9 @@ def resident() -> int:
     """Bytes of this process that lie in memory."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGESIZE")
+
+
+def cache_bytes(*caches: Any) -> int:
+    """Bytes of KV caches as they lie in memory; a layer without entries has none."""
+    held = (t for cache in caches for layer in cache.layers for t in (layer.keys, layer.values) if t is not None)
+    return sum(t.numel() * t.element_size() for t in held)

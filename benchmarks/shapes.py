@@ -1,7 +1,8 @@
 """LLMs of a known shape with random weights: speed does not depend on the values, and no download is needed.
 
 The fields that decide the speed are those of the published configurations, but for the window: it is 262,144 positions
-in all, so that 128k tokens of text and the markers between passages fit. `tiny` is for trying the path.
+in all, so that 128k tokens of text and the markers between passages fit; rotary positions are scaled where a
+configuration knows fewer. `tiny` is for trying the path.
 """
 
 from __future__ import annotations
@@ -20,8 +21,15 @@ from compllm_rag.models.llm import TargetLLM
 
 _SIZES = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
 _SIZES += ["head_dim", "vocab_size", "max_position_embeddings"]
-# From the configuration files of Qwen/Qwen3-4B-Instruct-2507 and google/gemma-3-4b-pt (its text part).
+# From the configuration files of HuggingFaceTB/SmolLM2-135M-Instruct (the embedded LLM's, made for 8,192 positions),
+# Qwen/Qwen3-4B-Instruct-2507 and google/gemma-3-4b-pt (its text part).
 SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "model_type": "llama",
+        **dict(zip(_SIZES, (576, 1536, 30, 9, 3, 64, 49152, 262144), strict=True)),
+        "rope_parameters": {"rope_type": "linear", "factor": 32.0, "rope_theta": 100_000.0},
+        "tie_word_embeddings": True,
+    },
     "qwen3-4b": {
         "model_type": "qwen3",
         **dict(zip(_SIZES, (2560, 9728, 36, 32, 8, 128, 151936, 262144), strict=True)),

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from compllm_rag.errors import ConfigurationError
 
@@ -28,6 +36,7 @@ EncodingName = Literal["fp16", "int8", "int4"]
 # `information`.
 RatePolicyName = Literal["auto", "information", "learned", "budget"]
 GuardName = Literal["off", "exact", "loss"]
+Pin = Literal["digits", "dates", "names"]
 
 
 Settings = TypeVar("Settings", bound="Frozen")
@@ -99,6 +108,9 @@ class CompressorConfig(Frozen):
     selector: Literal["information+surprisal", "information", "learned", "random"] = Field(
         default="information+surprisal", description="by what deep concepts choose the tokens they keep"
     )
+    pins: tuple[Pin, ...] = Field(
+        default=(), description="words whose tokens deep concepts keep before others, as far as half of K goes"
+    )
     read_rank: int = Field(default=0, ge=0, description="rank of the LoRA that reads deep concepts; 0: no LoRA")
     read_alpha: int = Field(default=0, ge=0)
     read_modules: tuple[str, ...] = ()
@@ -108,6 +120,22 @@ class CompressorConfig(Frozen):
         if self.unit_length < self.segment_length:
             raise ValueError("unit_length must not be below segment_length: a unit is a run of whole segments")
         return self
+
+    @model_validator(mode="after")
+    def _pins_of_deep_concepts(self) -> Self:
+        if self.pins and not self.entry_layer:
+            raise ValueError("pins are of deep concepts: concepts at the input embeddings choose anchors")
+        if tuple(sorted(set(self.pins))) != self.pins:
+            raise ValueError("pins must be in alphabetical order, each once: their order changes nothing")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A setting that came later is not named while it is off: fingerprints and files of before stay as they are."""
+        made: dict[str, Any] = handler(self)
+        if not self.pins:
+            made.pop("pins", None)
+        return made
 
     @property
     def deep(self) -> bool:

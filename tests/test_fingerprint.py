@@ -123,7 +123,7 @@ def make(llm: TargetLLM, config: CompressorConfig) -> Compressor:
 
 
 # Deep concepts have fingerprints of their own (tests/compression/test_deep_saved.py).
-DEEP_FIELDS = {"entry_layer", "unit_length", "opening", "selector", "read_rank", "read_alpha", "read_modules"}
+DEEP_FIELDS = {"entry_layer", "unit_length", "opening", "selector", "pins", "read_rank", "read_alpha", "read_modules"}
 FIELDS = set(CompressorConfig.model_fields) - {"format_version", "segmenter_version"} - DEEP_FIELDS
 
 

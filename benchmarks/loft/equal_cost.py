@@ -2,8 +2,10 @@
 
 On paragraphs of SQuAD dev as a corpus, or on a set of LOFT: the top k documents as text for several k, and more of them
 as concepts, are scored on the same questions, and the TTFT of each setting is measured on some of them, all settings in
-turns, from a warm store on disk. For each k as text the setting of concepts with the most equal prompt positions, and
-the one with the most equal TTFT, are compared with it, paired over questions.
+turns, from a warm store on disk. For each k as text the setting of concepts with the most equal prompt positions, the
+one whose prefill is nearest by arithmetic (deep concepts pass the layers from their entry layer on alone), and the one
+with the most equal TTFT, are compared with it, paired over questions. `--rivals` puts passages pruned to the kept
+tokens, and deep concepts at random places, beside them, at equal positions and prefill.
 
 Settings that are done are kept beside the JSON (OUT.records.jsonl) and not asked again.
 """
@@ -43,26 +45,43 @@ _RESAMPLES = 1000
 Row = dict[str, Any]
 
 
+Counts = Mapping[tuple[float | None, int], float]
+
+
 def settings(
-    text_ks: Sequence[int], rates: Sequence[float], positions: Mapping[tuple[float | None, int], float]
+    text_ks: Sequence[int],
+    rates: Sequence[float],
+    positions: Counts,
+    full: Counts | None = None,
+    rivals: Sequence[str] = (),
 ) -> list[tuple[str, float | None, int]]:
-    """(mode, rate, k): each k as text; as concepts each k, and the one whose prompts are nearest in length to text's.
+    """(mode, rate, k): each k as text; as concepts each k, and those whose prompts are nearest to text's in cost.
 
     Args:
         text_ks: Documents read as text.
         rates: Of concepts.
         positions: Mean prompt positions by rate (None is text) and k.
+        full: The same, each counted by the share of the layers that it passes; None: all pass all.
+        rivals: Further modes, of each the one k whose prompts are nearest to each of text's in prefill.
     """
     made: list[tuple[str, float | None, int]] = [("text", None, k) for k in text_ks]
     for rate in rates:
         ks = [k for at, k in positions if at == rate]
-        equal = {min(ks, key=lambda k: abs(np.log(positions[rate, k] / positions[None, t]))) for t in text_ks}
+        equal = {
+            min(ks, key=lambda k: abs(np.log(cost[rate, k] / cost[None, t])))
+            for t in text_ks
+            for cost in (positions, full or positions)
+        }
         made += [("concepts", rate, k) for k in sorted(equal | (set(text_ks) & set(ks)))]
+        for rival in rivals:
+            own = positions if rival == "pruned" or full is None else full  # tokens pass all layers
+            near = {min(ks, key=lambda k: abs(np.log(own[rate, k] / own[None, t]))) for t in text_ks}
+            made += [(rival, rate, k) for k in sorted(near)]
     return made
 
 
 def mean_positions(
-    compressor: ConceptCompressor, asked: Mapping[int, Sequence[Question]], rates: Sequence[float]
+    compressor: ConceptCompressor, asked: Mapping[int, Sequence[Question]], rates: Sequence[float], share: float = 1.0
 ) -> dict[tuple[float | None, int], float]:
     """Mean prompt positions by rate (None is text) and k, counted without compressing anything.
 
@@ -70,20 +89,27 @@ def mean_positions(
         compressor: Cuts texts, and says how many concepts they take.
         asked: By k, questions over their first k documents.
         rates: Of concepts.
+        share: What a concept counts, tokens counting 1; see `passed`.
     """
     prompt, segmented = QAPrompt(compressor.llm.tokenizer), Segmented(compressor)
     bodies: dict[float | None, Bodies] = {None: Bodies(compressor, Setting("text"), segmented)}
     bodies |= {rate: Bodies(compressor, Setting("concepts", rate), segmented) for rate in rates}
 
-    def length(question: Question, body: Bodies) -> int:
+    def length(question: Question, body: Bodies, each: float) -> float:
         shown = [(p.title, [TextSpan((0,) * body.size(p.text))]) for p in question.passages]
-        return prompt.plan(question.question, shown).positions
+        concepts = sum(body.size(p.text) for p in question.passages)
+        return prompt.plan(question.question, shown).positions - (1 - each) * concepts
 
     return {
-        (rate, k): statistics.fmean(length(question, body) for question in questions)
+        (rate, k): statistics.fmean(length(question, body, 1.0 if rate is None else share) for question in questions)
         for rate, body in bodies.items()
         for k, questions in asked.items()
     }
+
+
+def passed(compressor: ConceptCompressor) -> float:
+    """The share of the LLM's layers that a concept passes."""
+    return compressor.spec.prefill_cost(1.0)
 
 
 def quality(
@@ -102,9 +128,17 @@ def quality(
     done = asker.ask(asked, batch_size=config.batch_size, answer=True, progress=lambda n: show(mode, n / len(asked)))
     found = summary(done, done, done)
     names = ("f1", "em", "subspan_em", "nll", "positions", "achieved_rate")
+    share = passed(compressor) if mode in ("concepts", "random") else 1.0
+    whole = statistics.fmean(r.positions - (1 - share) * (r.concepts or 0) for r in done)
     by_id = {r.id: round(r.f1 or 0.0, 4) for r in sorted(done, key=lambda r: r.id)}
     values = {name: found.values[name] for name in names}
-    return {"n": len(done), **values, "interval": found.intervals["f1"], "f1_by_question": by_id}
+    return {
+        "n": len(done),
+        **values,
+        "full_positions": whole,
+        "interval": found.intervals["f1"],
+        "f1_by_question": by_id,
+    }
 
 
 def ttft(
@@ -141,15 +175,16 @@ def _first_token(library: ConceptLibrary, question: Question, mode: Mode, genera
     return float((response.metadata or {})["compllm"]["ttft_s"])
 
 
-def pairs(rows: list[Row], cost: str, seed: int = 0) -> list[Row]:
+def pairs(rows: list[Row], cost: str, seed: int = 0, mode: str = "concepts") -> list[Row]:
     """For each k as text the concepts of the most equal cost, and the paired difference of F1 with its interval.
 
     Args:
         rows: Settings with `positions`, `ttft_s` and `f1_by_question`.
-        cost: `positions` or `ttft_s`.
+        cost: `positions`, `full_positions` (those times the share of the layers that each passes) or `ttft_s`.
         seed: Of the bootstrap over questions.
+        mode: What is compared with text in place of concepts.
     """
-    concepts = [row for row in rows if row["mode"] == "concepts"]
+    concepts = [row for row in rows if row["mode"] == mode]
     made = []
     for text in (row for row in rows if row["mode"] == "text"):
         rates = sorted({row["rate"] for row in concepts})
@@ -162,6 +197,7 @@ def pairs(rows: list[Row], cost: str, seed: int = 0) -> list[Row]:
             made.append(
                 {
                     "text_k": text["k"],
+                    "mode": mode,
                     "rate": rate,
                     "concepts_k": near["k"],
                     "cost_ratio": near[cost] / text[cost],
@@ -182,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> Row:
     options.add_argument("--text-ks", type=int, nargs="+", default=[1, 2, 4])
     options.add_argument("--most", type=int, default=16, help="documents at most")
     options.add_argument("--limit", type=int, default=60, help="questions")
+    options.add_argument("--rivals", nargs="*", choices=["pruned", "random"], default=[], help="beside concepts")
     options.add_argument("--timed", type=int, default=8, help="questions whose TTFT is measured")
     args = parsed(options, argv)
     if args.loft is None and args.data_dir is None:
@@ -192,6 +229,8 @@ def main(argv: Sequence[str] | None = None) -> Row:
         index = open_storage(loft, args.storage or Path(scratch) / "storage", args)
         compressor, ranked = index.compressor, ranking(index, queries, max([args.most, *args.text_ks]))
         index.close()
+        if "random" in args.rivals and not compressor.config.deep:
+            options.error("--rivals random is of deep concepts")
         same = {
             "set": loft.name,
             "note": loft.note,
@@ -202,14 +241,22 @@ def main(argv: Sequence[str] | None = None) -> Row:
         }
         asked = {k: passages(loft, queries, ranked, k) for k in range(1, max([args.most, *args.text_ks]) + 1)}
         journal, config, rows = journal_of(args.json, same), EvalConfig(batch_size=args.batch_size), []
-        for mode, rate, k in settings(args.text_ks, args.rates, mean_positions(compressor, asked, args.rates)):
+        counted = mean_positions(compressor, asked, args.rates)
+        full = mean_positions(compressor, asked, args.rates, passed(compressor))
+        for mode, rate, k in settings(args.text_ks, args.rates, counted, full, args.rivals):
             make = partial(quality, compressor, asked[k], mode, rate, config)
             row = part(journal, f"{Setting.of(mode, rate)}, {k} documents", make)
             rows.append({"mode": mode, "rate": rate, "k": k} | row)
         few = {k: questions[: args.timed] for k, questions in asked.items()}
-        _timed(args, few, compressor, rows, Path(scratch))
+        timed = [row for row in rows if row["mode"] in ("text", "concepts")]
+        _timed(args, few, compressor, timed, Path(scratch))
     result = {**same, "timed": min(args.timed, len(queries)), "rows": rows}
-    return written(args, {**result, "equal_positions": pairs(rows, "positions"), "equal_ttft": pairs(rows, "ttft_s")})
+    costs = {"equal_positions": "positions", "equal_prefill": "full_positions"}
+    equal = {
+        name: [pair for mode in ("concepts", *args.rivals) for pair in pairs(rows, cost, mode=mode)]
+        for name, cost in costs.items()
+    }
+    return written(args, {**result, **equal, "equal_ttft": pairs(timed, "ttft_s")})
 
 
 def _timed(

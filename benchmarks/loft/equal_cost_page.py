@@ -14,10 +14,10 @@ def tables(record: dict[str, Any]) -> list[str]:
     rows = []
     for row in record["rows"]:
         cells = [row["mode"], number(row["achieved_rate"], 2), str(row["k"]), number(row["positions"], 0)]
-        cells += [number(row["ttft_s"], 2), with_interval(row["f1"], row["interval"]), number(row["subspan_em"])]
+        cells += [number(row.get("ttft_s"), 2), with_interval(row["f1"], row["interval"]), number(row["subspan_em"])]
         rows.append([*cells, number(row["nll"], 2)])
     return [
-        "## Equal cost",
+        "## Equal cost of deep concepts" if record.get("entry_layer") else "## Equal cost",
         "",
         f"{record['set']}, {record['n']} questions, `{record['llm']}`: fewer documents as text against more of "
         f"them as concepts. TTFT is the median over {record['timed']} of the questions, from a warm store, all "
@@ -34,26 +34,41 @@ def tables(record: dict[str, Any]) -> list[str]:
         "At the most equal prompt positions:",
         "",
         *_pairs(record["equal_positions"], record["rows"]),
+        *_prefill(record),
         "At the most equal TTFT:",
         "",
         *_pairs(record["equal_ttft"], record["rows"]),
-        "![F1 over TTFT](equal_cost.png)",
+        f"![F1 over TTFT](equal_cost{'_deep' if record.get('entry_layer') else ''}.png)",
         "",
     ]
 
 
+def _prefill(record: dict[str, Any]) -> list[str]:
+    """Deep concepts alone: at the input embeddings, positions are the cost."""
+    if not record.get("entry_layer"):
+        return []
+    head = "At the most equal prefill (positions times the share of the layers that each passes):"
+    return [head, "", *_pairs(record["equal_prefill"], record["rows"])]
+
+
 def _pairs(pairs: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[str]:
     head = ["text, top", "concepts, top", "rate", "cost / text", "TTFT / text", "F1 text", "F1 concepts", "difference"]
-    known = {(row["mode"], row["rate"], row["k"]): row["ttft_all_s"] for row in rows}
+    several = any(pair.get("mode", "concepts") != "concepts" for pair in pairs)
+    if several:
+        head = ["read as", *(cell.replace("concepts", "these") for cell in head)]
+    known = {(row["mode"], row["rate"], row["k"]): row["ttft_all_s"] for row in rows if "ttft_all_s" in row}
     shown = []
     for pair in pairs:
-        # Of the same question in the same round.
-        ratio = median_of_quotients(
-            known["concepts", pair["rate"], pair["concepts_k"]], known["text", None, pair["text_k"]]
-        )
-        cells = [str(pair["text_k"]), str(pair["concepts_k"]), f"{pair['rate']:g}", f"{pair['cost_ratio']:.2f}"]
-        cells += [with_interval(ratio["median"], (ratio["min"], ratio["max"]), 2, 2), number(pair["f1_text"])]
-        shown.append([*cells, number(pair["f1_concepts"]), difference(pair)])
+        mode = pair.get("mode", "concepts")
+        mine, theirs = known.get((mode, pair["rate"], pair["concepts_k"])), known["text", None, pair["text_k"]]
+        cells = [mode] if several else []
+        cells += [str(pair["text_k"]), str(pair["concepts_k"]), f"{pair['rate']:g}", f"{pair['cost_ratio']:.2f}"]
+        if mine is None:
+            cells.append("–")
+        else:
+            ratio = median_of_quotients(mine, theirs)  # of the same question in the same round
+            cells.append(with_interval(ratio["median"], (ratio["min"], ratio["max"]), 2, 2))
+        shown.append([*cells, number(pair["f1_text"]), number(pair["f1_concepts"]), difference(pair)])
     return table(head, shown)
 
 
@@ -65,7 +80,8 @@ def plot(record: dict[str, Any]) -> Any:
     panel = figure.subplots()
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in record["rows"]:
-        groups.setdefault(way(row), []).append(row)
+        if "ttft_s" in row:
+            groups.setdefault(way(row), []).append(row)
     for name, rows in groups.items():
         x, y = [row["ttft_s"] for row in rows], [row["f1"] for row in rows]
         low = [max(0.0, row["f1"] - row["interval"][0]) for row in rows]

@@ -79,5 +79,6 @@ def corpus_in_context(
 
 
 def read_by(compressor: ConceptCompressor) -> dict[str, Any]:
-    """The LLM and the fingerprint of its concepts."""
-    return {"llm": compressor.llm.source, "fingerprint": compressor.fingerprint}
+    """The LLM, the fingerprint of its concepts, and the layer at which they enter."""
+    layer = compressor.config.entry_layer
+    return {"llm": compressor.llm.source, "fingerprint": compressor.fingerprint, "entry_layer": layer}

@@ -13,7 +13,8 @@ _METRICS = ("em", "subspan_em", "f1", "coverage")
 
 def tables(record: dict[str, Any]) -> list[str]:
     """Lines of the section, after retrieval or of the corpus in context."""
-    return ["## LOFT", "", *(_in_context(record) if "in_context" in record else _retrieved(record))]
+    title = "## LOFT with deep concepts" if record.get("entry_layer") else "## LOFT"
+    return [title, "", *(_in_context(record) if "in_context" in record else _retrieved(record))]
 
 
 def _retrieved(record: dict[str, Any]) -> list[str]:
@@ -37,7 +38,8 @@ def _retrieved(record: dict[str, Any]) -> list[str]:
         ]
     for k, rows in record["top"].items():
         lines += [f"### Top {k}", "", *([rows[0]["left_out"], ""] if "left_out" in rows[0] else _table(rows))]
-    return [*lines, "![Answers by the number of documents](loft.png)", ""]
+    picture = "loft_deep.png" if record.get("entry_layer") else "loft.png"
+    return [*lines, f"![Answers by the number of documents]({picture})", ""]
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:

@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.common import compressed, in_turns, timed
 from benchmarks.ttft.case import CHUNK
-from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.spec import ConceptCompressor
+from compllm_rag.errors import ConfigurationError
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import ConceptLibrary
+from compllm_rag.models.halves import Halves
 from compllm_rag.prompt import PromptInputs
 from compllm_rag.store import DiskStore
 
@@ -36,6 +38,9 @@ class Costs:
         kv_store: Of one chunk's KV cache to disk.
         kv_bytes: Of the KV cache of one position, kept in fp16 as concepts are.
         concept_bytes: Of one concept in fp16.
+        lower: As `prefill`, of the layers below the entry layer of deep concepts; None at the input embeddings.
+        upper: As `prefill`, of the layers from it on.
+        share: Of the LLM's layers that a concept passes, and keeps keys and values in.
     """
 
     prefill: tuple[float, float, float]
@@ -45,15 +50,34 @@ class Costs:
     kv_store: float
     kv_bytes: float
     concept_bytes: float
+    lower: tuple[float, float, float] | None = None
+    upper: tuple[float, float, float] | None = None
+    share: float = 1.0
 
     def read(self, positions: int, known: int = 0) -> float:
         """Seconds to prefill a prompt of which the first `known` positions are in a KV cache."""
-        constant, linear, squared = self.prefill
-        return constant + linear * (positions - known) + squared * (positions**2 - known**2)
+        return _seconds(self.prefill, positions, known)
+
+    def read_deep(self, tokens: float, positions: int, known_tokens: float = 0, known: int = 0) -> float:
+        """The same with deep concepts: the lower layers see the prompt's own tokens, the upper ones all positions.
+
+        Raises:
+            ConfigurationError: These are costs of concepts at the input embeddings.
+        """
+        if self.lower is None or self.upper is None:
+            raise ConfigurationError(
+                "there are no costs of two halves", expected="costs of deep concepts", next_step="measure them anew"
+            )
+        return _seconds(self.lower, tokens, known_tokens) + _seconds(self.upper, positions, known)
+
+
+def _seconds(cost: tuple[float, float, float], positions: float, known: float) -> float:
+    constant, linear, squared = cost
+    return constant + linear * (positions - known) + squared * (positions**2 - known**2)
 
 
 def measure(
-    compressor: Compressor, chunks: list[str], rate: float, lengths: list[int], repeats: int
+    compressor: ConceptCompressor, chunks: list[str], rate: float, lengths: list[int], repeats: int
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """All costs, each the median of its rounds; everything in turns, in a new order each round.
 
@@ -74,7 +98,7 @@ def measure(
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        store = DiskStore(folder / "concepts", hidden_size=llm.hidden_size)
+        store = DiskStore(folder / "concepts", hidden_size=compressor.spec.width)
         library = ConceptLibrary(compressor, store, rate=rate)
         library.ensure(few)
         store.flush()
@@ -87,6 +111,9 @@ def measure(
         }
         paths = [folder / f"{i}.safetensors" for i in range(len(few))]
         calls: dict[str, Callable[[], object]] = {f"prefill {n}": prefill(n) for n in lengths}
+        halves = compressor.halves.merged() if compressor.halves else None
+        if halves is not None:
+            calls |= {f"{half} {n}": half_prefill(halves, half, n) for half in ("lower", "upper") for n in lengths}
         calls["fetch"] = lambda: [library.fetch(text, missing="error") for text in few]
         calls["compress"] = lambda: compressed(compressor, few, rate)
         calls["kv_store"] = lambda: [save_file(kept, path) for path in paths]
@@ -102,9 +129,34 @@ def measure(
         medians["kv_load"] / len(few),
         medians["kv_store"] / len(few),
         sum(t.numel() * t.element_size() for t in kept.values()) / CHUNK,
-        2 * llm.hidden_size,
+        2 * compressor.spec.width,
+        **_of_halves(compressor, lengths, medians),
     )
     return vars(costs), seconds
+
+
+def _of_halves(compressor: ConceptCompressor, lengths: list[int], medians: dict[str, float]) -> dict[str, Any]:
+    """Fields of `Costs` that deep concepts have."""
+    if compressor.halves is None:
+        return {}
+    fits = {half: fit(lengths, [medians[f"{half} {n}"] for n in lengths]) for half in ("lower", "upper")}
+    return {**fits, "share": compressor.spec.prefill_cost(1.0)}
+
+
+def half_prefill(halves: Halves, half: str, n: int) -> Callable[[], object]:
+    """One half of the LLM over n random states, with a KV cache of its own, from the first position on."""
+    llm = halves.llm
+    states = torch.randn(1, n, llm.hidden_size, device=llm.device, dtype=llm.dtype)
+    mask, at = torch.ones(1, n, dtype=torch.long, device=llm.device), torch.arange(n, device=llm.device)[None]
+
+    @torch.inference_mode()
+    def run() -> object:
+        low, high = halves.caches()
+        if half == "lower":
+            return halves.below(states, mask, at, low)
+        return halves.above(states, mask, at, high, keep=1)
+
+    return run
 
 
 def load_cache(paths: list[Path], dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:

@@ -19,12 +19,11 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import Record, journal_of, parsed, parser, part, progress, texts, trained_like, written
+from benchmarks.common import Record, journal_of, parsed, parser, part, progress, texts, timed_compressor, written
 from benchmarks.reuse.costs import Costs, measure
 from benchmarks.reuse.streams import (
     ANSWER,
@@ -33,11 +32,12 @@ from benchmarks.reuse.streams import (
     Prompt,
     Sizes,
     conversation_stream,
+    own_tokens,
     positions,
     sizes_of,
     zipf_stream,
 )
-from benchmarks.ttft.case import CHUNK, Case
+from benchmarks.ttft.case import CHUNK, chunks_in
 
 PREFIXES = "text, prefix cache"
 
@@ -53,6 +53,7 @@ class System:
         lazy_s: To compress one source token of a passage when it is first read.
         kept_bytes: Kept from ingestion on.
         prefixes: With prefix caching.
+        deep: Passages are deep concepts, which pass the upper layers alone.
 
     Attributes:
         spent: Seconds in all: after ingestion, and after each query.
@@ -69,12 +70,14 @@ class System:
         lazy_s: float = 0.0,
         kept_bytes: float = 0.0,
         prefixes: bool = False,
+        deep: bool = False,
     ) -> None:
         self.passages, self.kept_bytes = passages, kept_bytes
         self.cache = PrefixCache() if prefixes else None
         self.spent, self.prefilled = [ingest_s], 0
         self._fetch_s, self._load_s, self._lazy_s = fetch_s, load_s, lazy_s
         self._seen: set[int] = set()
+        self._deep = deep
 
     def ask(self, prompt: Prompt, sizes: Sizes, costs: Costs) -> None:
         """Answer one prompt."""
@@ -89,8 +92,20 @@ class System:
             loaded = min(sum(self.passages[p] for p in read), total - known)
             seconds, known = seconds + self._load_s * loaded, known + loaded
         self._seen |= set(read)
-        self.spent.append(self.spent[-1] + seconds + costs.read(total, known))
+        if self._deep:
+            tokens = [own_tokens(prompt, sizes, parts, first) for first in (total, known)]
+            reading = costs.read_deep(tokens[0], total, tokens[1], known)
+        else:
+            reading = costs.read(total, known)
+        self.spent.append(self.spent[-1] + seconds + reading)
         self.prefilled += total - known
+
+    def cached_bytes(self, sizes: Sizes, costs: Costs) -> float:
+        """What the prefix cache keeps; deep concepts have keys and values in the layers that they pass."""
+        if self.cache is None:
+            return 0.0
+        concepts = self.cache.of_passages - self.cache.passages * sizes.marker if self._deep else 0
+        return costs.kv_bytes * (self.cache.positions - (1 - costs.share) * concepts)
 
 
 def systems_of(sizes: Sizes, costs: Costs) -> dict[str, System]:
@@ -98,7 +113,7 @@ def systems_of(sizes: Sizes, costs: Costs) -> dict[str, System]:
     compress_s = costs.compress * sum(sizes.text)
     kv_s = sum(costs.read(n) + costs.kv_store * n / CHUNK for n in sizes.text)
     stored, kv = costs.concept_bytes * sum(sizes.concepts), costs.kv_bytes * sum(sizes.text)
-    concepts: dict[str, Any] = {"fetch_s": costs.fetch, "kept_bytes": stored}
+    concepts: dict[str, Any] = {"fetch_s": costs.fetch, "kept_bytes": stored, "deep": costs.upper is not None}
     chunk_kv: dict[str, Any] = {"ingest_s": kv_s, "load_s": costs.kv_load / CHUNK, "kept_bytes": kv}
     return {
         "text": System(sizes.text),
@@ -133,7 +148,7 @@ def simulate(stream: Iterator[Prompt], sizes: Sizes, costs: Costs, queries: int)
                 "ingest_s": system.spent[0],
                 "per_query_s": (system.spent[-1] - system.spent[0]) / queries,
                 "positions_per_query": system.prefilled / queries,
-                "kept_bytes": system.kept_bytes + (system.cache.positions * costs.kv_bytes if system.cache else 0),
+                "kept_bytes": system.kept_bytes + system.cached_bytes(sizes, costs),
                 "amortised_s": {str(q): system.spent[q] / q for q in marks},
                 "breaks_even_with_text": first_below(system.spent, text),
                 "breaks_even_with_prefix_cache": first_below(system.spent, cached),
@@ -152,7 +167,7 @@ def first_below(mine: list[float], theirs: list[float]) -> int | None:
 
 def main(argv: Sequence[str] | None = None) -> Record:
     """Run it."""
-    options = parser("reuse", __doc__, "llm repeats texts rate", repeats=3)
+    options = parser("reuse", __doc__, "llm codec repeats texts rate", repeats=3)
     options.add_argument("--k", type=int, default=4, help="passages of a query")
     options.add_argument("--turns", type=int, default=4, help="of a conversation")
     options.add_argument("--exponent", type=float, default=1.0, help="of the Zipf distribution")
@@ -160,15 +175,16 @@ def main(argv: Sequence[str] | None = None) -> Record:
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--lengths", type=int, nargs="+", default=[64, 256, 512, 1024, 1536], help="of the prefills")
     args = parsed(options, argv)
-    compressor = trained_like(args.llm)
+    compressor = timed_compressor(args.llm, args.codec)
     sources = texts(args.texts)
-    n_tokens = sum(len(compressor.segmenter.tokenize(text).ids) for text in sources)
-    chunks = Case(compressor, sources, n_tokens, [], Path()).chunks
+    n_tokens = sum(len(compressor.spec.segmenter.tokenize(text).ids) for text in sources)
+    chunks = chunks_in(compressor, sources, n_tokens)
     sizes = sizes_of(compressor, chunks, args.rate)
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
     same = {
         "llm": compressor.llm.source,
         "fingerprint": compressor.fingerprint,
+        "entry_layer": compressor.config.entry_layer,
         "passages": len(chunks),
         "source_tokens": sum(sizes.text),
         "concepts": sum(sizes.concepts),

@@ -13,7 +13,7 @@ def tables(record: dict[str, Any]) -> list[str]:
     costs = record["costs"]
     rounds = record["costs_all_s"]
     lines = [
-        "## Reuse",
+        "## Reuse of deep concepts" if record.get("entry_layer") else "## Reuse",
         "",
         f"{record['queries']:,} queries over {record['passages']} passages ({record['source_tokens']:,} tokens, "
         f"{record['concepts']:,} concepts), {record['k']} passages each, drawn by Zipf with exponent "
@@ -37,7 +37,8 @@ def tables(record: dict[str, Any]) -> list[str]:
     ]
     for name, found in record["streams"].items():
         lines += _table(name, found)
-    return [*lines, "![Amortised cost of a query](reuse.png)", ""]
+    picture = "reuse_deep.png" if record.get("entry_layer") else "reuse.png"
+    return [*lines, f"![Amortised cost of a query]({picture})", ""]
 
 
 def _table(name: str, found: dict[str, Any]) -> list[str]:

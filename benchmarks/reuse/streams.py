@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from benchmarks.ttft.case import QUESTION
-from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.prompt import QAPrompt
 from compllm_rag.store import MemoryStore
@@ -36,9 +36,9 @@ class Sizes:
     question: int
 
 
-def sizes_of(compressor: Compressor, chunks: list[str], rate: float) -> Sizes:
+def sizes_of(compressor: ConceptCompressor, chunks: list[str], rate: float) -> Sizes:
     """Positions in the default prompt; concepts as many as there are, not as many as the rate promises."""
-    library = ConceptLibrary(compressor, MemoryStore(compressor.hidden_size), rate=rate)
+    library = ConceptLibrary(compressor, MemoryStore(compressor.spec.width), rate=rate)
     prompt = QAPrompt(compressor.llm.tokenizer)
     passages = [library.passage(text) for text in chunks]
     return Sizes(
@@ -84,16 +84,35 @@ def positions(prompt: Prompt, sizes: Sizes, passages: tuple[int, ...]) -> list[t
     return [(name, fixed[name[0]] if p < 0 else passages[p] + sizes.marker) for name, p in prompt]
 
 
+def own_tokens(prompt: Prompt, sizes: Sizes, parts: list[tuple[str, int]], first: int) -> float:
+    """Tokens of a prompt's own among its first positions: all that is no passage, and the markers of passages.
+
+    Args:
+        prompt: The prompt.
+        sizes: Positions of the parts.
+        parts: Of the prompt with their positions, see `positions`.
+        first: How many positions to look at; of a passage that is cut there, its markers count in proportion.
+    """
+    total, at = 0.0, 0
+    for (_, passage), (_, size) in zip(prompt, parts, strict=True):
+        within = max(0, min(size, first - at))
+        total += within if passage < 0 else within * sizes.marker / size
+        at += size
+    return total
+
+
 class PrefixCache:
     """Prefixes that were prefilled; nothing is evicted, which favours it.
 
     Attributes:
         positions: Whose keys and values it keeps by now.
+        passages: How many passages are among them.
+        of_passages: Positions of these, markers and all.
     """
 
     def __init__(self) -> None:
         self._known: set[tuple[str, ...]] = set()
-        self.positions = 0
+        self.positions = self.passages = self.of_passages = 0
 
     def hit(self, parts: list[tuple[str, int]]) -> int:
         """Positions of the longest known prefix, in whole blocks; the prompt is known afterwards."""
@@ -106,4 +125,6 @@ class PrefixCache:
             else:
                 self._known.add(prefix)
                 self.positions += size
+                if names[at - 1].startswith("p"):
+                    self.passages, self.of_passages = self.passages + 1, self.of_passages + size
         return best // BLOCK * BLOCK

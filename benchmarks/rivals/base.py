@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from benchmarks.rivals.environments import command, default_folder, pins, python_of
-from compllm_rag.compression.compressor import Compressor
 from compllm_rag.compression.rates import FixedRate
+from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.config import GenerationConfig
 from compllm_rag.errors import CompLLMError
 from compllm_rag.evaluation.asking import Asker
@@ -42,7 +42,7 @@ class Task:
         segmented: Segments of each passage, cut once.
     """
 
-    compressor: Compressor
+    compressor: ConceptCompressor
     llm: str
     questions: Sequence[Question]
     generation: GenerationConfig
@@ -56,8 +56,8 @@ class Task:
         return list(dict.fromkeys(passage.text for question in self.questions for passage in question.passages))
 
     def counts(self, text: str, rate: float) -> list[int]:
-        """K of each segment of a passage."""
-        return FixedRate(rate, self.compressor.config.segment_length).n_concepts(self.segmented(text))
+        """K of each segment of a passage, or of each unit of deep concepts."""
+        return FixedRate(rate, self.compressor.config.longest_unit).n_concepts(self.segmented(text))
 
     def budget(self, text: str, rate: float) -> int:
         """Positions that the concepts of a passage take, which is what every rival may take."""
@@ -89,11 +89,19 @@ class Baseline:
         name: In the JSON and on the command line.
         title: In tables and plots.
         compresses: Whether the rate matters to it.
+        ours: Whether it reads concepts of the task's compressor, so that a position costs what a concept costs.
     """
 
     name: str
     title: str
     compresses: bool = True
+    ours: bool = False
+
+    def prefill_cost(self, task: Task, achieved_rate: float | None) -> float | None:
+        """What a token of a passage costs at prefill, text = 1; None without passages."""
+        if achieved_rate is None:
+            return None if self.name == "none" else 1.0
+        return task.compressor.spec.prefill_cost(achieved_rate) if self.ours else 1 / achieved_rate
 
     def settings(self) -> dict[str, Any]:
         """What decides its result besides the task: weights, versions, parameters."""

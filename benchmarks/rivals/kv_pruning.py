@@ -48,6 +48,10 @@ class KVPruning(Outside):
         super().__init__(f"kvpress_{press}", title, "kvpress", environments, runner)
         self.press = press
 
+    def prefill_cost(self, task: Task, achieved_rate: float | None) -> float | None:
+        """All of the passage is prefilled; what is saved is memory."""
+        return 1.0
+
     def settings(self) -> dict[str, Any]:
         """Press and pins."""
         return {"press": self.press, "pins": self.pins()}

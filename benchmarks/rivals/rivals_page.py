@@ -12,13 +12,14 @@ PUBLISHED = Path(__file__).parent / "published.json"
 _COLOURS = ("tab:blue", "tab:orange", "tab:green")
 # A rival can be far worse than no passages at all; below this the plot gives the number alone.
 _LOWEST = -50.0
-_HEAD = ("", "rate", "KV", "prefilled", "F1", "EM", "NLL", "recovered", "F1 to text", "F1 to concepts")
+_HEAD = ("", "rate", "prefill cost", "KV", "prefilled", "F1", "EM", "NLL", "recovered", "F1 to text", "F1 to concepts")
 
 
 def tables(record: dict[str, Any]) -> list[str]:
     """Lines of the section."""
+    deep = record.get("entry_layer", 0)
     lines = [
-        "## Rivals",
+        "## Rivals of deep concepts" if deep else "## Rivals",
         "",
         f"{record['n']} questions over {record['passages']} passages of `{record['data']}`: the same passages, prompt, "
         f"target LLM (`{record['llm']}`) and reader for all, and for each passage as many positions as its concepts "
@@ -31,16 +32,38 @@ def tables(record: dict[str, Any]) -> list[str]:
         f"{measured(record)}.",
         "",
     ]
-    if not record["trained"]:
+    if deep:
+        lines += [
+            "A deep concept passes only the layers from its entry layer on: *prefill cost* is what a token of a "
+            "passage costs, text = 1. BM25 reads the question before it chooses.",
+            "",
+        ]
+    elif not record["trained"]:
         lines += ["The compressor is untrained here: its concepts are what pruning gives.", ""]
     for rate in record["rates"]:
         rows = [_cells(row) for among in (None, rate) for row in record["rivals"] if row["rate"] == among]
-        lines += [f"### Rate {rate:g}", "", *table(_HEAD, rows)]
-    return [*lines, "![F1 and recovered of each rival](rivals.png)", "", *_notes(record), *_published()]
+        costs = any("prefill_cost" in row for row in record["rivals"])
+        shown = [row if costs else [*row[:2], *row[3:]] for row in rows]
+        lines += [f"### Rate {rate:g}", "", *table(_HEAD if costs else [*_HEAD[:2], *_HEAD[3:]], shown)]
+    lines += _equal_prefill(record) if deep else []
+    picture = f"![F1 and recovered of each rival](rivals{'_deep' if deep else ''}.png)"
+    return [*lines, picture, "", *_notes(record), *([] if deep else _published())]
+
+
+def _equal_prefill(record: dict[str, Any]) -> list[str]:
+    """Deep concepts against rivals whose passages cost as much to prefill."""
+    head = ["prefill cost", "concepts, rate", "F1", "rival", "its rate", "its F1", "concepts over rival"]
+    rows = []
+    for pair in record["equal_prefill"]:
+        cells = [number(pair["prefill_cost"], 2), f"{pair['concepts_rate']:g}", number(pair["f1_concepts"])]
+        cells += [pair["title"], f"{pair['rate']:g}", number(pair["f1"]), difference(pair["concepts_to_rival"], 1, 0)]
+        rows.append(cells)
+    return ["### At equal prefill cost", "", *table(head, rows)] if rows else []
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    cells = [row["title"], number(row["achieved_rate"], 2), number(row["kv_positions"], 0)]
+    cells = [row["title"], number(row["achieved_rate"], 2), number(row.get("prefill_cost"), 2)]
+    cells.append(number(row["kv_positions"], 0))
     cells += [number(row["prefilled_positions"], 0), with_interval(row["f1"], apart(row["intervals"].get("f1")))]
     cells += [number(row["em"]), number(row["nll"], 2)]
     cells.append(with_interval(row["recovered"], apart(row["intervals"].get("recovered"))))

@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cells import difference, measured, number, table
-from benchmarks.common import Record, Tenths, compressor_of, journal_of, parsed, parser, written
+from benchmarks.common import Record, Tenths, any_compressor_of, journal_of, parsed, parser, written
+from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.evaluation.journal import Journal
 from compllm_rag.evaluation.questions import read_questions
 from compllm_rag.evaluation.results import EvalConfig, EvalResult
 from compllm_rag.evaluation.runner import evaluate_many
-from compllm_rag.store.encodings import ENCODINGS
+from compllm_rag.store.encodings import ENCODINGS, deep_encoding, encoding_named
 
 _RESAMPLES = 1000
+_GAINS = ["recovered", "to fp16", "F1", "to fp16"]
 
 
 def differences(one: EvalResult, fp16: EvalResult, text: EvalResult, none: EvalResult, seed: int = 0) -> dict[str, Any]:
@@ -46,8 +48,14 @@ def _with(value: float, drawn: np.ndarray) -> dict[str, Any]:
     return {"difference": value, "interval": np.percentile(drawn, [2.5, 97.5]).tolist()}
 
 
+def concept_bytes(compressor: ConceptCompressor, name: str) -> int:
+    """Bytes of one concept's record in an encoding, without the key and the index."""
+    written_as = deep_encoding(name) if compressor.config.deep else name
+    return encoding_named(written_as).nbytes(1, compressor.spec.width)
+
+
 def measure(
-    compressor: Any, path: Path, rates: Sequence[float], config: EvalConfig, journal: Journal
+    compressor: ConceptCompressor, path: Path, rates: Sequence[float], config: EvalConfig, journal: Journal
 ) -> dict[str, Any]:
     """All encodings at all rates, on the same questions."""
     settings: list[Any] = [("text", None), ("none", None)]
@@ -59,22 +67,26 @@ def measure(
     for (_, rate, name), result in zip(settings[2:], found[2:], strict=True):
         fp16 = next(r for s, r in zip(settings, found, strict=True) if s == ("concepts", rate, "fp16"))
         row = {"rate": rate, "encoding": name, "to_fp16": differences(result, fp16, text, none)}
+        row["bytes_per_token"] = concept_bytes(compressor, name) / (result.achieved_rate or rate)
         rows.append(row | result.to_dict())
     return {"text": text.to_dict(), "none": none.to_dict(), "results": rows}
 
 
 def main(argv: Sequence[str] | None = None) -> Record:
     """Run it."""
-    options = parser("storage_quality", __doc__, "llm limit rates reader compressor batch-size", rates=[2.0])
+    options = parser(
+        "storage_quality", __doc__, "llm limit rates reader compressor codec entry-layer batch-size", rates=[1.0, 2.0]
+    )
     options.add_argument("--data", type=Path, required=True, help="file of questions")
     options.add_argument("--no-answers", action="store_true", help="likelihoods alone")
     args = parsed(options, argv)
-    compressor = compressor_of(args)
+    compressor = any_compressor_of(args)
     config = EvalConfig(limit=args.limit, batch_size=args.batch_size, generate=not args.no_answers)
     same = {
         "llm": args.llm,
         "fingerprint": compressor.fingerprint,
-        "trained": bool(compressor.head.weight.any()),
+        "trained": compressor.config.trained,
+        "entry_layer": compressor.config.entry_layer,
         "data": args.data.name,
     }
     return written(args, same | measure(compressor, args.data, args.rates, config, journal_of(args.json, same)))
@@ -83,18 +95,23 @@ def main(argv: Sequence[str] | None = None) -> Record:
 def tables(record: Record) -> list[str]:
     """Lines of the section."""
     text, none, rows = record["text"], record["none"], []
+    sized = all("bytes_per_token" in row for row in record["results"])
     for row in record["results"]:
-        cells = [f"{row['rate']:g}", row["encoding"], f"{row['nll']:.4f}"]
+        cells = [f"{row['rate']:g}", row["encoding"]]
+        cells += [number(row["bytes_per_token"], 0)] if sized else []
+        cells.append(f"{row['nll']:.4f}")
         for name in ("recovered", "f1"):
             cells += [number(row[name]), difference(row["to_fp16"][name] if row["encoding"] != "fp16" else None, 2)]
         rows.append(cells)
-    kind = "trained" if record["trained"] else "untrained, its concepts are the embeddings of anchors"
+    kind, deep = "trained", record.get("entry_layer", 0)
+    if not record["trained"]:
+        kind = "untrained" if deep else "untrained, its concepts are the embeddings of anchors"
     return [
-        "## What fewer bits cost",
+        "## What fewer bits cost deep concepts" if deep else "## What fewer bits cost",
         "",
         f"{measured(record)}: {text['n']} questions of {record['data']}, {record['llm']} with its reader and "
         f"compressor ({kind}). NLL is {text['nll']:.3f} nats per token with text and {none['nll']:.3f} without "
         "passages. Differences to fp16, in points, are paired; brackets are bootstrap 95 % intervals over questions.",
         "",
-        *table(["rate", "encoding", "NLL", "recovered", "to fp16", "F1", "to fp16"], rows),
+        *table(["rate", "encoding", *(["bytes / token"] if sized else []), "NLL", *_GAINS], rows),
     ]

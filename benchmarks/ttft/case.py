@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from benchmarks.common import reworded
-from benchmarks.memory import Peak
+from benchmarks.memory import Peak, cache_bytes
 from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.config import GenerationConfig
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import ConceptLibrary
@@ -53,7 +54,7 @@ class Case:
         self.compressor, self.llm = compressor, compressor.llm
         self.generator = LocalGenerator(self.llm, GenerationConfig(max_new_tokens=1))
         self.prompt = QAPrompt(self.llm.tokenizer)
-        self.chunks = _chunks(compressor, sources, length)
+        self.chunks = chunks_in(compressor, sources, length)
         # Text is cut up by the same class as concepts are, so that both sides remember passages alike.
         self.reader = ConceptLibrary(compressor, MemoryStore(self.llm.hidden_size))
         self.libraries: dict[float, ConceptLibrary] = {}
@@ -77,7 +78,7 @@ class Case:
             token = logits.argmax(-1, keepdim=True)
             self._wait()
             ended = time.perf_counter()
-            kv_bytes = _kv_bytes(cache)
+            kv_bytes = cache_bytes(cache)
             per_token = self._decode(token, cache, decode)
         return {
             "positions": inputs.inputs_embeds.shape[1],
@@ -141,13 +142,13 @@ class Case:
             torch.cuda.synchronize()
 
 
-def _chunks(compressor: Compressor, sources: list[str], length: int) -> list[str]:
+def chunks_in(compressor: ConceptCompressor, sources: list[str], length: int) -> list[str]:
     """Chunks of whole segments, about `length` source tokens in all; no segment occurs twice but by chance."""
     chunks: list[str] = []
     kept: list[int] = []
     total = 0
     for text in reworded(sources):
-        for segment in compressor.segmenter.split(text):
+        for segment in compressor.spec.segmenter.split(text):
             kept += segment
             if len(kept) >= min(CHUNK, length - total):
                 chunks.append(compressor.llm.tokenizer.decode(kept))
@@ -155,7 +156,3 @@ def _chunks(compressor: Compressor, sources: list[str], length: int) -> list[str
             if total >= length:
                 return chunks
     return chunks
-
-
-def _kv_bytes(cache: Any) -> int:
-    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))

@@ -18,6 +18,10 @@ at 128k.
 Compressing n tokens is a forward of n + n / C positions through the compressor's first layers, with attention within
 segments only (its LoRA and its head, a few per cent, are left out). It grows as n does, and what it saves as n^2: below
 some length, the crossover, compressing in line costs more than it saves.
+
+Deep concepts enter at layer L of D. A prompt with m tokens of its own and K concepts is m positions in the first L
+layers and m + K in the others: at K = n / C and small m, (D - L) / (D C) of the linear work of text and
+(D - L) / (D C^2) of its attention. What the KV cache holds goes by the same counts.
 """
 
 from __future__ import annotations
@@ -76,6 +80,18 @@ def compress(layers: list[LayerShape], n: float, rate: float, segment: int) -> f
     return n / segment * prefill(layers, segment * (1 + 1 / rate))
 
 
+def deep_prefill(layers: list[LayerShape], entry: int, tokens: float, concepts: float) -> float:
+    """FLOPs to prefill a prompt with deep concepts; with an entry layer of 0 those at the input embeddings.
+
+    Args:
+        layers: All of the LLM.
+        entry: L, how many of them see no concepts.
+        tokens: The prompt's own: question, markers, text.
+        concepts: That stand for passages.
+    """
+    return prefill(layers[:entry], tokens) + prefill(layers[entry:], tokens + concepts)
+
+
 def speed_up(layers: list[LayerShape], n: float, rate: float) -> float:
     """Bound on TTFT as text over TTFT as concepts, those being in the store."""
     return prefill(layers, n) / prefill(layers, n / rate)
@@ -111,3 +127,15 @@ def kv_bytes(layers: list[LayerShape], n: float, width: int = 2) -> float:
         width: Bytes of a value, 2 for bf16.
     """
     return sum(layer.kv * width * (n if layer.window is None else min(n, layer.window)) for layer in layers)
+
+
+def deep_kv_bytes(layers: list[LayerShape], entry: int, tokens: float, concepts: float, width: int = 2) -> float:
+    """Bytes of the KV cache of a prompt with deep concepts; arguments as of `deep_prefill` and `kv_bytes`."""
+    return kv_bytes(layers[:entry], tokens, width) + kv_bytes(layers[entry:], tokens + concepts, width)
+
+
+def weight_bytes(config: Any, width: int = 2) -> float:
+    """Bytes of an LLM's linear maps and embeddings, the output matrix too where it is one of its own; no norms."""
+    tables = 1 if getattr(config, "tie_word_embeddings", True) else 2
+    maps = sum(layer.weights for layer in layers_of(config))
+    return float(width * (maps + tables * config.vocab_size * config.hidden_size))

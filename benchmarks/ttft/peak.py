@@ -10,6 +10,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +38,25 @@ def main() -> None:
     """Answer one question; print what it took."""
     import argparse
 
-    # Not above: `ttft` takes this module's function.
+    # Not above: `ttft` and `ttft_deep` take this module's function.
     from benchmarks.common import texts
     from benchmarks.ttft.case import Case, Setting
     from benchmarks.ttft.ttft import load
+    from benchmarks.ttft.ttft_deep import peak_case
 
     task: dict[str, Any] = json.load(sys.stdin)
     torch.set_num_threads(task["threads"])
-    args = argparse.Namespace(**task["args"])
     sources = texts(Path(task["texts"]) if task["texts"] else None)
     # The stores are there and filled, so that nothing is compressed before the account begins.
-    case = Case(load(args), sources, task["length"], task["rates"], Path(task["folder"]))
+    if "deep" in task:
+        run = peak_case(task, argparse.Namespace(**task["deep"]), sources)
+    else:
+        case = Case(
+            load(argparse.Namespace(**task["args"])), sources, task["length"], task["rates"], Path(task["folder"])
+        )
+        run = partial(case.run, Setting(task["mode"], task["rate"]), 0)
     before = _begin()
-    case.run(Setting(task["mode"], task["rate"]), 0)
+    run()
     print(json.dumps({"before_bytes": before, "peak_bytes": _status("VmHWM")}))
 
 

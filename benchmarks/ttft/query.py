@@ -1,7 +1,8 @@
 """What does a query cost when its passages are read as concepts, against the same passages as text?
 
 For contexts of several lengths, with a warm store on disk: TTFT of both in turns, how much of it is fetching and
-laying out, and the bound: the prefill alone of that many random embeddings by the same call.
+laying out, and the bound: the prefill alone of that many random embeddings by the same call; of deep concepts the lower
+half of the LLM over the prompt's own tokens and the upper half over them and as many random states.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from llama_index.core.schema import NodeWithScore, TextNode
 from benchmarks import common
 from benchmarks.cells import number, table
 from compllm_rag.config import GenerationConfig, Mode
+from compllm_rag.generation.halves import SplitForward, States, Tokens
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer
@@ -39,20 +41,27 @@ def ask(library: ConceptLibrary, nodes: list[NodeWithScore], mode: Mode) -> dict
     return account
 
 
-def bound(generator: LocalGenerator, positions: int) -> float:
-    """Seconds to prefill that many random embeddings."""
-    llm = generator.llm
+def bound(generator: LocalGenerator, positions: int, concepts: int = 0) -> float:
+    """Seconds to prefill that many random embeddings, `concepts` of them at the entry layer of deep concepts."""
+    llm, halves = generator.llm, generator.halves
+    if concepts and halves is not None:
+        ids, states = [0] * (positions - concepts), torch.randn(concepts, llm.hidden_size)
+        forward = SplitForward(halves, [[States(states, range(concepts)), Tokens(ids)]])
+        return common.timed(forward.prefill)
     embeds = torch.randn(1, positions, llm.hidden_size, device=llm.device).to(llm.dtype) * 0.1
     return common.timed(lambda: generator.prefill(PromptInputs(embeds, None, None, [[]])))
 
 
-def measure(llm: str, sources: list[str], lengths: list[int], rates: list[float], repeats: int) -> dict[str, Any]:
+def measure(
+    llm: str, codec: str, sources: list[str], lengths: list[int], rates: list[float], repeats: int
+) -> dict[str, Any]:
     """All of it."""
-    compressor = common.trained_like(llm)
-    generator, contexts = LocalGenerator(compressor.llm), {}
+    compressor = common.timed_compressor(llm, codec)
+    deep = compressor.config.deep
+    generator, contexts = LocalGenerator(compressor.llm, halves=compressor.halves), {}
     with (
         tempfile.TemporaryDirectory() as folder,
-        DiskStore(Path(folder) / "concepts", hidden_size=compressor.hidden_size) as store,
+        DiskStore(Path(folder) / "concepts", hidden_size=compressor.spec.width) as store,
     ):
         for length in lengths:
             chunks = common.chunks_of(compressor, sources, length)
@@ -66,14 +75,17 @@ def measure(llm: str, sources: list[str], lengths: list[int], rates: list[float]
             for round_ in range(repeats + 1):
                 for name, (rate, mode) in settings.items():
                     # Anew, so that no passage is remembered: a query usually meets others.
-                    account = ask(ConceptLibrary(compressor, store, rate=rate), nodes, mode)
-                    account["bound_s"] = bound(generator, account["prompt_positions"])
+                    library = ConceptLibrary(compressor, store, rate=rate)
+                    account = ask(library, nodes, mode)
+                    split = deep and mode == "concepts"
+                    concepts = sum(sum(library.passage(text).n_concepts) for text in chunks) if split else 0
+                    account["bound_s"] = bound(generator, account["prompt_positions"], concepts)
                     rounds[name] += [account] if round_ else []
                 common.progress(f"{length} tokens, round {round_} of {repeats}")
             contexts[str(length)] = {"nodes": len(nodes)} | {
                 name: _row(accounts, rounds["text"]) for name, accounts in rounds.items()
             }
-    return {"llm": llm, "rates": rates, "contexts": contexts}
+    return {"llm": llm, "codec": codec, "rates": rates, "contexts": contexts}
 
 
 def _row(accounts: list[dict[str, Any]], text: list[dict[str, Any]]) -> dict[str, Any]:
@@ -89,10 +101,11 @@ def _row(accounts: list[dict[str, Any]], text: list[dict[str, Any]]) -> dict[str
 
 def main(argv: Sequence[str] | None = None) -> common.Record:
     """Run it."""
-    options = common.parser("query", __doc__, "llm repeats texts rates")
+    options = common.parser("query", __doc__, "llm codec repeats texts rates")
     options.add_argument("--lengths", type=int, nargs="+", default=[1000, 4000, 7000], help="context tokens as text")
     args = common.parsed(options, argv)
-    return common.written(args, measure(args.llm, common.texts(args.texts), args.lengths, args.rates, args.repeats))
+    found = measure(args.llm, args.codec, common.texts(args.texts), args.lengths, args.rates, args.repeats)
+    return common.written(args, found)
 
 
 def tables(record: common.Record) -> list[str]:

@@ -1,5 +1,7 @@
 """How long until the first token, and how large is the KV cache: text against concepts, and the least it could be.
 
+This is the benchmark of concepts at the input embeddings, `--codec input`; without it `ttft_deep` is run.
+
 For contexts of several lengths, all settings in turns in a new order each round: the context as text; as concepts from
 a warm store on disk; as concepts that are compressed in line (cold). Fetching, laying out and prefill are timed apart.
 Passages that were asked for before are remembered as token ids, for text and concepts alike; `fetch_first_s` is the
@@ -14,9 +16,11 @@ beside the JSON (OUT.records.jsonl) and not measured again.
 
 from __future__ import annotations
 
+import argparse
 import math
 import random
 import statistics
+import sys
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -27,11 +31,13 @@ import torch
 
 from benchmarks import common
 from benchmarks.shapes import SHAPES, attention_for, noisy_compressor, random_llm, tokenizer_of
+from benchmarks.ttft import ttft_deep
 from benchmarks.ttft.case import Case, Setting
 from benchmarks.ttft.flops import LayerShape, crossover, layers_of, prefill, speed_up
 from benchmarks.ttft.peak import resident_peak
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.config import CompressorConfig
+from compllm_rag.errors import ConfigurationError
 
 PARTS = ("compress_s", "fetch_s", "layout_s", "prefill_s", "ttft_s")
 
@@ -114,9 +120,25 @@ def load(args: Any) -> Compressor:
     return noisy_compressor(llm, CompressorConfig(layers=min(12, llm.model.config.num_hidden_layers)))
 
 
+def asked_codec(words: Sequence[str]) -> str:
+    """The codec that options name, the product's default where they name none."""
+    option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    option.add_argument("--codec", default="deep")
+    return str(option.parse_known_args(words)[0].codec)
+
+
 def main(argv: Sequence[str] | None = None) -> common.Record:
     """Run it."""
-    options = common.parser("ttft", __doc__, "llm repeats texts rates", repeats=3)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if asked_codec(words) == "deep":
+        if any(word.split("=")[0] == "--shape" for word in words):
+            raise ConfigurationError(
+                "shapes with random weights have no stores of deep concepts here",
+                got="--shape without --codec input",
+                next_step="bench ttft_long for deep concepts, or add --codec input",
+            )
+        return ttft_deep.main(words, "ttft")
+    options = common.parser("ttft", __doc__, "llm codec repeats texts rates", repeats=3)
     options.add_argument("--lengths", type=int, nargs="+", default=[250, 1000, 4000, 7500], help="source tokens")
     options.add_argument("--decode", type=int, default=16, help="tokens after the first that are timed; 0: none")
     options.add_argument("--no-cold", dest="cold", action="store_false", help="nothing that is compressed in line")
@@ -127,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> common.Record:
         "--attention", help="of a shape, for text and concepts alike (default: sdpa, with windows the best)"
     )
     options.add_argument("--memory", choices=["longest", "all", "none"], default="longest", help="peaks on a CPU")
-    args = common.parsed(options, argv)
+    args = common.parsed(options, words)
     compressor = load(args)
     config = compressor.llm.model.config.get_text_config()
     layers, depth = layers_of(config), compressor.config.layers or config.num_hidden_layers

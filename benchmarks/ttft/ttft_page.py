@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.cells import number, source, spread, table, way
+from benchmarks.ttft import ttft_deep
 
 _HEAD = ["context", "read as", "positions", "TTFT (s)", "compress", "fetch, lay out (fetch the first time)"]
 _HEAD += ["over the bound", "of text's TTFT", "speed-up (FLOP bound; at these positions)", "1,000 tokens (s)"]
@@ -13,6 +14,8 @@ _HEAD += ["KV cache (MiB)", "peak (MiB)"]
 
 def tables(record: dict[str, Any]) -> list[str]:
     """Lines of the section."""
+    if "entry_layer" in record:
+        return ttft_deep.tables(record)
     rows = []
     for found in record["lengths"].values():
         context = f"{found['source_tokens']:,}"

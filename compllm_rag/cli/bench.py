@@ -14,8 +14,10 @@ from compllm_rag.errors import ConfigurationError
 
 # Their modules are loaded when they run, so that --help answers at once.
 BENCHMARKS = {
-    "ttft": "Time to first token and KV cache, text against concepts, with the bound and the crossover length.",
-    "ttft_deep": "The same for deep concepts, with the bound of the two halves; what compressing them costs.",
+    "ttft": "Time to first token and KV cache, text against concepts, with the bound; --codec input: the crossover.",
+    "ttft_deep": "The same as ttft, of deep concepts alone, with what compressing them costs.",
+    "ttft_long": "Prefill up to 128k tokens by an LLM's shape, text and deep concepts; hours, can be stopped.",
+    "cost_model": "FLOPs, KV bytes and stored bytes of deep concepts up to 128k tokens, by arithmetic alone.",
     "query": "One query on sample texts: TTFT of text and concepts beside the bound; shorter than ttft.",
     "ingest": "Tokens/s of compressing into a store, against the least that the arithmetic costs.",
     "ingest_scale": "A growing storage: is ingestion linear, is memory flat; layers, batches, bytes per token.",
@@ -30,6 +32,9 @@ BENCHMARKS = {
     "anchors": "Which tokens concepts should start from; needs the training data.",
     "ablations": "What each choice in the compressor brings; trains small ones.",
     "quality": "Text, concepts, pruning and nothing on probes, with --data-dir on evaluation sets.",
+    "chunks": "1, 2, 4, 8 passages in the prompt: needles, one passage, two hops; text against concepts.",
+    "frontier": "Recovered over prefill cost by entry layer and rate, untrained and trained; needs the training data.",
+    "pins": "Deep concepts that keep numbers, dates and names first, on the probes and a file of questions.",
     "store_read": "Concepts from disk to tensor, against a flat file and other stores.",
     "storage_size": "Bytes per source token of storages, vectors, text and KV cache.",
     "storage_quality": "What fewer bits per concept cost.",

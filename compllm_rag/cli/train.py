@@ -31,7 +31,7 @@ Out = Annotated[Path, typer.Option("--out", help="Folder of the run; best/ in it
 # deep concepts alone have.
 _UNASKED = (
     *("format_version", "segmenter_version", "scale", "lora_alpha"),
-    *("entry_layer", "unit_length", "opening", "selector", "read_rank", "read_alpha", "read_modules"),
+    *("entry_layer", "unit_length", "opening", "selector", "pins", "read_rank", "read_alpha", "read_modules"),
 )
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from compllm_rag.compression.information import information_for
+from compllm_rag.compression.pins import Pins, raised
 from compllm_rag.compression.pretrained import SavedCompressor, read_compressor, save_compressor
 from compllm_rag.compression.rate_policies.losses import LossPredictor
 from compllm_rag.compression.segmentation import Segmenter
@@ -77,6 +78,7 @@ class DeepCompressor:
         # fp16 is what is saved: a table kept finer than its file would choose other positions after a reload.
         self.information = fitted(table, llm.embedding.weight.shape[0]).half().float().to(llm.device)
         self.selector = None if selector is None else selector.half().float().to(llm.device)
+        self._pins = Pins(llm.tokenizer, llm.embedding.weight.shape[0], config.pins) if config.pins else None
         self.decoder = lower_half(llm.model, config.entry_layer)
         if config.lora_rank:
             inject_lora(self.decoder, rank=config.lora_rank, alpha=config.lora_alpha, modules=config.lora_modules)
@@ -194,14 +196,20 @@ class DeepCompressor:
         return [rows for rows in out if rows is not None]
 
     def kept_places(self, units: Sequence[Sequence[int]], n_concepts: Sequence[int]) -> list[list[int]]:
-        """The places that each unit keeps, in order; see `CompressorConfig.selector`."""
+        """The places that each unit keeps, in order; see `CompressorConfig.selector` and `pins`."""
         scored = [i for i, k in enumerate(n_concepts) if k < len(units[i])]
         with room_for("choose the tokens to keep of a chunk", self.llm.device, _MEMORY):
             scores = dict(zip(scored, self.scores([units[i] for i in scored]), strict=True))
         return [
-            best_positions(scores[i], k) if i in scores else list(range(len(units[i])))
+            self.best_places(units[i], scores[i], k) if i in scores else list(range(len(units[i])))
             for i, k in enumerate(n_concepts)
         ]
+
+    def best_places(self, unit: Sequence[int], scores: torch.Tensor, n_concepts: int) -> list[int]:
+        """The K places that a unit keeps by its scores (n_tokens,) of `scores`, pins first, in order."""
+        return best_positions(
+            scores if self._pins is None else raised(scores, self._pins.of(unit), n_concepts), n_concepts
+        )
 
     def _check_unit(self, unit: Sequence[int], k: int, places: Sequence[int] | None) -> None:
         n = len(unit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
@@ -14,8 +14,9 @@ from compllm_rag.compression.compressor import Compressor
 from compllm_rag.compression.deep import DeepCompressor, default_entry_layer
 from compllm_rag.compression.pretrained import read_compressor
 from compllm_rag.compression.spec import ConceptCompressor
-from compllm_rag.config import DEFAULT_LLM, Codec, CompressorConfig, checked
+from compllm_rag.config import DEFAULT_LLM, Codec, CompressorConfig, Pin, checked
 from compllm_rag.errors import ConfigurationError
+from compllm_rag.models.adapters import load_lora_state, lora_state
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import QAPrompt
 
@@ -113,6 +114,32 @@ def load_compressor(
     saved = read_compressor(folder, llm, revision=revision, **llm_options)
     made = DeepCompressor.of(saved) if saved.config.deep else Compressor.of(saved)
     logger.info("loaded compressor %s of LLM %s", made.fingerprint[:16], made.llm.source)
+    return made
+
+
+def pinned(compressor: ConceptCompressor, pins: Sequence[Pin]) -> DeepCompressor:
+    """The same deep concepts, of other tokens: those of pinned words come first.
+
+    It has a fingerprint of its own, so that its concepts are not taken for those without pins. A new storage takes it
+    as `ConceptIndex.create(folder, compressor=...)`.
+
+    Args:
+        compressor: Of deep concepts; its weights are copied.
+        pins: Which words; see `compllm_rag.compression.pins`. None of them gives the compressor without pins.
+
+    Raises:
+        ConfigurationError: It is of concepts at the input embeddings, or there is no such pin.
+    """
+    if not isinstance(compressor, DeepCompressor):
+        raise ConfigurationError(
+            "pins are of deep concepts", got="concepts at the input embeddings", next_step="use codec deep"
+        )
+    fields = compressor.config.model_dump() | {"pins": tuple(sorted(set(pins)))}
+    tables = {"information": compressor.information, "selector": compressor.selector}
+    made = DeepCompressor(compressor.llm, checked(CompressorConfig, **fields), **tables)
+    load_lora_state(made.decoder, lora_state(compressor.decoder))
+    load_lora_state(made.halves.upper, lora_state(compressor.halves.upper))
+    made.refresh_fingerprint()
     return made
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from compllm_rag.catalog.database import connected, read_state
+from compllm_rag.catalog.generations import log_name
 from compllm_rag.errors import (
     CompLLMError,
     ConfigurationError,
@@ -164,6 +165,12 @@ def _taken(folder: Path, drafts: Path, held: ExitStack, progress: Progress | Non
         if state.number:
             size, stream = _opened(folder / state.file, held)
             files.append(SnapshotFile(state.file, size, stream, sha256=state.sha256))
+        if state.log_bytes:
+            size, stream = _opened(folder / log_name(state.base), held)
+            if size < state.log_bytes:
+                raise _damaged(f"{log_name(state.base)} has {size} bytes", state.log_bytes)
+            # What lies behind belongs to no commit. Each record closes with a digest, which whoever loads it checks.
+            files.append(SnapshotFile(log_name(state.base), state.log_bytes, stream))
         with connected(concepts / "index" / "cache.db", writing=False) as index:
             held.callback(index.close)
             index.execute("BEGIN")

@@ -20,7 +20,6 @@ from compllm_rag.compression.loading import load_compressor_for
 from compllm_rag.compression.rate_policies.losses import RATES, LossPredictor
 from compllm_rag.compression.rate_policies.measures import Floats, TextMeasures
 from compllm_rag.compression.rates import concepts_at
-from compllm_rag.compression.selection import best_positions
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.prompt import ConceptSpan
 from compllm_rag.training.examples import Example, pack, pack_deep, targets_of
@@ -177,7 +176,7 @@ def measured_losses(compressor: DeepCompressor, example: Example, rates: Sequenc
         for number, body in enumerate(bodies):
             states, places, begin = [], list[int](), 0
             for unit in body.segments:
-                kept = best_positions(scores[at], concepts_at(rate, len(unit)))
+                kept = compressor.best_places(unit, scores[at], concepts_at(rate, len(unit)))
                 states.append(hidden[at][kept])
                 places += [begin + place for place in kept]
                 at, begin = at + 1, begin + len(unit)

@@ -38,10 +38,11 @@ def run(name: str, out: Path, *options: object) -> dict:
     return record
 
 
-def test_ingest(tmp_path: Path, toy_folder: Path, texts: Path) -> None:
-    record = run(
-        "ingest", tmp_path / "o.json", "--llm", toy_folder, "--texts", texts, "--sizes", 300, 600, "--repeats", 1
-    )
+@pytest.mark.parametrize("codec", ["deep", "input"])
+def test_ingest(codec: str, tmp_path: Path, toy_folder: Path, texts: Path) -> None:
+    words = ["--llm", toy_folder, "--texts", texts, "--sizes", 300, 600, "--repeats", 1]
+    record = run("ingest", tmp_path / "o.json", *words, *([] if codec == "deep" else ["--codec", codec]))
+    assert (record["entry_layer"], record["rate"]) == ((1, 1.0) if codec == "deep" else (0, 2.0))
     assert list(record["sizes"]) == ["300", "600"]
     for size, row in record["sizes"].items():
         assert row["source_tokens"] <= int(size) + 300
@@ -49,10 +50,11 @@ def test_ingest(tmp_path: Path, toy_folder: Path, texts: Path) -> None:
     assert record["sizes"]["600"]["segments"] > record["sizes"]["300"]["segments"]
 
 
-def test_query(tmp_path: Path, toy_folder: Path, texts: Path) -> None:
-    record = run(
-        "query", tmp_path / "o.json", "--llm", toy_folder, "--texts", texts, "--lengths", 300, 700, "--repeats", 1
-    )
+@pytest.mark.parametrize("codec", ["deep", "input"])
+def test_query(codec: str, tmp_path: Path, toy_folder: Path, texts: Path) -> None:
+    words = ["--llm", toy_folder, "--texts", texts, "--lengths", 300, 700, "--repeats", 1]
+    record = run("query", tmp_path / "o.json", *words, *([] if codec == "deep" else ["--codec", codec]))
+    assert record["codec"] == codec
     for context in record["contexts"].values():
         text, two, four = (context[k] for k in ("text", "concepts at rate 2", "concepts at rate 4"))
         assert text["prompt_positions"] > two["prompt_positions"] > four["prompt_positions"]
@@ -146,6 +148,7 @@ def test_quality_and_its_report(tmp_path: Path, toy_folder: Path, world: Path, c
 
 def test_ttft_of_deep_concepts(tmp_path: Path, toy_folder: Path, texts: Path) -> None:
     options = ["--llm", toy_folder, "--texts", texts, "--lengths", 300, 600, "--rates", 1, 2, "--repeats", 1]
+    options += ["--memory", "none"]
     record = run("ttft_deep", tmp_path / "o.json", *options)
     assert (record["entry_layer"], record["depth"]) == (1, 2)
     for found in record["lengths"].values():
@@ -173,12 +176,20 @@ def test_storage_and_its_page(tmp_path: Path, toy_folder: Path, texts: Path, wor
     subprocess.run(report, cwd=ROOT, check=True, timeout=300)
     assert "| fp16 |" in page.read_text() and "recovered" not in page.read_text()
     data = ["--data", str(world / "eval" / "squad_dev.jsonl.gz"), "--limit", "4"]
-    quality = run("storage_quality", results / "storage_quality.json", *llm, *data)
+    deep = run("storage_quality", results / "storage_quality_deep.json", *llm, *data)
+    assert [(r["rate"], r["encoding"]) for r in deep["results"]] == [
+        (rate, name) for rate in (1, 2) for name in ("fp16", "int8", "int4")
+    ]
+    # A state of 32 values and its place: 2 bytes each; four outliers of 4 bytes, a unit of 4, and a byte each.
+    assert [r["bytes_per_token"] for r in deep["results"][:2]] == [66, 2 + 16 + 4 + 32]
+    assert len({r["nll"] for r in deep["results"]}) == 6 and deep["results"][0]["to_fp16"]["f1"]["difference"] == 0
+    quality = run("storage_quality", results / "storage_quality.json", *llm, *data, "--codec", "input", "--rates", "2")
     rows = {row["encoding"]: row for row in quality["results"]}
     assert rows["fp16"]["to_fp16"]["f1"] == {"difference": 0, "interval": [0, 0]}
     assert len({row["nll"] for row in rows.values()}) == 3
     subprocess.run(report, cwd=ROOT, check=True, timeout=300)
-    assert f"| 2 | int4 | {rows['int4']['nll']:.4f} |" in page.read_text()
+    assert f"| 2 | int4 | {rows['int4']['bytes_per_token']:.0f} | {rows['int4']['nll']:.4f} |" in page.read_text()
+    assert "## What fewer bits cost deep concepts" in page.read_text()
     subprocess.run([*report, "--check"], cwd=ROOT, check=True, timeout=300)
     page.write_text(page.read_text().replace("fp16", "fp17"))
     stale = subprocess.run([*report, "--check"], cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,17 @@ import toy
 from benchmarks.reuse import reuse_page as page
 from benchmarks.reuse.costs import Costs, fit, load_cache
 from benchmarks.reuse.reuse import PREFIXES, first_below, simulate, systems_of
-from benchmarks.reuse.streams import PrefixCache, Sizes, conversation_stream, positions, sizes_of, zipf_stream
+from benchmarks.reuse.streams import (
+    PrefixCache,
+    Sizes,
+    conversation_stream,
+    own_tokens,
+    positions,
+    sizes_of,
+    zipf_stream,
+)
 from compllm_rag.compression.compressor import Compressor
+from compllm_rag.errors import ConfigurationError
 from loft_corpus import run
 
 N = 30
@@ -96,6 +106,25 @@ def test_what_a_query_costs_in_each_system() -> None:
     assert systems["chunk KV, prefix cache"].prefilled <= systems["chunk KV"].prefilled + 20
 
 
+def test_deep_concepts_pass_the_upper_layers_alone() -> None:
+    costs = replace(COSTS, lower=(0.0, 4e-4, 1e-7), upper=(0.0, 6e-4, 1e-7), share=0.6)
+    prompt = [("head", -1), ("p1", 1), ("p2", 2), ("q0", -1)]
+    systems = systems_of(SIZES, costs)
+    for name in ("concepts", "concepts, prefix cache"):
+        systems[name].ask(prompt, SIZES, costs)
+    tokens, slots = 40 + 2 * 6 + 20, 40 + 2 * 109 + 20
+    assert own_tokens(prompt, SIZES, positions(prompt, SIZES, SIZES.concepts), slots) == pytest.approx(tokens)
+    reading = 4e-4 * tokens + 1e-7 * tokens**2 + 6e-4 * slots + 1e-7 * slots**2
+    assert costs.read_deep(tokens, slots) == pytest.approx(reading)
+    assert systems["concepts"].spent[1] - systems["concepts"].spent[0] == pytest.approx(reading + 2 * costs.fetch)
+    kept = systems["concepts, prefix cache"].cached_bytes(SIZES, costs)
+    assert kept == pytest.approx(costs.kv_bytes * (tokens + 0.6 * (slots - tokens)))
+    known = costs.read_deep(tokens, slots, tokens / 2, 139)
+    assert 0 < known < reading
+    with pytest.raises(ConfigurationError, match="no costs of two halves"):
+        COSTS.read_deep(1, 2)
+
+
 def test_breaking_even_is_for_good() -> None:
     assert first_below([5.0, 6.0, 7.0, 8.0], [0.0, 3.0, 6.0, 9.0]) == 3
     assert first_below([0.0, 1.0], [0.0, 1.0]) is None
@@ -137,16 +166,31 @@ def test_concepts_pay_off_and_prefix_caching_helps_conversations_most() -> None:
     assert share["conversations"] < share["zipf"]
 
 
-def test_it_runs_keeps_its_costs_and_has_its_section(toy_folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "reuse.json"
-    words = ["--llm", toy_folder, "--repeats", 1, "--lengths", 16, 64, 128, "--queries"]
+@pytest.mark.parametrize("codec", ["deep", "input"])
+def test_it_runs_keeps_its_costs_and_has_its_section(codec: str, toy_folder: Path, tmp_path: Path) -> None:
+    out, deep = tmp_path / "reuse.json", codec == "deep"
+    words = [
+        "--llm",
+        toy_folder,
+        *([] if deep else ["--codec", codec]),
+        "--repeats",
+        1,
+        "--lengths",
+        16,
+        64,
+        128,
+        "--queries",
+    ]
     for queries in (20, 30):
         record, told = run("reuse", out, *words, queries)
         assert ("round 1 of 1" in told) == (queries == 20)
     assert record["passages"] > 50 and set(record["streams"]) == {"zipf", "conversations"} and record["queries"] == 30
     assert record["costs"]["kv_bytes"] == 2 * 2 * 2 * 8 * 2, "layers, keys and values, heads, width, fp16"
-    assert record["costs"]["concept_bytes"] == 64 and 0.5 < record["concepts"] / record["source_tokens"] < 0.6
+    assert record["costs"]["concept_bytes"] == (66 if deep else 64)
+    assert 0.5 <= record["concepts"] / record["source_tokens"] < 0.6
+    assert (record["costs"]["upper"] is not None) == deep and record["costs"]["share"] == (0.5 if deep else 1)
     assert min(record["costs"][name] for name in ("compress", "fetch", "kv_load", "kv_store")) > 0
     made = "\n".join(page.tables(record))
+    assert ("## Reuse of deep concepts" in made) == ("(reuse_deep.png)" in made) == deep
     assert "### Conversations" in made and "| chunk KV, prefix cache |" in made
     assert len(page.plot(record).axes) == 2

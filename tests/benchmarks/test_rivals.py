@@ -22,6 +22,7 @@ from benchmarks.rivals.matching import match
 from benchmarks.rivals.process import Runner, RunnerError
 from benchmarks.rivals.rivals_page import PUBLISHED, plot, tables
 from benchmarks.rivals.run_llmlingua import even_window
+from benchmarks.rivals.sentences import best_first, chosen
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.config import CompressorConfig
 from compllm_rag.errors import ConfigurationError
@@ -78,13 +79,19 @@ def test_all_rivals_are_measured_on_the_same(task, tmp_path: Path, monkeypatch: 
     same = {"questions": "these"}
     made = rivals.measure(task, fakes(tmp_path), [2.0, 4.0], Journal(parts, same))
     rows = {(row["name"], row["rate"]): row for row in made["rivals"]}
-    names = ["concepts", "truncation", "pruning", "anchors", "mean", "llmlingua", "kvpress_knorm"]
+    names = ["concepts", "truncation", "pruning", "anchors", "mean", "bm25_sentences", "llmlingua", "kvpress_knorm"]
     assert list(rows) == [("none", None), ("text", None), *((n, r) for r in (2.0, 4.0) for n in names)]
     for rate in (2.0, 4.0):
         ours = rows["concepts", rate]
         for name in names:
             row = rows[name, rate]
+            if name == "bm25_sentences":  # whole sentences, as far as they fit
+                assert row["achieved_rate"] >= ours["achieved_rate"] and row["kv_positions"] <= ours["kv_positions"]
+                continue
             assert row["achieved_rate"] == pytest.approx(ours["achieved_rate"], rel=0.05)
+            assert row["prefill_cost"] == pytest.approx(
+                1.0 if "kvpress" in name else 1 / row["achieved_rate"], abs=1e-3
+            )
             if name != "llmlingua":
                 assert row["kv_positions"] == ours["kv_positions"]
             assert set(row["to_text"]) == set(row["to_concepts"]) == {"f1", "em", "nll"}
@@ -134,6 +141,7 @@ def test_command_line(tmp_path: Path, folder: Path) -> None:
         file.write(json.dumps({"id": "a", "context": toy.TEXT[:200], "qas": qas}))
     out = tmp_path / "o.json"
     words = ["--llm", folder, "--data-dir", tmp_path, "--llmlingua2", "none", "--rivals", "truncation", "llmlingua"]
+    words = [*words[:2], "--codec", "input", "--rates", 2, *words[2:]]
     record, _ = run("rivals", out, *words)
     assert (record["n"], record["passages"], record["trained"]) == (2, 1, False)
     assert [row["name"] for row in record["rivals"]] == ["none", "text", "concepts", "truncation"]
@@ -141,6 +149,42 @@ def test_command_line(tmp_path: Path, folder: Path) -> None:
     assert record["command"].startswith("compllm-rag bench rivals --llm") and record["environment"]["commit"]
     with pytest.raises(SystemExit):
         run("rivals", out, *words[:-1], "none-such")
+
+
+def test_deep_concepts_are_compared_at_equal_positions_and_at_equal_prefill(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "eval").mkdir()
+    qas = [{"id": str(j), "question": asked, "answers": ["Ada"]} for j, asked in enumerate(ASKED)]
+    with gzip.open(tmp_path / "eval" / rivals.FILE, "wt") as file:
+        file.write(json.dumps({"id": "a", "context": toy.TEXT[:300], "qas": qas}))
+    words = ["--llm", folder, "--data-dir", tmp_path, "--llmlingua2", "none"]
+    chosen = ["random", "input_concepts", "truncation", "pruning", "anchors", "mean", "bm25_sentences"]
+    record, _ = run("rivals", tmp_path / "o.json", *words, "--rivals", *chosen)
+    rows = {(row["name"], row["rate"]): row for row in record["rivals"]}
+    among = [name for name in chosen if name != "input_concepts"]  # no such compressor ships for a toy
+    assert set(rows) == {("none", None), ("text", None), ("concepts", 1.0)} | {
+        (name, rate) for rate in (2.0, 4.0) for name in ("concepts", *among)
+    }
+    assert "no compressor of input concepts ships" in record["left_out"]["input_concepts"]["why"]
+    assert rows["concepts", 1.0]["prefill_cost"] == 0.5 and rows["text", None]["prefill_cost"] == 1
+    assert rows["random", 4.0]["prefill_cost"] == rows["concepts", 4.0]["prefill_cost"] < 0.14
+    assert rows["anchors", 2.0]["kv_positions"] == rows["concepts", 2.0]["kv_positions"]
+    pairs = {(pair["concepts_rate"], pair["name"], pair["rate"]) for pair in record["equal_prefill"]}
+    assert {(1.0, "truncation", 2.0), (2.0, "truncation", 4.0), (2.0, "random", 2.0)} <= pairs
+    assert not any(pair == (2.0, "truncation", 2.0) for pair in pairs)
+    page = "\n".join(tables(record))
+    assert "## Rivals of deep concepts" in page and "### At equal prefill cost" in page and "rivals_deep.png" in page
+    assert "Published by others" not in page and len(plot(record).axes) == 2
+
+
+def test_sentences_with_the_words_of_the_question_are_kept(task) -> None:
+    text = "Gulls nest. The lamp burned oil. Stairs are closed. A boat came."
+    question = Question("q", (SourcePassage("", text),), "Which oil did the lamp burn?", ("oil",))
+    bm25s = pytest.importorskip("bm25s")
+    kept = task.compressor.llm.tokenizer.decode(chosen(bm25s, task, question, text, 2.0))
+    assert "The lamp burned oil." in kept and len(kept) < len(text)
+    assert best_first(bm25s, ["a b", "c d"], "nothing here") == [0, 1]
+    short = chosen(bm25s, task, question, "The lamp burned oil all night long in the tower.", 4.0)
+    assert 0 < len(short) <= task.budget("The lamp burned oil all night long in the tower.", 4.0)
 
 
 @pytest.mark.parametrize(

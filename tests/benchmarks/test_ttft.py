@@ -91,7 +91,7 @@ def test_the_peak_is_seen() -> None:
 @pytest.mark.parametrize("shape", [False, True])
 def test_it_runs_resumes_and_has_its_section(shape: bool, toy_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "ttft.json"
-    words = ["--llm", toy_folder, "--repeats", 1, "--decode", 2, "--rates", 2]
+    words = ["--llm", toy_folder, "--codec", "input", "--repeats", 1, "--decode", 2, "--rates", 2]
     words += ["--shape", "tiny", "--device", "cpu"] if shape else []
     run("ttft", out, *words, "--lengths", 60, "--memory", "none")
     record, told = run("ttft", out, *words, "--lengths", 60, 120, "--memory", "longest" if shape else "none")
@@ -112,3 +112,16 @@ def test_it_runs_resumes_and_has_its_section(shape: bool, toy_folder: Path, tmp_
     made = "\n".join(page.tables(record))
     assert "| concepts, rate 2 |" in made and "Crossover" in made
     assert ("(ttft_tiny.png)" if shape else "(ttft.png)") in made and len(page.plot(record).axes[0].lines) == 6
+
+
+def test_without_a_codec_it_measures_deep_concepts(toy_folder: Path, tmp_path: Path) -> None:
+    words = ["--llm", toy_folder, "--repeats", 1, "--decode", 2, "--rates", 1, "--lengths", 120]
+    record, _ = run("ttft", tmp_path / "o.json", *words)
+    text, deep = record["lengths"]["120"]["rows"]
+    assert record["entry_layer"] == 1 and deep["ttft_over_bound"]["median"] > 0
+    assert text["kv_bytes"] > deep["kv_bytes"] and deep["per_token_s"] > 0
+    assert text["peak_bytes"] > 0 and deep["resident_peak_bytes"] > deep["peak_bytes"] > 0
+    made = "\n".join(page.tables(record))
+    assert "## Time to first token of deep concepts" in made and "| decode ms / token |" in made
+    with pytest.raises(ConfigurationError, match="add --codec input"):
+        run("ttft", tmp_path / "p.json", "--shape", "tiny")

@@ -81,6 +81,7 @@ def test_everything_that_changes_a_concept_or_its_reading_changes_the_fingerprin
         {"selector": "information"},
         {"selector": "random"},
         {"unit_length": 120},
+        {"pins": ("digits",)},
         {"segment_length": 12},
         {"lora_alpha": 4},
         {"read_alpha": 8},
