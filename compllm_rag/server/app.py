@@ -18,7 +18,7 @@ from compllm_rag import __version__
 from compllm_rag.errors import CompLLMError
 from compllm_rag.server import routes_about, routes_documents, routes_openai, routes_query
 from compllm_rag.server.failures import Refusal, refusal_of
-from compllm_rag.server.gate import Gate, accepted_hosts
+from compllm_rag.server.gate import Gate, accepted_hosts, host_names
 from compllm_rag.server.jobs import Jobs
 from compllm_rag.server.keys import KeyFile
 from compllm_rag.server.openai_schemas import CompletionRequest
@@ -47,8 +47,9 @@ def create_app(
         host: The address that it will listen on.
         allowed_hosts: Further names by which clients may call it.
     """
-    named = accepted_hosts(host, allowed_hosts, keys=keys is not None)
-    service = Service(registry, settings or registry.settings, keys, named, Jobs())
+    further = list(allowed_hosts)
+    hosts = accepted_hosts(host, further, keys=keys is not None)
+    service = Service(registry, settings or registry.settings, keys, hosts, host_names(further), Jobs())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -113,7 +112,7 @@ class Gate:
         if origin is None:
             return
         called = urlsplit(origin).netloc.lower()
-        if called != host.lower() and _name(called) not in hosts:
+        if called != host.lower() and _name(called) not in self._service.origins:
             raise Refusal(403, "other_origin", "pages of other origins may not use this server")
 
     def _key(self, headers: Headers, path: str) -> ApiKey:
@@ -247,13 +246,18 @@ def _name(host: str) -> str:
         return ""
 
 
-def accepted_hosts(host: str, allowed: Any, *, keys: bool) -> frozenset[str]:
+def host_names(given: Iterable[str]) -> frozenset[str]:
+    """Names without ports, in small letters."""
+    return frozenset(_name(each) for each in given)
+
+
+def accepted_hosts(host: str, allowed: Iterable[str], *, keys: bool) -> frozenset[str]:
     """Names by which clients may call the server; empty for any.
 
     Without keys only those of this machine, so that no page can reach it by a name of its own (DNS rebinding). With
     keys every request needs one, which no page of others has.
     """
-    named = {_name(each) for each in allowed}
+    named = host_names(allowed)
     if keys and not named:
         return frozenset()
     return frozenset({"127.0.0.1", "localhost", "::1", _name(host) if ":" not in host else host} | named)

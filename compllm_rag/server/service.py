@@ -45,6 +45,7 @@ class Service:
         settings: Limits.
         keys: API keys; None where everybody who reaches the server may do everything.
         hosts: Names by which clients may call it; empty for any.
+        origins: Names whose pages may use it beside its own, behind a proxy that changes the name.
         jobs: Uploads of this process.
     """
 
@@ -52,6 +53,7 @@ class Service:
     settings: ServerSettings
     keys: KeyFile | None
     hosts: frozenset[str]
+    origins: frozenset[str]
     jobs: Jobs
     sessions: Sessions = field(default_factory=Sessions)
     generations: Workers = field(init=False)
