@@ -110,6 +110,10 @@ class Registry:
                 if waiting:
                     self.get(name)
 
+    def opened(self, name: str | None) -> ConceptIndex | None:
+        """The index of a namespace if it is open, without waiting."""
+        return self._open.get(name)
+
     def get(self, name: str | None, *, create: bool = False) -> ConceptIndex:
         """The index of a namespace.
 
@@ -121,8 +125,7 @@ class Registry:
             Refusal: There is none, or there are too many, or the server shuts down.
             CompLLMError: See `ConceptIndex.load`.
         """
-        found = self._open.get(name)
-        if found is not None:
+        if (found := self.opened(name)) is not None:
             return found
         with self._lock:
             if self._closed:

@@ -106,4 +106,7 @@ async def index_of(request: Request, *, write: bool = False) -> ConceptIndex:
             403, "not_allowed", "documents may not be changed with this key, or on this server. Next step: use a key"
             " with the right to write",
         )  # fmt: skip
+    opened = service.registry.opened(caller.namespace)
+    if opened is not None:
+        return opened
     return await run_in_threadpool(service.registry.get, caller.namespace, create=write)

@@ -51,7 +51,7 @@ class Sessions:
     """All of them. Used by one thread, that of the event loop.
 
     Args:
-        most: How many; the one used longest ago is forgotten first.
+        most: How many of each namespace; the one used longest ago is forgotten first.
         idle_s: Seconds after its last turn that one is remembered.
         clock: Seconds.
     """
@@ -69,11 +69,10 @@ class Sessions:
         self._sweep()
         made = Session(f"c-{secrets.token_urlsafe(24)}", namespace, self._clock(), busy=True)
         self._sessions[made.id] = made
-        while len(self._sessions) > self._most:
-            idle = next((key for key, session in self._sessions.items() if not session.busy), None)
-            if idle is None:
-                break  # all are being answered: there are no more of those than generations
-            del self._sessions[idle]
+        own = [session for session in self._sessions.values() if session.namespace == namespace]
+        for session in own[: max(0, len(own) - self._most)]:
+            if not session.busy:
+                del self._sessions[session.id]
         return made
 
     def go_on(self, session_id: str, namespace: str) -> Session:

@@ -19,6 +19,7 @@ from compllm_rag.server.work import Cancelled, Ticket
 T = TypeVar("T")
 _NAMES: dict[type, str] = {Retrieved: "retrieved", Plan: "plan", Token: "token", Answer: "done"}
 _GONE = 499
+_SEND_S = 60.0  # that a client may take to read a piece
 
 
 async def whole(service: Service, request: Request, ticket: Ticket, events: Callable[[], Iterator[Event]]) -> Answer:
@@ -78,7 +79,9 @@ def stream(
     async def gone(message: object) -> None:
         ticket.cancel.set()  # also where nobody has begun to read
 
-    return EventSourceResponse((written or named_events)(counted()), sep="\n", client_close_handler_callable=gone)
+    return EventSourceResponse(
+        (written or named_events)(counted()), sep="\n", client_close_handler_callable=gone, send_timeout=_SEND_S
+    )
 
 
 async def named_events(events: AsyncGenerator[Event, None]) -> AsyncGenerator[ServerSentEvent, None]:
