@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from compllm_rag.compression.spec import ConceptCompressor, DeferredCompressor
 
 _MOST_NAMESPACES = 1000
-_CACHED_PROMPTS, _CACHED_BYTES = 4, 256 << 20  # KV caches of each namespace
+# KV caches of earlier prompts that each namespace keeps, and how many namespaces: those opened later keep none.
+_CACHED_PROMPTS, _CACHED_BYTES, _CACHING = 4, 256 << 20, 8
 
 
 class _Models(NamedTuple):
@@ -165,6 +166,8 @@ class Registry:
         key = _kind(index.manifest)
         if key not in self._models:
             generator, source = index.generator, index.manifest.embedder
+            if isinstance(generator, LocalGenerator):
+                generator.prefixes = self._caches()
             named = LoadedEmbedder(index.embedder, source, index.manifest.embedder_identity)
             halves = generator.halves if isinstance(generator, LocalGenerator) else None
             self._models[key] = _Models(index, index.library._compressor, named, halves)
@@ -217,8 +220,10 @@ class Registry:
     def _generator(self, shared: _Models | None) -> LocalGenerator | None:
         if shared is None:
             return None
-        caches = PrefixCache(_CACHED_PROMPTS, _CACHED_BYTES)
-        return LocalGenerator(shared.compressor.llm, self._generation(), halves=shared.halves, prefixes=caches)
+        return LocalGenerator(shared.compressor.llm, self._generation(), halves=shared.halves, prefixes=self._caches())
+
+    def _caches(self) -> PrefixCache | None:
+        return PrefixCache(_CACHED_PROMPTS, _CACHED_BYTES) if len(self.indexes) < _CACHING else None
 
 
 def _kind(manifest: Manifest) -> tuple[str, str]:
