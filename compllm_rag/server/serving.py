@@ -112,7 +112,7 @@ def make_server(
         allowed_hosts: Further names by which clients may call it.
     """
     # Streams are to be finished at the end, not broken off: uvicorn waits for them, and then cancels.
-    AppStatus.disable_automatic_graceful_drain()
+    AppStatus.enable_automatic_graceful_drain = False
     app = create_app(registry, keys=keys, host=host, allowed_hosts=allowed_hosts)
     config = uvicorn.Config(
         app,

@@ -33,6 +33,7 @@ class Slow:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open, self.begun, self.ended = threading.Event(), threading.Semaphore(0), threading.Semaphore(0)
+        self.cancelled: Callable[[], bool] = lambda: False
         stock = LocalStream.__iter__
 
         def pieces(stream: LocalStream) -> Iterator[str]:
@@ -40,9 +41,8 @@ class Slow:
             try:
                 for piece in stock(stream):
                     yield piece
-                    while not self.open.wait(0.02):
-                        if stream._cancel is not None and stream._cancel.is_set():
-                            break
+                    while not self.open.wait(0.02) and not self.cancelled():
+                        pass
             finally:
                 self.ended.release()
 
@@ -93,6 +93,8 @@ def test_who_goes_away_ends_the_generation(made: Registry, monkeypatch: pytest.M
     slow = Slow(monkeypatch)
     with running(made) as (url, server):
         service = server.config.app.state.service
+        running_now = service.generations._futures
+        slow.cancelled = lambda: any(ticket.cancel.is_set() for ticket in list(running_now.values()))
         body = {"query": QUESTION, "max_tokens": 500}
         with httpx.stream("POST", f"{url}/v1/query", json={**body, "stream": True}, timeout=60) as response:
             pieces = response.iter_text()  # kept: when it is forgotten, the connection is closed
