@@ -163,10 +163,11 @@ def _plan(index: ConceptIndex, mode: Mode, account: dict[str, Any]) -> Plan:
     depth, each = spec.depth, index.library.llm.kv_bytes
     nodes, saved = [], 0
     for node_id, facts in account["nodes"].items():
-        concepts = facts["used"] == "concepts"
-        layers = depth - spec.config.entry_layer if concepts else depth
-        positions = facts["n_concepts"] if concepts else facts["n_tokens"]
-        saved += facts["n_tokens"] - positions
+        as_text = facts.get("n_text")  # where some of it is read as text, and some as concepts
+        if as_text is None:
+            as_text = facts["n_tokens"] if facts["used"] == "text" else 0
+        passed = as_text * depth + facts["n_concepts"] * (depth - spec.config.entry_layer)  # positions times layers
+        saved += facts["n_tokens"] - as_text - facts["n_concepts"]
         nodes.append(
             PlannedNode(
                 node_id=node_id,
@@ -174,8 +175,8 @@ def _plan(index: ConceptIndex, mode: Mode, account: dict[str, Any]) -> Plan:
                 n_tokens=facts["n_tokens"],
                 n_concepts=facts["n_concepts"],
                 positions=facts["positions"],
-                prefill_cost=positions * layers / (facts["n_tokens"] * depth) if facts["n_tokens"] else 1.0,
-                kv_bytes=positions * layers * each,
+                prefill_cost=passed / (facts["n_tokens"] * depth) if facts["n_tokens"] else 1.0,
+                kv_bytes=passed * each,
             )
         )
     text_positions = account["prompt_positions"] + saved

@@ -32,10 +32,10 @@ def kept(index: ConceptIndex, node_id: str) -> Kept:
     passage, config = library.passage(text), library.spec.config
     stored = all(library.store.contains(passage.keys))
     places: set[int] = set()
-    if stored and config.deep:
+    if stored and passage.keys and config.deep:
         fetched = library.fetch(text, missing="text").places
         places = set() if fetched is None else set(fetched.tolist())
-    elif stored:
+    elif stored and passage.keys:
         start = 0
         for segment, own in zip(
             passage.segments, library.compressor.kept_places(passage.segments, passage.n_concepts), strict=True
@@ -52,7 +52,7 @@ def kept(index: ConceptIndex, node_id: str) -> Kept:
         state="ready" if stored else "waiting",
         rate=rate,
         entry_layer=config.entry_layer,
-        prefill_cost=library.spec.prefill_cost(rate),
+        prefill_cost=library.spec.prefill_cost(rate) if n_concepts else 1.0,
         n_tokens=n_tokens,
         n_concepts=n_concepts,
         tokens=_tokens(library.spec.segmenter.tokenize(text), places),

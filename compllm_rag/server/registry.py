@@ -20,6 +20,7 @@ from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.generation.reuse import PrefixCache
 from compllm_rag.llamaindex.embedding import LoadedEmbedder
 from compllm_rag.llamaindex.index import ConceptIndex
+from compllm_rag.llamaindex.options import CreateOptions
 from compllm_rag.llamaindex.uploads import UploadQueue
 from compllm_rag.models.halves import Halves
 from compllm_rag.server.failures import Refusal, log_fault
@@ -202,6 +203,8 @@ class Registry:
         first, manifest = shared.first, shared.first.manifest
         reader = None if first.storage_dir is None else first.storage_dir / READER
         compressor: Any = first.compressor
+        known = CreateOptions.__optional_keys__
+        settings: Any = {name: value for name, value in manifest.ingest if name in known and name != "namespace"}
         return ConceptIndex.create(
             self.storage,
             namespace=name,
@@ -209,12 +212,10 @@ class Registry:
             reader=reader if reader is not None and reader.is_dir() else None,
             compressor=compressor,
             embedder=shared.embedder,
-            rate=manifest.ingest.rate,
-            chunk_size=manifest.ingest.chunk_size,
-            encoding=manifest.ingest.encoding,
             resume=False,
             generation=self._generation(),
             generator=self._generator(shared),
+            **settings,
         )
 
     def _generator(self, shared: _Models | None) -> LocalGenerator | None:

@@ -379,7 +379,7 @@ class Info(BaseModel):
         llm: Name of the LLM.
         embedder: Name of the embedder.
         kind: Of concepts: `deep` or `input`.
-        rate: Asked for at ingestion, tokens per concept.
+        rate: Asked for at ingestion: tokens per concept, or the name of what chooses them.
         entry_layer: See `Kept`.
         depth: Layers of the LLM.
         file_types: Endings of files that can be uploaded here.
@@ -392,7 +392,7 @@ class Info(BaseModel):
     llm: str
     embedder: str
     kind: Literal["deep", "input"]
-    rate: float
+    rate: float | str
     entry_layer: int
     depth: int
     documents: int
