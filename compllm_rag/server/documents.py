@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, cast
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from llama_index.core.schema import MetadataMode
 
 from compllm_rag.catalog.documents import documents_after
+from compllm_rag.errors import StoreLockedError
+from compllm_rag.llamaindex.uploads import UploadReceipt
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 from compllm_rag.server.failures import Refusal
 from compllm_rag.server.files import Read
@@ -29,6 +32,11 @@ if TYPE_CHECKING:
 
     from compllm_rag.llamaindex.index import ConceptIndex
 
+T = TypeVar("T")
+_PAGE = "#page="  # between the name of a PDF and the number of a page, in ids of documents
+_AT_ONCE = 200
+_PATIENCE_S = 5.0
+
 
 def upload(index: ConceptIndex, read: Read, jobs: Jobs) -> UploadAccepted:
     """Bring documents in; text and vectors are committed when this returns.
@@ -36,8 +44,16 @@ def upload(index: ConceptIndex, read: Read, jobs: Jobs) -> UploadAccepted:
     Raises:
         UploadQueueFullError, StoreLockedError, StoreFullError: See `UploadQueue.put`; nothing was brought in.
     """
-    receipt = index.upload(read.documents)
     names = tuple(document.id_ for document in read.documents)
+
+    def bring_in() -> tuple[UploadReceipt, list[str]]:
+        with index.bulk():
+            gone = [doc_id for name in read.whole for doc_id in _pages(index, name) if doc_id not in names]
+            for doc_id in gone:
+                index.delete_ref_doc(doc_id)
+            return index.upload(read.documents), gone
+
+    receipt, gone = _patiently(bring_in)
     job = jobs.add(index.config.namespace, names)
     return UploadAccepted(
         job_id=job.id,
@@ -45,6 +61,7 @@ def upload(index: ConceptIndex, read: Read, jobs: Jobs) -> UploadAccepted:
         changed=receipt.documents_changed,
         chunks=receipt.chunks,
         chunks_waiting=receipt.chunks_queued,
+        removed=gone,
         skipped=read.skipped,
     )
 
@@ -55,9 +72,13 @@ def delete(index: ConceptIndex, doc_id: str) -> None:
     Raises:
         Refusal: There is none.
     """
-    with index.bulk():
-        _must_exist(index, doc_id)
-        index.delete_ref_doc(doc_id)
+
+    def take_out() -> None:
+        with index.bulk():
+            _must_exist(index, doc_id)
+            index.delete_ref_doc(doc_id)
+
+    _patiently(take_out)
 
 
 def listed(index: ConceptIndex, after: str, limit: int) -> DocumentList:
@@ -137,6 +158,36 @@ def counts(index: ConceptIndex) -> tuple[int, int]:
     """How many documents and chunks there are."""
     store = cast(FaissTextVectorStore, index.faiss)
     return store.n_documents, store.n_nodes
+
+
+def _pages(index: ConceptIndex, name: str) -> list[str]:
+    """Ids of the documents that were made of the pages of an uploaded file of this name."""
+    store = cast(FaissTextVectorStore, index.faiss)
+    begin, found = f"{name}{_PAGE}", list[str]()
+    while rows := documents_after(store.catalog, found[-1] if found else begin, _AT_ONCE):
+        own = [row for row in rows if row.id.startswith(begin)]
+        found += [row.id for row in own]
+        if len(own) < _AT_ONCE:
+            break
+    firsts = {row: index.faiss.node_ids(row)[:1] for row in found}
+    nodes = store.get_nodes([node_id for node_ids in firsts.values() for node_id in node_ids])
+    return [node.ref_doc_id for node in nodes if node.ref_doc_id and node.metadata.get("source") == name]
+
+
+def _patiently(work: Callable[[], T]) -> T:
+    """Do something again while another process has uncommitted work, such as an ingest between two commits.
+
+    Raises:
+        StoreLockedError: It went on for too long.
+    """
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return work()
+        except StoreLockedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def _must_exist(index: ConceptIndex, doc_id: str) -> list[str]:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Iterable
-from pathlib import PurePosixPath
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 from llama_index.core.schema import Document
 
 from compllm_rag.errors import UnreadableFileError
-from compllm_rag.llamaindex.readers.found import FileDocument, SourceFile
+from compllm_rag.llamaindex.readers.found import FileDocument, SourceFile, broken
 from compllm_rag.llamaindex.readers.kinds import SUPPORTED, missing_package, reader_of
 from compllm_rag.server.failures import Refusal
 from compllm_rag.server.schemas import NewDocument, Skipped
 
 _LONGEST_NAME = 500
+_UNPACKED = 256 << 20  # bytes of an archive's parts, as it says itself
 
 
 class Read(NamedTuple):
@@ -25,16 +27,16 @@ class Read(NamedTuple):
     Attributes:
         documents: Each of an id of its own.
         skipped: What gave none.
+        whole: Names of files that were read from begin to end: pages that are not in them any more are gone.
     """
 
     documents: list[Document]
     skipped: list[Skipped]
+    whole: Sequence[str] = ()
 
 
 def readable_types() -> list[str]:
     """Endings of files that can be read here."""
-    from pathlib import Path
-
     return sorted(ending for ending in SUPPORTED if missing_package(Path(f"a{ending}")) is None)
 
 
@@ -49,9 +51,10 @@ def read_files(files: Iterable[tuple[str, BinaryIO]]) -> Read:
     """
     documents: list[Document] = []
     skipped: list[Skipped] = []
+    whole: list[str] = []
     for given, stream in files:
         name = file_name(given)
-        before = len(documents)
+        before, faults = len(documents), len(skipped)
         try:
             documents += _read(name, stream, skipped)
         except UnreadableFileError as error:
@@ -60,10 +63,12 @@ def read_files(files: Iterable[tuple[str, BinaryIO]]) -> Read:
             skipped.append(Skipped(name=name, reason="it is nested too deeply"))
         if len(documents) == before and not any(one.name == name for one in skipped):
             skipped.append(Skipped(name=name, reason="there is no text in it"))
+        if len(skipped) == faults:
+            whole.append(name)
     if not documents:
         told = "; ".join(f"{one.name}: {one.reason}" for one in skipped[:5])
         raise Refusal(400, "empty_document", f"no file holds text that can be read: {told or 'there are no files'}")
-    return Read(_unique(documents), skipped)
+    return Read(_unique(documents), skipped, whole)
 
 
 def read_json(given: Iterable[NewDocument]) -> Read:
@@ -99,8 +104,6 @@ def file_name(given: str) -> str:
 
 
 def _read(name: str, stream: BinaryIO, skipped: list[Skipped]) -> list[Document]:
-    from pathlib import Path
-
     path = Path(PurePosixPath(name).name)
     reader = reader_of(path)
     if reader is None:
@@ -109,6 +112,7 @@ def _read(name: str, stream: BinaryIO, skipped: list[Skipped]) -> list[Document]
     if (package := missing_package(path)) is not None:
         skipped.append(Skipped(name=name, reason=f"the server lacks the package {package}"))
         return []
+    _check_size(path, stream)
     source = SourceFile(
         path,
         stream,
@@ -120,6 +124,22 @@ def _read(name: str, stream: BinaryIO, skipped: list[Skipped]) -> list[Document]
         for piece in reader(source)
         if piece.text.strip()
     ]
+
+
+def _check_size(path: Path, stream: BinaryIO) -> None:
+    """Refuse what is small as it comes and huge once it is unpacked.
+
+    Raises:
+        UnreadableFileError: It is.
+    """
+    if path.suffix.lower() != ".docx" or not zipfile.is_zipfile(stream):
+        return
+    stream.seek(0)
+    with zipfile.ZipFile(stream) as archive:
+        size = sum(part.file_size for part in archive.infolist())
+    stream.seek(0)
+    if size > _UNPACKED:
+        raise broken(f"it unpacks to {size >> 20} MB, more than {_UNPACKED >> 20}")
 
 
 def _unique(documents: list[Document]) -> list[Document]:

@@ -94,6 +94,7 @@ class UploadAccepted(BaseModel):
         changed: How many of them were new or differed.
         chunks: Chunks of those.
         chunks_waiting: Chunks that are read as text until their concepts are made.
+        removed: Ids of pages that a file, uploaded before, has no longer; they are deleted.
         skipped: What gave no document.
     """
 
@@ -102,6 +103,7 @@ class UploadAccepted(BaseModel):
     changed: int
     chunks: int
     chunks_waiting: int
+    removed: list[str] = []
     skipped: list[Skipped] = []
 
 

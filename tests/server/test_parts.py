@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,15 @@ from llama_index.core.base.llms.types import ChatMessage
 
 import toy
 from compllm_rag import ConceptIndex
+from compllm_rag.errors import StoreLockedError
 from compllm_rag.generation.reuse import PrefixCache
+from compllm_rag.llamaindex.readers import kinds
+from compllm_rag.llamaindex.readers.found import Piece
+from compllm_rag.server import documents, files
 from compllm_rag.server import registry as registry_module
+from compllm_rag.server.documents import upload
 from compllm_rag.server.failures import Refusal
-from compllm_rag.server.files import file_name
+from compllm_rag.server.files import Read, file_name, read_files
 from compllm_rag.server.jobs import Jobs
 from compllm_rag.server.passages import kept
 from compllm_rag.server.registry import Registry
@@ -131,6 +138,51 @@ def test_a_new_namespace_can_be_opened_by_the_names_of_its_models(
     assert again.opened("two") is None or again.opened("two").uploads.wait(60)
     assert again.get("two").embedder is again.get(None).embedder
     again.close()
+
+
+def test_pages_that_a_file_has_no_longer_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = registry(tmp_path / "s", trained_deep(toy.llm(layers=4)))
+    index = made.get(None)
+
+    def pages(n: int) -> Read:
+        pieces = [Piece(f"Page {i} of the book.", "Book", part=f"#page={i}") for i in range(1, n + 1)]
+        monkeypatch.setitem(kinds._READERS, ".pdf", lambda source: iter(pieces))
+        return read_files([("book.pdf", io.BytesIO(b"%PDF"))])
+
+    index.upload([Document(id_="book.pdf#page=900", text="This came by itself.")])
+    assert upload(index, pages(250), Jobs()).removed == []
+    assert len(upload(index, pages(3), Jobs()).removed) == 247
+    assert sorted(index.ref_doc_info) == [f"book.pdf#page={i}" for i in (1, 2, 3, 900)]
+    made.close()
+
+
+def test_an_upload_waits_for_another_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compressor = trained_deep(toy.llm(layers=4))
+    made = registry(tmp_path / "s", compressor)
+    index = made.get(None)
+    options = {"compressor": compressor, "embedder": index.embedder, "resume": False}
+    with ConceptIndex.load(tmp_path / "s", **options) as other:
+        other.faiss.catalog.claim()
+        ending = threading.Timer(0.5, other.faiss.catalog.rollback)
+        ending.start()
+        assert upload(index, Read([Document(id_="a", text="One boat.")], []), Jobs()).changed == 1
+        ending.join()
+        monkeypatch.setattr(documents, "_PATIENCE_S", 0.2)
+        other.faiss.catalog.claim()
+        with pytest.raises(StoreLockedError):
+            documents.delete(index, "a")
+        other.faiss.catalog.rollback()
+    documents.delete(index, "a")
+    made.close()
+
+
+def test_an_archive_that_unpacks_to_too_much_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("word/document.xml", b" " * 3_000_000)
+    monkeypatch.setattr(files, "_UNPACKED", 1 << 20)
+    with pytest.raises(Refusal, match="it unpacks to 2 MB, more than 1"):
+        read_files([("bomb.docx", made)])
 
 
 @pytest.mark.parametrize("kind", ["deep", "input"])

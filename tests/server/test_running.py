@@ -270,8 +270,8 @@ def test_a_process_that_is_told_to_end_loses_nothing(toy_folder: Path, tmp_path:
     folder = tmp_path / "s"
     words = ["serve", folder, "--create", "--llm", toy_folder, "--embedder", embedder, "--port", "0", "--offline"]
     command = [sys.executable, "-m", "compllm_rag.cli", *map(str, words)]
-    with started(command) as process:
-        until(lambda: "listening on" in errors(process) or process.poll() is not None, 150)
+    with started(command, 380) as process:
+        until(lambda: "listening on" in errors(process) or process.poll() is not None, 300)
         url = re.search(r"listening on (http://\S+)", errors(process))[1]
         accepted = []
         for number in range(40):
