@@ -1,4 +1,4 @@
-"""The command line: `compllm-rag ingest | query | stats | demo | models | eval | probe | bench | ...`.
+"""The command line: `compllm-rag ingest | query | serve | stats | demo | models | eval | probe | bench | ...`.
 
 Heavy libraries load inside the commands, so that `--help` answers at once.
 """
@@ -20,6 +20,7 @@ from compllm_rag.cli import import_index as import_commands
 from compllm_rag.cli import ingest as ingest_commands
 from compllm_rag.cli import models as models_commands
 from compllm_rag.cli import namespace as namespace_commands
+from compllm_rag.cli import serve as serve_commands
 from compllm_rag.cli import storage as storage_commands
 from compllm_rag.cli import train as train_commands
 from compllm_rag.cli import watch as watch_command
@@ -234,7 +235,7 @@ def demo(
 
 # In the order of `--help`, after those above: what a newcomer needs stands first.
 _CARE = (storage_commands, doctor_command, calibrate_command, namespace_commands)
-_GROUPS = (chat_commands, watch_command, models_commands, import_commands, *_CARE)
+_GROUPS = (chat_commands, serve_commands, watch_command, models_commands, import_commands, *_CARE)
 for _more in (*_GROUPS, eval_commands, bench_commands, train_commands):
     _more.register(app)
 

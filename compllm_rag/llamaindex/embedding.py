@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,21 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedEmbedder:
+    """An embedder that was loaded by name, so that several storages share it and each can be opened by that name.
+
+    Attributes:
+        embedder: The embedder.
+        source: How it is named again.
+        identity: Of its files.
+    """
+
+    embedder: BaseEmbedding
+    source: str
+    identity: str
 
 
 def load_embedder(

@@ -40,6 +40,7 @@ from compllm_rag.config import (
     checked,
 )
 from compllm_rag.errors import CompLLMError, ConfigurationError, StorageMismatchError, UntrainedCompressorWarning
+from compllm_rag.llamaindex.embedding import LoadedEmbedder
 from compllm_rag.llamaindex.options import CreateOptions, LoadOptions, ModelOptions, known_options
 from compllm_rag.llamaindex.settling import REFIT_KEY
 from compllm_rag.llamaindex.storage_parts import (
@@ -87,7 +88,7 @@ def create_index(
     folder: Path | None,
     *,
     llm: str | None = None,
-    embedder: str | BaseEmbedding | None = None,
+    embedder: str | BaseEmbedding | LoadedEmbedder | None = None,
     reader: str | Path | None = AUTO,
     compressor: str | Path | Compressor | DeepCompressor | None = AUTO,
     rate: float | str | None = None,
@@ -214,7 +215,7 @@ def load_index(
     folder: Path,
     *,
     llm: str | None = None,
-    embedder: str | BaseEmbedding | None = None,
+    embedder: str | BaseEmbedding | LoadedEmbedder | None = None,
     compressor: ConceptCompressor | None = None,
     generation: GenerationConfig | None = None,
     read_only: bool = False,
@@ -295,7 +296,7 @@ def _check_parts(compressor: object, generation: object, embedder: object, setti
     if not hasattr(compressor, "spec"):
         raise ConfigurationError("this is no compressor", got=f"a {type(compressor).__name__}")
     late = {name for name in ("dtype", "device", "device_map") if settings.get(name) is not None}
-    if not isinstance(embedder, BaseEmbedding):
+    if not isinstance(embedder, BaseEmbedding | LoadedEmbedder):
         late -= {"device"}  # it is heeded, where the embedder is loaded
     if late:
         raise ConfigurationError(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from compllm_rag.compression.deep import DeepCompressor
     from compllm_rag.compression.spec import ConceptCompressor
     from compllm_rag.config import Codec, GenerationConfig, RateOptions
+    from compllm_rag.llamaindex.embedding import LoadedEmbedder
 
 
 class ModelOptions(TypedDict, total=False):
@@ -44,7 +45,7 @@ class LoadOptions(ModelOptions, StockNames, total=False):
     """Of `ConceptIndex.load`; see `load_index`."""
 
     llm: str | None
-    embedder: str | BaseEmbedding | None
+    embedder: str | BaseEmbedding | LoadedEmbedder | None
     compressor: ConceptCompressor | None
     generation: GenerationConfig | None
     read_only: bool
@@ -58,7 +59,7 @@ class CreateOptions(ModelOptions, StockNames, total=False):
     """Of `ConceptIndex.create`; see `create_index`."""
 
     llm: str | None
-    embedder: str | BaseEmbedding | None
+    embedder: str | BaseEmbedding | LoadedEmbedder | None
     reader: str | Path | None
     compressor: str | Path | Compressor | DeepCompressor | None
     rate: float | str | None

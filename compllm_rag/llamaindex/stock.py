@@ -20,6 +20,7 @@ from llama_index.core.schema import TransformComponent
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from compllm_rag.errors import ConfigurationError
+from compllm_rag.llamaindex.embedding import LoadedEmbedder
 from compllm_rag.llamaindex.ingest import IngestReport, Progress
 from compllm_rag.llamaindex.opening import create_index, load_index
 from compllm_rag.models.llm import TargetLLM
@@ -77,7 +78,7 @@ class StockOptions:
             options["embedder"] = options.pop("embed_model")
         made = cls(**{f.name: options.pop(f.name) for f in fields(cls) if f.name in options})
         embedder, llm = options.get("embedder"), options.get("llm")
-        if not (embedder is None or isinstance(embedder, str | BaseEmbedding)):
+        if not (embedder is None or isinstance(embedder, str | BaseEmbedding | LoadedEmbedder)):
             raise ConfigurationError(
                 "this is no embedder", got=f"a {type(embedder).__name__}", expected="a LlamaIndex embedder, or a name"
             )

@@ -13,7 +13,7 @@ from compllm_rag.compression.loading import AUTO, load_compressor, load_compress
 from compllm_rag.compression.pretrained import load_reading, load_spec
 from compllm_rag.compression.spec import ConceptCompressor, DeferredCompressor
 from compllm_rag.errors import StorageMismatchError, StorageNotFoundError
-from compllm_rag.llamaindex.embedding import embedder_identity, load_embedder
+from compllm_rag.llamaindex.embedding import LoadedEmbedder, embedder_identity, load_embedder
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.storage.adapter_files import COMPRESSOR, READER
@@ -85,7 +85,7 @@ def defer_own_compressor(
 
 def load_embedder_of(
     manifest: Manifest,
-    embedder: str | BaseEmbedding | None,
+    embedder: str | BaseEmbedding | LoadedEmbedder | None,
     progress: Callable[[str, float | None], None] | None,
     model_options: dict[str, Any],
 ) -> BaseEmbedding:
@@ -100,11 +100,13 @@ def load_embedder_of(
 
 
 def embedder_named(
-    embedder: str | BaseEmbedding,
+    embedder: str | BaseEmbedding | LoadedEmbedder,
     progress: Callable[[str, float | None], None] | None,
     model_options: dict[str, Any],
 ) -> tuple[BaseEmbedding, str, str]:
     """An embedder with its source and identity: one that is given, or the one of a name."""
+    if isinstance(embedder, LoadedEmbedder):
+        return embedder.embedder, embedder.source, embedder.identity
     if isinstance(embedder, BaseEmbedding):
         return embedder, *embedder_identity(embedder)
     known = {k: v for k, v in model_options.items() if k in ("device", "cache_dir", "offline")}

@@ -1,0 +1,1 @@
+"""How does the HTTP server bear many users at once?"""

@@ -1,0 +1,231 @@
+"""The namespaces of a storage, opened when they are first asked for; all of them share their models.
+
+Shared are the LLM, its halves, the compressor and the embedder: nothing in them remembers what it has read. Not shared
+is what does: each namespace has its own KV caches of earlier prompts, memo of concepts and store, so that no tenant can
+tell from how long something takes what another has asked.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from compllm_rag.catalog.database import connected
+from compllm_rag.catalog.pending import count_pending
+from compllm_rag.config import GenerationConfig
+from compllm_rag.errors import CompLLMError, StorageNotFoundError
+from compllm_rag.generation.local import LocalGenerator
+from compllm_rag.generation.reuse import PrefixCache
+from compllm_rag.llamaindex.embedding import LoadedEmbedder
+from compllm_rag.llamaindex.index import ConceptIndex
+from compllm_rag.llamaindex.options import CreateOptions
+from compllm_rag.llamaindex.uploads import UploadQueue
+from compllm_rag.models.halves import Halves
+from compllm_rag.server.failures import Refusal, log_fault
+from compllm_rag.server.settings import ServerSettings
+from compllm_rag.storage.adapter_files import READER
+from compllm_rag.storage.manifest import CATALOG, Manifest, has_manifest, read_manifest
+from compllm_rag.storage.namespaces import list_namespaces, namespace_folder
+
+if TYPE_CHECKING:
+    from llama_index.core.base.embeddings.base import BaseEmbedding
+
+    from compllm_rag.compression.spec import ConceptCompressor, DeferredCompressor
+
+_MOST_NAMESPACES = 1000
+# KV caches of earlier prompts that each namespace keeps, and how many namespaces: those opened later keep none.
+_CACHED_PROMPTS, _CACHED_BYTES, _CACHING = 4, 256 << 20, 8
+
+
+class _Models(NamedTuple):
+    """What storages of one kind share, and the first that was opened of them."""
+
+    first: ConceptIndex
+    compressor: ConceptCompressor | DeferredCompressor
+    embedder: BaseEmbedding | LoadedEmbedder
+    halves: Halves | None
+
+
+class Registry:
+    """Opens namespaces, and closes them in the end.
+
+    Args:
+        storage: The storage folder.
+        settings: Limits.
+        read_only: Open all of them for reading.
+        create: Make the storage where there is none, with these options of `ConceptIndex.create`; None does not.
+        options: Of `ConceptIndex.load`: `dtype`, `device`, `offline`, `progress`, ...; `embedder` and `compressor`
+            where they are objects.
+    """
+
+    def __init__(
+        self,
+        storage: Path,
+        settings: ServerSettings | None = None,
+        *,
+        read_only: bool = False,
+        create: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        self.storage, self.settings, self.read_only = Path(storage), settings or ServerSettings(), read_only
+        self._options, self._create = options, create
+        self._lock = threading.Lock()  # one opens at a time: two would load the same models twice
+        self._open: dict[str | None, ConceptIndex] = {}
+        self._models: dict[tuple[str, str], _Models] = {}
+        self._closed = False
+
+    def start(self) -> None:
+        """Load models now: of the namespace in the folder itself, or else of the first there is.
+
+        Raises:
+            StorageNotFoundError: There is no storage, and none is to be made.
+            CompLLMError: See `ConceptIndex.load` and `ConceptIndex.create`.
+        """
+        try:
+            names = [one.name for one in list_namespaces(self.storage) if one.name is not None]
+        except StorageNotFoundError:
+            names = []
+        if names:
+            self.get(names[0])
+            self._go_on(names[1:])
+        elif self._create is None:
+            raise StorageNotFoundError(
+                "there is no storage here",
+                got=self.storage,
+                next_step=f"run `compllm-rag ingest PATH --storage {self.storage}` first, or pass --create",
+            )
+        else:
+            with self._lock:
+                self._add(None, ConceptIndex.create(self.storage, generation=self._generation(), **self._create))
+
+    def _go_on(self, names: list[str]) -> None:
+        """Open further namespaces whose uploads still await their concepts, so that these are gone on with."""
+        for name in names if not self.read_only else ():
+            with suppress(CompLLMError):
+                with connected(namespace_folder(self.storage, name) / CATALOG, writing=False) as connection:
+                    try:
+                        waiting = count_pending(connection)
+                    finally:
+                        connection.close()
+                if waiting:
+                    self.get(name)
+
+    def opened(self, name: str | None) -> ConceptIndex | None:
+        """The index of a namespace if it is open, without waiting."""
+        return self._open.get(name)
+
+    def get(self, name: str | None, *, create: bool = False) -> ConceptIndex:
+        """The index of a namespace.
+
+        Args:
+            name: None for the one in the folder itself.
+            create: Make it where it is missing.
+
+        Raises:
+            Refusal: There is none, or there are too many, or the server shuts down.
+            CompLLMError: See `ConceptIndex.load`.
+        """
+        if (found := self.opened(name)) is not None:
+            return found
+        with self._lock:
+            if self._closed:
+                raise Refusal(503, "shutting_down", "the server is shutting down. Next step: try again later")
+            if name in self._open:
+                return self._open[name]
+            folder = namespace_folder(self.storage, name)
+            same = next((index for index in self._open.values() if index.storage_dir == folder), None)
+            if same is not None:
+                self._open[name] = same
+                return same
+            if has_manifest(folder):
+                return self._add(name, self._load(name))
+            if not create or self.read_only:
+                raise Refusal(
+                    404, "no_such_namespace", "this namespace holds nothing yet. Next step: upload a document into it"
+                )
+            return self._add(name, self._make(name))
+
+    @property
+    def indexes(self) -> list[ConceptIndex]:
+        """Those that are open."""
+        return list({id(index): index for index in list(self._open.values())}.values())
+
+    def close(self) -> None:
+        """Close all; chunks without concepts get them after the next start."""
+        with self._lock:
+            self._closed = True
+            for index in self.indexes:
+                try:
+                    index.close()
+                except CompLLMError as error:
+                    log_fault(error)
+            self._open.clear()
+
+    def _add(self, name: str | None, index: ConceptIndex) -> ConceptIndex:
+        key = _kind(index.manifest)
+        if key not in self._models:
+            generator, source = index.generator, index.manifest.embedder
+            if isinstance(generator, LocalGenerator):
+                generator.prefixes = self._caches()
+            named = LoadedEmbedder(index.embedder, source, index.manifest.embedder_identity)
+            halves = generator.halves if isinstance(generator, LocalGenerator) else None
+            self._models[key] = _Models(index, index.library._compressor, named, halves)
+        if not self.read_only and index._uploads is None:
+            UploadQueue(index, max_documents=self.settings.max_queue)
+        self._open[name] = index
+        return index
+
+    def _generation(self) -> GenerationConfig:
+        return GenerationConfig(max_new_tokens=self.settings.answer_tokens)
+
+    def _load(self, name: str | None) -> ConceptIndex:
+        shared = self._models.get(_kind(read_manifest(namespace_folder(self.storage, name))))
+        options = dict(self._options)
+        if shared is not None:
+            options = {"compressor": shared.compressor, "embedder": shared.embedder}
+        return ConceptIndex.load(
+            self.storage,
+            namespace=name,
+            read_only=self.read_only,
+            resume=False,  # `_add` makes the queue, with its bound
+            generation=self._generation(),
+            generator=self._generator(shared),
+            **options,
+        )
+
+    def _make(self, name: str | None) -> ConceptIndex:
+        """A new namespace, with the models and settings of the first that was opened."""
+        if len(list_namespaces(self.storage)) >= _MOST_NAMESPACES:
+            raise Refusal(403, "not_allowed", f"there are {_MOST_NAMESPACES} namespaces already, which is the most")
+        shared = next(iter(self._models.values()))
+        first, manifest = shared.first, shared.first.manifest
+        reader = None if first.storage_dir is None else first.storage_dir / READER
+        compressor: Any = first.compressor
+        known = CreateOptions.__optional_keys__
+        settings: Any = {name: value for name, value in manifest.ingest if name in known and name != "namespace"}
+        return ConceptIndex.create(
+            self.storage,
+            namespace=name,
+            llm=manifest.llm,
+            reader=reader if reader is not None and reader.is_dir() else None,
+            compressor=compressor,
+            embedder=shared.embedder,
+            resume=False,
+            generation=self._generation(),
+            generator=self._generator(shared),
+            **settings,
+        )
+
+    def _generator(self, shared: _Models | None) -> LocalGenerator | None:
+        if shared is None:
+            return None
+        return LocalGenerator(shared.compressor.llm, self._generation(), halves=shared.halves, prefixes=self._caches())
+
+    def _caches(self) -> PrefixCache | None:
+        return PrefixCache(_CACHED_PROMPTS, _CACHED_BYTES) if len(self.indexes) < _CACHING else None
+
+
+def _kind(manifest: Manifest) -> tuple[str, str]:
+    return manifest.fingerprint, manifest.embedder_identity
