@@ -37,6 +37,11 @@ class VectorGeneration:
     file: str = ""
     sha256: str = ""
 
+    @property
+    def parts(self) -> tuple[tuple[str, int | None, str], ...]:
+        """Its files, for who copies them: name, bytes that belong to it (None: all), SHA-256 of these (or nothing)."""
+        return ((self.file, None, self.sha256),) if self.file else ()
+
 
 class GenerationFiles:
     """Writes and reads generations.

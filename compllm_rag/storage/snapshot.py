@@ -161,9 +161,11 @@ def _taken(folder: Path, drafts: Path, held: ExitStack, progress: Progress | Non
         state = read_state(catalog)
         namespace, chunks = _described(folder, catalog)
         files = []
-        if state.number:
-            size, stream = _opened(folder / state.file, held)
-            files.append(SnapshotFile(state.file, size, stream, sha256=state.sha256))
+        for name, wanted, sha256 in state.parts:
+            size, stream = _opened(folder / name, held)
+            if wanted is not None and size < wanted:
+                raise _damaged(f"{name} has {size} bytes", wanted)
+            files.append(SnapshotFile(name, size if wanted is None else wanted, stream, sha256=sha256))
         with connected(concepts / "index" / "cache.db", writing=False) as index:
             held.callback(index.close)
             index.execute("BEGIN")
