@@ -16,8 +16,8 @@ from compllm_rag.cli.main import app
 from toy_embedder import save_sentence_transformer
 
 INGEST = (
-    "documents documents_changed documents_deleted documents_moved chunks chunks_added segments segments_compressed segments_reused "
-    "source_tokens seconds tokens_per_s skipped notes"
+    "documents documents_changed documents_deleted documents_moved chunks chunks_added segments segments_compressed "
+    "segments_reused source_tokens seconds tokens_per_s skipped notes"
 )
 QUERY = (
     "answer mode sources prompt_positions prefill_cost kv_bytes retrieval_s fetch_s layout_s prefill_s ttft_s total_s "
