@@ -55,6 +55,13 @@ class VectorGeneration:
         found = _OURS.fullmatch(self.file)
         return int(found[1]) if found and self.file == _name(int(found[1])) else 0
 
+    @property
+    def parts(self) -> tuple[tuple[str, int | None, str], ...]:
+        """Its files, for who copies them: name, bytes that belong to it (None: all), SHA-256 of these (or nothing)."""
+        file = ((self.file, None, self.sha256),) if self.file else ()
+        # The digest of a log is that of its last record alone, which whoever loads it checks.
+        return (*file, (_log_name(self.base), self.log_bytes, "")) if self.log_bytes else file
+
 
 class GenerationFiles:
     """Writes and reads generations.
@@ -89,7 +96,7 @@ class GenerationFiles:
                     stream.flush()
                     os.fsync(stream.fileno())
                 # A log of this name is what a commit left that was killed: none belongs to a file that is new.
-                path.with_name(log_name(number)).unlink(missing_ok=True)
+                path.with_name(_log_name(number)).unlink(missing_ok=True)
                 os.replace(draft, path)
             except OSError:
                 draft.unlink(missing_ok=True)  # give the space back
@@ -119,7 +126,7 @@ class GenerationFiles:
         if former.log_bytes + size > max(LEAST_LOG, LOG_SHARE * FlatVectors.most_bytes(former.dim, n_file)):
             return None
         data, digest = vector_log.record(former.log_sha256 or former.sha256, *changes)
-        self._append(log_name(former.base), former.log_bytes, data)
+        self._append(_log_name(former.base), former.log_bytes, data)
         return replace(
             former,
             number=former.number + 1,
@@ -192,7 +199,7 @@ class GenerationFiles:
     def _follow(self, vectors: FlatVectors, generation: VectorGeneration, start: int, digest: str) -> FlatVectors:
         if generation.log_bytes == start:
             return vectors
-        name = log_name(generation.base)
+        name = _log_name(generation.base)
         data, source = self._read(name, start, generation.log_bytes - start, None), self._source(name)
         for removed, added, rows in vector_log.records(data, digest, generation.log_sha256, generation.dim, source):
             vectors.remove(removed)
@@ -203,7 +210,7 @@ class GenerationFiles:
 
     def keep_only(self, *bases: int) -> None:
         """Remove the files of all other numbers, and what an interrupted commit left."""
-        kept = {name for number in bases for name in (_name(number), log_name(number))}
+        kept = {name for number in bases for name in (_name(number), _log_name(number))}
         if self._folder is None:
             for name in self._memory.keys() - kept:
                 del self._memory[name]
@@ -252,6 +259,5 @@ def _name(number: int) -> str:
     return f"vectors-{number}.faiss"
 
 
-def log_name(number: int) -> str:
-    """Name of the log of the vector file that was written as generation `number`."""
+def _log_name(number: int) -> str:
     return f"vectors-{number}.log"

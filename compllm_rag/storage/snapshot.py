@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from compllm_rag.catalog.database import connected, read_state
-from compllm_rag.catalog.generations import log_name
 from compllm_rag.errors import (
     CompLLMError,
     ConfigurationError,
@@ -162,15 +161,11 @@ def _taken(folder: Path, drafts: Path, held: ExitStack, progress: Progress | Non
         state = read_state(catalog)
         namespace, chunks = _described(folder, catalog)
         files = []
-        if state.number:
-            size, stream = _opened(folder / state.file, held)
-            files.append(SnapshotFile(state.file, size, stream, sha256=state.sha256))
-        if state.log_bytes:
-            size, stream = _opened(folder / log_name(state.base), held)
-            if size < state.log_bytes:
-                raise _damaged(f"{log_name(state.base)} has {size} bytes", state.log_bytes)
-            # What lies behind belongs to no commit. Each record closes with a digest, which whoever loads it checks.
-            files.append(SnapshotFile(log_name(state.base), state.log_bytes, stream))
+        for name, wanted, sha256 in state.parts:
+            size, stream = _opened(folder / name, held)
+            if wanted is not None and size < wanted:
+                raise _damaged(f"{name} has {size} bytes", wanted)
+            files.append(SnapshotFile(name, size if wanted is None else wanted, stream, sha256=sha256))
         with connected(concepts / "index" / "cache.db", writing=False) as index:
             held.callback(index.close)
             index.execute("BEGIN")
