@@ -111,6 +111,23 @@ class NodeBody:
 
 
 @dataclass(frozen=True)
+class LaidOut:
+    """The nodes in a prompt so far, and their spans."""
+
+    nodes: list[NodeWithScore]
+    facts: list[NodeFacts]
+    bodies: list[NodeBody]
+    spans: list[Span]
+
+    def add(self, node: NodeWithScore, facts: NodeFacts, body: NodeBody, spans: Sequence[Span]) -> None:
+        """Put one more node behind them."""
+        self.nodes.append(node)
+        self.facts.append(facts)
+        self.bodies.append(body)
+        self.spans.extend(spans)
+
+
+@dataclass(frozen=True)
 class PlannedPrompt:
     """A plan, the nodes in it, and the account of both.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from llama_index.core.prompts import BasePromptTemplate
@@ -13,7 +13,7 @@ from llama_index.core.schema import NodeWithScore, QueryBundle
 from compllm_rag.config import MissingChoice, Mode, OverflowPolicy
 from compllm_rag.errors import ConfigurationError, PromptTooLongError
 from compllm_rag.library import ConceptLibrary
-from compllm_rag.llamaindex.account import NodeBody, NodeFacts, PlannedPrompt, PromptCost
+from compllm_rag.llamaindex.account import LaidOut, NodeBody, NodeFacts, PlannedPrompt, PromptCost
 from compllm_rag.llamaindex.node_text import node_spans, text_of_node
 from compllm_rag.llamaindex.read_options import ReadOptions, known_costs, passage_reading
 from compllm_rag.llamaindex.read_planning import fixed_body, read_nodes, told
@@ -25,7 +25,7 @@ from compllm_rag.llamaindex.templates import (
     messages_of,
     wants_text,
 )
-from compllm_rag.prompt import ConceptSpan, Message, PromptPlan, PromptTemplate, Span, TextSpan
+from compllm_rag.prompt import ConceptSpan, Message, PromptPlan, PromptTemplate, TextSpan
 
 if TYPE_CHECKING:
     from llama_index.core.llms.llm import LLM
@@ -130,7 +130,7 @@ class Planner:
             return self._plan_text(bundle, nodes, budget, existing, overflow)
         messages = self.messages(bundle.query_str, existing=existing)
         left = self._room(messages, budget)
-        prompt = _Passages([], [], [], [])
+        prompt = LaidOut([], [], [], [])
         dropped: list[NodeWithScore] = []
         fetch_s = compress_s = 0.0
         queued = self.queued([node.node.node_id for node in nodes]) if self.queued else ()
@@ -195,7 +195,7 @@ class Planner:
                     read, plan = [*read, node], longer
         dropped = [node for node in nodes if not any(node is other for other in read)]
         self.check_dropped(read, dropped, budget, overflow)
-        prompt = _Passages([], [], [], [])
+        prompt = LaidOut([], [], [], [])
         for number, node in enumerate(read, 1):
             body = NodeBody([TextSpan(self.library.passage(text_of_node(node.node)).ids, number - 1)])
             spans = node_spans(self.template, number, node.node, body.spans)
@@ -264,7 +264,7 @@ class Planner:
     def _planned(
         self,
         plan: PromptPlan,
-        prompt: _Passages,
+        prompt: LaidOut,
         dropped: Sequence[NodeWithScore],
         begun: float,
         fetch_s: float,
@@ -337,22 +337,6 @@ class Planner:
             body.why or guarded,
             told(body.reading) if body.reading is not None else None,
         )
-
-
-@dataclass(frozen=True)
-class _Passages:
-    """What is in a prompt so far."""
-
-    nodes: list[NodeWithScore]
-    facts: list[NodeFacts]
-    bodies: list[NodeBody]
-    spans: list[Span]
-
-    def add(self, node: NodeWithScore, facts: NodeFacts, body: NodeBody, spans: Sequence[Span]) -> None:
-        self.nodes.append(node)
-        self.facts.append(facts)
-        self.bodies.append(body)
-        self.spans.extend(spans)
 
 
 def _check_setting(name: str, value: object, kind: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from llama_index.core.schema import NodeWithScore
 
 from compllm_rag.config import MissingChoice
+from compllm_rag.errors import ReadBudgetError
 from compllm_rag.generation.costs import CostModel
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.account import NodeBody
@@ -97,6 +98,13 @@ def read_nodes(
     made, taken = reading.read(query, retrieved, prompt_tokens, queued)
     pairs = list(zip(nodes, made, strict=True))
     read = [(node, one) for node, one in pairs if not one.reading.left_out]
+    if not read:
+        raise ReadBudgetError(
+            "nothing is answered from no passage",
+            got=f"read policy {reading.policy.name} left all {len(nodes)} passages out",
+            expected="at least one that is read",
+            next_step="change the policy, or raise the budget",
+        )
     bodies = [
         NodeBody(
             [replace(span, passage=number) for span in one.spans],

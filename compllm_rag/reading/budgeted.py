@@ -86,7 +86,10 @@ class BudgetedReadPolicy:
         out = []
         for node, row, why in zip(nodes, chosen, scores, strict=True):
             triples = zip(node.sentences, row, why, strict=True)
-            parts = tuple(Part(s.start, s.end, o.used, o.rate, w.why) for s, o, w in triples)
+            parts = tuple(
+                Part(s.start, s.end, o.used, o.rate, w.why if o.kept else f"{w.why}; others are worth more")
+                for s, o, w in triples
+            )
             reading = Reading(parts, "" if parts else "it has no text")
             if parts and reading.left_out:
                 reading = Reading(parts, "sentences of other passages were worth more within the budget")

@@ -172,7 +172,9 @@ class FixedReadPolicy:
                 out.append(Reading.whole(node, "left out", why="does not fit the budget beside the passages before it"))
                 continue
             tokens, concepts = tokens + text, concepts + k
-            why = "" if as_concepts or mode == "text" else "its concepts are not stored"
+            # Why concepts at the engine's own rate cannot be read, whoever looked them up says.
+            other = not as_concepts and mode == "concepts" and rate != spec.rate
+            why = f"its concepts are not stored at rate {rate:g}" if other and rate is not None else ""
             out.append(Reading.whole(node, "concepts" if as_concepts else "text", rate if as_concepts else None, why))
         if least and all(reading.left_out for reading in out):
             raise spec.meter.too_small(*least)

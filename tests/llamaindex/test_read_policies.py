@@ -138,6 +138,17 @@ def test_a_policy_of_ones_own_decides(library: ConceptLibrary) -> None:
     assert account["nodes"]["n0"]["why"] == "because" and account["read_policy"]["budget"] == {}
 
 
+def test_nothing_is_answered_from_no_passage(library: ConceptLibrary) -> None:
+    class Nothing:
+        name = "nothing"
+
+        def choose(self, query: str, found: Sequence[Candidate], spec: ReadSpec) -> list[Reading]:
+            return [Reading.whole(node, "left out") for node in found]
+
+    with pytest.raises(ReadBudgetError, match="nothing left all 3 passages out"):
+        ConceptSynthesizer(library, generation=SHORT, read_policy=Nothing()).synthesize(QUESTION, nodes())
+
+
 @pytest.mark.parametrize("rate", [1.0, 2.0, 3.0])
 def test_another_rate_is_read_stored_or_not(library: ConceptLibrary, rate: float) -> None:
     planned = Planner(library, reading={"rate": rate}).plan(QUESTION, nodes(), 2000)
