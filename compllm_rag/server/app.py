@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mimetypes
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -63,6 +64,7 @@ def create_app(
     for part in (routes_about, routes_query, routes_documents, routes_openai):
         app.include_router(part.router, responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
     if routes_about.PAGE.is_dir():
+        mimetypes.add_type("text/javascript", ".js")  # some systems say text/plain, and browsers refuse such modules
         app.mount("/", StaticFiles(directory=routes_about.PAGE, html=True), name="page")
     for kind in (Refusal, CompLLMError):
         app.add_exception_handler(kind, _refused)

@@ -198,8 +198,9 @@ class _Passage:
             headers = MutableHeaders(scope=message)
             for name, value in _HEADERS.items():
                 headers.setdefault(name, value)
-            if str(self._scope["path"]).startswith("/v1/"):
-                headers.setdefault("Cache-Control", "no-store")
+            # The page's parts are asked after each time, so that none of an earlier version is among them.
+            kept = "no-store" if str(self._scope["path"]).startswith("/v1/") else "no-cache"
+            headers.setdefault("Cache-Control", kept)
         if message["type"] == "http.response.body":
             self._ended = not message.get("more_body", False)
         await self._send(message)
