@@ -25,7 +25,7 @@ from compllm_rag.server.schemas import (
     Replacement,
     UploadAccepted,
 )
-from compllm_rag.server.service import index_of, service_of
+from compllm_rag.server.service import index_of, must_write, service_of
 
 router = APIRouter(tags=["documents"])
 _MOST_FILES = 1000
@@ -48,17 +48,19 @@ _BODY: dict[str, Any] = {
 @router.post("/v1/documents", status_code=202, openapi_extra=_BODY)
 async def upload(request: Request) -> UploadAccepted:
     """Bring documents in, as JSON or as files; they are found from the response on."""
-    service, index = service_of(request), await index_of(request, write=True)
+    service = must_write(request)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        body = _parsed(await request.body())
-        ticket = service.uploads.admit()
-        made = await ticket.run(lambda: documents.upload(index, files.read_json(body.documents), service.jobs))
+        read = files.read_json(_parsed(await request.body()).documents)
+        index = await index_of(request, create=True)
+        made = await service.uploads.admit().run(lambda: documents.upload(index, read, service.jobs))
     elif kind == "multipart/form-data":
         async with request.form(max_files=_MOST_FILES, max_fields=_MOST_FILES) as form:
             given = _files(form.multi_items())
-            ticket = service.uploads.admit()
-            made = await ticket.run(lambda: documents.upload(index, files.read_files(given), service.jobs))
+            index = await index_of(request, create=True)
+            made = await service.uploads.admit().run(
+                lambda: documents.upload(index, files.read_files(given), service.jobs)
+            )
     else:
         raise Refusal(
             415,
@@ -93,9 +95,10 @@ async def replace_document(document_id: str, body: Replacement, request: Request
     """Replace a document, or bring it in."""
     if len(document_id) > 500:
         raise Refusal(422, "invalid_request", "an id has 500 characters at most", param="document_id")
-    service, index = service_of(request), await index_of(request, write=True)
+    service = must_write(request)
     new = NewDocument(text=body.text, title=body.title, metadata=body.metadata)
     read = files.Read([files.document_of(new, document_id)], [])
+    index = await index_of(request, create=True)
     made = await service.uploads.admit().run(lambda: documents.upload(index, read, service.jobs))
     service.telemetry.accepted(1)
     return made
@@ -104,7 +107,7 @@ async def replace_document(document_id: str, body: Replacement, request: Request
 @router.delete("/v1/documents/{document_id:path}")
 async def delete_document(document_id: str, request: Request) -> Deleted:
     """Delete a document: text, vectors, and the concepts that no other shares."""
-    service, index = service_of(request), await index_of(request, write=True)
+    service, index = must_write(request), await index_of(request)
     await service.uploads.admit().run(lambda: documents.delete(index, document_id))
     return Deleted(id=document_id)
 

@@ -90,23 +90,33 @@ def caller_of(request: Request) -> Caller:
     return cast(Caller, request.state.caller)
 
 
-async def index_of(request: Request, *, write: bool = False) -> ConceptIndex:
-    """The index of whoever asks.
-
-    Args:
-        request: The request.
-        write: It is about to be changed, and made where it is missing.
+def must_write(request: Request) -> Service:
+    """The service, for whoever may change documents.
 
     Raises:
-        Refusal: It is not there, or may not be changed.
+        Refusal: They may not.
     """
-    caller, service = caller_of(request), service_of(request)
-    if write and not (caller.may_write and not service.registry.read_only):
+    service = service_of(request)
+    if not caller_of(request).may_write or service.registry.read_only:
         raise Refusal(
             403, "not_allowed", "documents may not be changed with this key, or on this server. Next step: use a key"
             " with the right to write",
         )  # fmt: skip
-    opened = service.registry.opened(caller.namespace)
+    return service
+
+
+async def index_of(request: Request, *, create: bool = False) -> ConceptIndex:
+    """The index of whoever asks.
+
+    Args:
+        request: The request.
+        create: Make it where it is missing; see `must_write`.
+
+    Raises:
+        Refusal: It is not there.
+    """
+    name, registry = caller_of(request).namespace, service_of(request).registry
+    opened = registry.opened(name)
     if opened is not None:
         return opened
-    return await run_in_threadpool(service.registry.get, caller.namespace, create=write)
+    return await run_in_threadpool(registry.get, name, create=create)

@@ -124,7 +124,10 @@ def test_namespaces_share_their_models(made: Registry) -> None:
 async def test_a_namespace_without_keys_is_named_in_a_header(made: Registry) -> None:
     async with client(made) as asking:
         name = {"x-namespace": "Größe".encode()}
-        assert code(await asking.get("/v1/documents", headers=name)) == (404, "no_such_namespace")
+        assert (await asking.post("/v1/documents", json={"documents": []}, headers=name)).status_code == 422
+        for method in ("GET", "DELETE"):  # neither of them, nor what was refused, makes it
+            gone = await asking.request(method, "/v1/documents/rock.md", headers=name)
+            assert code(gone) == (404, "no_such_namespace")
         assert (await asking.post("/v1/documents", json=DOCUMENTS, headers=name)).status_code == 202
         assert (await asking.get("/v1/info", headers=name)).json()["namespace"] == "Größe"
         assert (await asking.get("/v1/documents", headers=name)).json()["total"] == 1
