@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from tests.server.server_samples import QUESTION
+
+DONE = ".card:not([aria-busy])"
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 
 
@@ -31,6 +34,16 @@ def chromium() -> Iterator[Any]:
             yield browser
         finally:
             browser.close()
+
+
+def ask(page: Any, question: str = QUESTION, tokens: str = "32") -> None:
+    """Ask, and wait for both answers."""
+    from playwright.sync_api import expect
+
+    page.get_by_label("Most tokens").select_option(tokens)
+    page.get_by_label("Your question").fill(question)
+    page.get_by_role("button", name="Ask", exact=True).click()
+    expect(page.locator(DONE)).to_have_count(2)
 
 
 # Every text that is seen, with its colour and what it stands on.

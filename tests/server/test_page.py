@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import httpx
 import pytest
@@ -20,11 +19,8 @@ from compllm_rag.generation.local import LocalStream
 from compllm_rag.server import routes_about
 from compllm_rag.server.keys import KeyFile
 from compllm_rag.server.registry import Registry
-from compllm_rag.server.settings import ServerSettings
-from tests.server.browser import chromium, contrast, nameless, texts
+from tests.server.browser import DONE, ask
 from tests.server.server_samples import QUESTION, running
-from toy_embedder import HashEmbedder
-from trained import trained_deep
 
 pytest.importorskip("playwright", reason="the page is tested with playwright: pip install playwright")
 from playwright.sync_api import Page, expect
@@ -32,66 +28,6 @@ from playwright.sync_api import Page, expect
 expect.set_options(timeout=60_000)  # many tests share a machine
 
 ROCK = {"name": "rock.md", "mimeType": "text/markdown", "buffer": f"# Gull Rock\n\n{toy.TEXT}".encode()}
-DONE = ".card:not([aria-busy])"
-PARTS = ("passages", "documents", "costs")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """A server of two namespaces at least: `default` holds one document."""
-    folder = tmp_path_factory.mktemp("page")
-    own = {"compressor": trained_deep(toy.llm(layers=4)), "embedder": HashEmbedder()}
-    settings = ServerSettings(requests_per_minute=1_000_000, max_upload_mb=1)
-    made = Registry(folder / "s", settings, create={**own, "chunk_size": 60, "rate": 2.0}, **own)
-    made.start()
-    from llama_index.core import Document
-
-    made.get(None).ingest([Document(id_="rock.md", text=toy.TEXT, metadata={"title": "Gull Rock"})])
-    with running(made) as (url, uvicorn):
-        yield SimpleNamespace(url=url, service=uvicorn.config.app.state.service, registry=made, folder=folder, own=own)
-
-
-@pytest.fixture
-def visit(browser: Any, server: SimpleNamespace) -> Iterator[Callable[..., Page]]:
-    """Opens the page; at the end, looks at what it asked for and what it complained about."""
-    complaints: list[str] = []
-    strangers: list[str] = []
-    contexts = []
-
-    def opened(namespace: str | None = None, url: str = server.url, errors: str = "", **options: Any) -> Page:
-        headers = {"X-Namespace": namespace} if namespace else {}
-        context = browser.new_context(extra_http_headers=headers, reduced_motion="reduce", **options)
-        context.set_default_timeout(60_000)
-        contexts.append(context)
-        page = context.new_page()
-
-        def heard(message: Any) -> None:
-            if message.type in ("error", "warning") and not (errors and re.search(errors, message.text)):
-                complaints.append(message.text)
-
-        page.on("console", heard)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: request.url.startswith(f"{url}/") or strangers.append(request.url))
-        page.goto(url)
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert (complaints, strangers) == ([], [])
-
-
-def ask(page: Page, question: str = QUESTION, tokens: str = "32") -> None:
-    page.get_by_label("Most tokens").select_option(tokens)
-    page.get_by_label("Your question").fill(question)
-    page.get_by_role("button", name="Ask", exact=True).click()
-    expect(page.locator(DONE)).to_have_count(2)
 
 
 def test_documents_come_in_are_compressed_looked_at_and_deleted(visit: Callable[..., Page]) -> None:
@@ -232,35 +168,6 @@ def test_answers_stream_and_can_be_cancelled(
     ask(page)
 
 
-def test_all_of_it_with_the_keyboard(visit: Callable[..., Page]) -> None:
-    page = visit()
-    expect(page.locator("#document-list li")).to_have_count(1)
-    page.keyboard.press("Tab")
-    expect(page.get_by_role("link", name="Skip to the question")).to_be_focused()
-    assert page.get_by_role("link", name="Skip to the question").bounding_box()["y"] >= 0  # and seen
-    page.keyboard.press("Enter")
-    page.keyboard.type(QUESTION)
-    page.keyboard.press("Shift+Enter")
-    assert page.get_by_label("Your question").input_value() == f"{QUESTION}\n"
-    page.keyboard.press("Enter")
-    expect(page.locator(DONE)).to_have_count(2)
-    expect(page.locator("#announcer")).to_contain_text("Prefill cost: text 100 %")
-    for _ in range(12):
-        page.keyboard.press("Tab")
-        if page.evaluate("document.activeElement.className") == "cite":
-            break
-    page.keyboard.press("Enter")
-    expect(page.get_by_role("dialog")).to_be_visible()
-    expect(page.locator("#reader-title")).to_be_focused()
-    page.keyboard.press("Tab")
-    expect(page.get_by_role("button", name="Close")).to_be_focused()
-    outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
-    assert outline == "solid"
-    page.keyboard.press("Escape")
-    expect(page.get_by_role("dialog")).to_be_hidden()
-    assert page.evaluate("document.activeElement.className") == "cite"
-
-
 def test_errors_in_plain_words(visit: Callable[..., Page]) -> None:
     page = visit(errors="ERR_INTERNET_DISCONNECTED")
     expect(page.locator("#document-list li")).to_have_count(1)
@@ -313,55 +220,6 @@ def _key(path: Path, name: str, rights: str) -> str:
     return KeyFile(path).add(name, "default", rights)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_contrast_names_and_landmarks(visit: Callable[..., Page], scheme: str) -> None:
-    page = visit(color_scheme=scheme)
-    expect(page.locator("#document-list li")).to_have_count(1)
-    ask(page)
-    seen = texts(page)
-    page.get_by_role("article", name="Concepts").get_by_role("button", name="Passage 1").click()
-    expect(page.locator(".passage mark").first).to_be_visible()
-    seen += texts(page)
-    assert len(seen) > 60
-    weak = {(text, colour, ground) for text, colour, ground in seen if contrast(colour, ground) < 4.5}
-    assert weak == set()
-    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (contrast(ground, "rgb(0, 0, 0)") < 2) == (scheme == "dark")
-    track = page.evaluate("getComputedStyle(document.querySelector('.track')).backgroundColor")
-    assert (
-        contrast(page.evaluate("getComputedStyle(document.querySelector('.bar.concepts')).backgroundColor"), track) >= 3
-    )
-    assert "repeating-linear-gradient" in page.evaluate(
-        "getComputedStyle(document.querySelector('.bar.text')).backgroundImage"
-    )
-    edge = page.evaluate(
-        "(e => [e.borderTopColor, e.backgroundColor])(getComputedStyle(document.querySelector('#question')))"
-    )
-    assert contrast(*edge) >= 3
-
-    assert nameless(page) == []
-    page.keyboard.press("Escape")
-    for role, name in (
-        ("banner", None),
-        ("main", None),
-        ("complementary", "Documents"),
-        ("form", "Ask"),
-        ("status", None),
-    ):
-        expect(page.get_by_role(role, **({"name": name} if name else {})).first).to_be_attached()
-    headings = [
-        int(tag[1])
-        for tag in page.evaluate(
-            "[...document.querySelectorAll('h1,h2,h3')].filter(h => h.checkVisibility()).map(h => h.tagName)"
-        )
-    ]
-    assert headings[0] == headings.count(1) == 1
-    assert all(later - former <= 1 for former, later in zip(headings, headings[1:], strict=False))
-    assert page.evaluate("document.documentElement.lang") == "en"
-    names = page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
-    assert len(names) == len(set(names))
-
-
 def test_many_documents(visit: Callable[..., Page], server: SimpleNamespace) -> None:
     from llama_index.core import Document
 
@@ -381,41 +239,6 @@ def test_many_documents(visit: Callable[..., Page], server: SimpleNamespace) -> 
     page.get_by_role("dialog").get_by_role("button", name="Delete", exact=True).click()
     expect(rows).to_have_count(59)
     assert rows.nth(3).evaluate("row => row.marked")
-
-
-def test_long_hostile_and_right_to_left_texts_in_360_pixels(
-    visit: Callable[..., Page], server: SimpleNamespace
-) -> None:
-    from llama_index.core import Document
-
-    title = "<img src=x onerror=alert(1)>" + "Donaudampfschifffahrt" * 20
-    hebrew = "המגדלור נבנה בשנת 1871 על ידי עדה מארש."
-    index = server.registry.get("strange", create=True)
-    index.ingest(
-        [
-            Document(id_="a/very/" + "long" * 40 + ".md", text=toy.TEXT, metadata={"title": title}),
-            Document(id_="hebrew.md", text=hebrew, metadata={"title": "מגדלור"}),
-        ]
-    )
-    page = visit("strange", viewport={"width": 360, "height": 740})
-    expect(page.locator("#document-list li")).to_have_count(2)
-    page.get_by_role("combobox", name="Passages").select_option("12")  # all there are
-    ask(page, "Who built " + "it" * 400, tokens="512")
-    expect(page.locator("#passage-list")).to_contain_text("<img src=x")
-    assert page.locator("img[src=x]").count() == 0
-    assert page.evaluate("document.documentElement.scrollWidth") == 360
-    wrong = page.evaluate(
-        "[...document.querySelectorAll('main *, aside *')].filter(e => e.checkVisibility() && !e.closest('.unseen')"
-        " && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.className)"
-    )
-    assert wrong == []
-    answers = [page.get_by_role("article", name=mode) for mode in ("Text", "Concepts")]
-    assert answers[0].bounding_box()["y"] + answers[0].bounding_box()["height"] <= answers[1].bounding_box()["y"]
-    page.locator("#passage-list button", has_text="מגדלור").click()
-    passage = page.get_by_role("dialog").locator(".passage")
-    expect(passage).to_contain_text("המגדלור")
-    assert passage.evaluate("e => e.matches(':dir(rtl)')")
-    assert page.get_by_role("dialog").evaluate("e => e.scrollWidth <= e.clientWidth")
 
 
 def test_files_of_the_page(server: SimpleNamespace) -> None:
