@@ -26,6 +26,10 @@ train_app = typer.Typer(
     help="Train a reader or a compressor for an LLM of yours. Interrupted? Run the same command again.",
 )
 
+ReaderFolder = Annotated[
+    str,
+    typer.Option("--reader", help="Folder of the reader it was made with; auto: the shipped one; none: no reader."),
+]
 Out = Annotated[Path, typer.Option("--out", help="Folder of the run; best/ in it is what you load.")]
 # What a compressor is made with but nobody chooses: versions, what follows from the LLM and from the rank, and what
 # deep concepts alone have.
@@ -140,10 +144,7 @@ def selector(
         str, typer.Option("--from", help="A compressor of deep concepts; auto: the shipped one, or an untrained one.")
     ] = "auto",
     llm: Annotated[str, typer.Option("--llm", help="Target LLM: alias, folder or org/name@revision.")] = DEFAULT_LLM,
-    reader: Annotated[
-        str,
-        typer.Option("--reader", help="Folder of the reader it was made with; auto: the shipped one; none: no reader."),
-    ] = "auto",
+    reader: ReaderFolder = "auto",
     groups: Annotated[
         int, typer.Option("--groups", min=1, help="Groups of questions that share passages to learn from, at most.")
     ] = 1000,
@@ -192,16 +193,10 @@ def rates(
         str, typer.Option("--from", help="A compressor of deep concepts; auto: the shipped one, or an untrained one.")
     ] = "auto",
     llm: Annotated[str, typer.Option("--llm", help="Target LLM: alias, folder or org/name@revision.")] = DEFAULT_LLM,
-    reader: Annotated[
-        str,
-        typer.Option("--reader", help="Folder of the reader it was made with; auto: the shipped one; none: no reader."),
-    ] = "auto",
+    reader: ReaderFolder = "auto",
     groups: Annotated[
         int, typer.Option("--groups", min=1, help="Held-out groups of questions to read at all rates, at most.")
     ] = 400,
-    gates: Annotated[
-        int, typer.Option("--gates", min=0, help="Of these, how many to learn from by derivatives of the loss; slower.")
-    ] = 300,
     seed: Annotated[int, typer.Option("--seed", help="Of their choice.")] = 0,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="Of the frozen LLM: float32, bfloat16 or float16.")
@@ -224,7 +219,6 @@ def rates(
             show.fetching,
             reader=reader,
             n_groups=groups,
-            n_gates=gates,
             seed=seed,
             dtype=dtype,
             device=device,

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from compllm_rag.compression.deep import DeepCompressor
-from compllm_rag.compression.loading import load_compressor_for
+from compllm_rag.compression.loading import AUTO, load_compressor_for
 from compllm_rag.compression.rate_policies.losses import RATES, LossPredictor
 from compllm_rag.compression.rate_policies.measures import Floats, TextMeasures
 from compllm_rag.compression.rates import concepts_at
@@ -42,6 +42,7 @@ def train_rates(
     llm: str,
     progress: Progress,
     *,
+    reader: str = AUTO,
     n_groups: int = 400,
     seed: int = 0,
     dtype: str | None = None,
@@ -53,8 +54,9 @@ def train_rates(
         out: Where `load_compressor` will find it; may be the folder it comes from.
         data_dir: Holds `train/*.jsonl(.gz)` with questions.
         init: Folder of the compressor; `auto` takes the shipped one, or an untrained one.
-        llm: Its target LLM, with the reader that ships for it.
+        llm: Its target LLM.
         progress: Called with a message and the share that is done.
+        reader: Folder of the reader it was made with, "auto" for the shipped one, "none" for the LLM as it is.
         n_groups: See `fit_losses`.
         seed: See `fit_losses`.
         dtype: Of the LLM.
@@ -69,7 +71,14 @@ def train_rates(
         FingerprintMismatchError, UnknownModelError: See `load_compressor_for`.
     """
     questions, _ = Material.files_of(data_dir)
-    compressor = load_compressor_for(llm, compressor=init, dtype=dtype, device=device, progress=progress)
+    compressor = load_compressor_for(
+        llm,
+        reader=None if reader == "none" else reader,
+        compressor=init,
+        dtype=dtype,
+        device=device,
+        progress=progress,
+    )
     if not isinstance(compressor, DeepCompressor):
         raise ConfigurationError(
             "losses are learned of deep concepts alone",
