@@ -189,18 +189,16 @@ def train_reader(
     with _first_process_first():
         material = _load(data, Segmenter(target.tokenizer, 20), out / "data", progress)
         keep = own_instructions(target, material, kept, progress=progress) if options.keep_share else []
-    rank, state = options.rank, None
-    if options.init is not None:
-        settings, state = read_adapter(options.init)
-        rank = int(settings["r"])
+    started = read_adapter(options.init) if options.init is not None else None
+    rank = int(started[0]["r"]) if started else options.rank
     facts = {"rank": rank, "keep_share": options.keep_share}
     with _first_process_first():
         _same_job(out, "reader", target, facts)
     task = ReaderTask(
         target, material, keep=keep, rank=rank, keep_share=options.keep_share, validation=options.validation
     )
-    if state is not None:
-        task.load(state)
+    if started:
+        task.load(*started)
     return _run(task, run, out, progress, command, target, material, facts)
 
 

@@ -83,10 +83,14 @@ class ReaderTask:
         chosen = rng.sample(groups, min(validation, len(groups)))
         self.validation = [material.questions(group, rng, 0, extras=False) for group in chosen]
 
-    def load(self, state: dict[str, torch.Tensor]) -> None:
-        """Start from the tensors of an adapter, as `read_adapter` gives them."""
-        prefix = decoder_prefix(self.llm)
-        load_lora_state(decoder_of(self.llm.model), {k.removeprefix(prefix): v for k, v in state.items()})
+    def load(self, settings: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
+        """Start from an adapter of the same rank, settings and tensors as `read_adapter` gives them.
+
+        It counts as much as where it is merged, whatever its alpha; that of the task stays 2 * rank.
+        """
+        prefix, times = decoder_prefix(self.llm), float(settings["lora_alpha"]) / (2 * self.rank)
+        found = {k.removeprefix(prefix): v * times if ".lora_B." in k else v for k, v in state.items()}
+        load_lora_state(decoder_of(self.llm.model), found)
 
     def parameter_groups(self, config: RunConfig) -> list[dict[str, Any]]:
         """LoRA alone."""

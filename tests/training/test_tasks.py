@@ -108,8 +108,26 @@ def test_a_reader_goes_on_from_an_adapter(world: Path, tmp_path: Path) -> None:
     train(task, RUN, tmp_path / "run")
     two = TargetLLM.from_pretrained(folder)
     again = ReaderTask(two, material(two, world), rank=4, validation=2)
-    again.load(read_adapter(tmp_path / "run/best")[1])
+    again.load(*read_adapter(tmp_path / "run/best"))
     assert again.validate(print)["nll_text"] == pytest.approx(task.validate(print)["nll_text"], rel=1e-3)
+
+
+def test_an_adapter_to_go_on_from_counts_by_its_own_alpha(world: Path, tmp_path: Path) -> None:
+    from compllm_rag.models.adapters import read_adapter
+
+    folder = toy.save(tmp_path / "llm")
+    one = TargetLLM.from_pretrained(folder)
+    train(ReaderTask(one, material(one, world), rank=4, validation=2), RUN, tmp_path / "run")
+    settings = tmp_path / "run/best/adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"lora_alpha": 3}))
+    merged = TargetLLM.from_pretrained(folder, reader=tmp_path / "run/best")
+    two = TargetLLM.from_pretrained(folder)
+    again = ReaderTask(two, material(two, world), rank=4, validation=2)
+    again.load(*read_adapter(tmp_path / "run/best"))
+    ids = torch.tensor([[5, 9, 13, 40, 41]])
+    with torch.no_grad():
+        live, wanted = two.model(input_ids=ids).logits, merged.model(input_ids=ids).logits
+    torch.testing.assert_close(live, wanted, atol=1e-3, rtol=1e-3)
 
 
 def test_own_answers_are_made_once_and_kept(llm, world: Path, tmp_path: Path) -> None:
