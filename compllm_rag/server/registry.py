@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compllm_rag.catalog.database import connected
 from compllm_rag.catalog.pending import count_pending
+from compllm_rag.compression.rate_policies.asked import options_of
 from compllm_rag.config import GenerationConfig
 from compllm_rag.errors import CompLLMError, StorageNotFoundError
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.generation.reuse import PrefixCache
 from compllm_rag.llamaindex.embedding import LoadedEmbedder
 from compllm_rag.llamaindex.index import ConceptIndex
-from compllm_rag.llamaindex.options import CreateOptions
 from compllm_rag.llamaindex.uploads import UploadQueue
 from compllm_rag.models.halves import Halves
 from compllm_rag.server.failures import Refusal, log_fault
@@ -203,8 +203,12 @@ class Registry:
         first, manifest = shared.first, shared.first.manifest
         reader = None if first.storage_dir is None else first.storage_dir / READER
         compressor: Any = first.compressor
-        known = CreateOptions.__optional_keys__
-        settings: Any = {name: value for name, value in manifest.ingest if name in known and name != "namespace"}
+        shared_store = manifest.concept_store
+        settings: Any = options_of(manifest.ingest) | {
+            "chunk_size": manifest.ingest.chunk_size,
+            "encoding": manifest.ingest.encoding,
+            "concept_store": None if shared_store is None else shared_store.url,
+        }
         return ConceptIndex.create(
             self.storage,
             namespace=name,

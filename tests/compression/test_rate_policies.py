@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import toy
 from compllm_rag.compression.compressor import Compressor
-from compllm_rag.compression.rate_policies.asked import one_rate, rate_settings
+from compllm_rag.compression.rate_policies.asked import one_rate, options_of, rate_settings
 from compllm_rag.compression.rate_policies.budget import chosen_at, kept_at, least_price
 from compllm_rag.compression.rate_policies.choosing import Choice, RateChooser, chooser_of, described, resolved
 from compllm_rag.compression.rate_policies.guard import EXACT_LIMIT, ExactGuard, LossGuard
@@ -335,3 +335,21 @@ def test_a_learned_policy_without_anything_learned_says_how_to_learn(llm: Target
     learned.losses = predictor()
     chosen = chooser_of(IngestConfig(rate="learned"), TextMeasures(lambda: learned), 20).choose([list(range(20))])
     assert chosen.n_concepts == ((concepts_at(chosen.wished or 0, 20),),)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"rate": 2.0},
+        {"rates": ("information", 4.0), "guard": "exact", "guard_limit": 0.3, "rate_options": {"measure": "surprisal"}},
+        {"budget": 200000},
+        {"budget": "40MB"},
+    ],
+)
+def test_settings_give_back_the_options_that_make_them(asked: dict[str, Any]) -> None:
+    def made(options: dict[str, Any]) -> IngestConfig:
+        further = {name: options[name] for name in ("guard_limit", "rate_options") if options.get(name) is not None}
+        named = (options.get(name) for name in ("rate", "rates", "budget", "guard"))
+        return IngestConfig.model_validate(rate_settings(*named) | further)
+
+    assert made(options_of(made(asked))) == made(asked)

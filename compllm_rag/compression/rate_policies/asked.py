@@ -7,10 +7,20 @@ import re
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from compllm_rag.config import GuardName, RatePolicyName
+from compllm_rag.config import GuardName, IngestConfig, RatePolicyName
 from compllm_rag.errors import ConfigurationError
 
-_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_UNITS = {
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
 _BUDGET = re.compile(r"\s*(\d+(?:[.,_]\d+)*)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
@@ -60,6 +70,19 @@ def rate_settings(
             raise ConfigurationError("unknown guard", got=guard, expected=", ".join(get_args(GuardName)))
         found["guard"] = guard
     return found
+
+
+def options_of(ingest: IngestConfig) -> dict[str, Any]:
+    """The options that `rate_settings` and `ConceptIndex.create` would make the same settings of rates from."""
+    found: dict[str, Any] = {
+        "guard": ingest.guard,
+        "guard_limit": ingest.guard_limit,
+        "rate_options": ingest.rate_options,
+    }
+    if ingest.rate == "budget":
+        bytes_ = ingest.budget_bytes
+        return found | {"budget": ingest.budget_positions if bytes_ is None else f"{bytes_}B"}
+    return found | ({"rates": (ingest.rate, *ingest.also_rates)} if ingest.also_rates else {"rate": ingest.rate})
 
 
 def one_rate(rate: float | str) -> float | RatePolicyName:
