@@ -29,9 +29,9 @@ pruned to the same number of positions (the kept tokens as text), and not at all
 passage costs at prefill and in the KV cache, text = 1. *Recovered* is the share of what text gains over no passages, \
 by the likelihood of the gold answer (docs/design.md, section 7). Brackets are bootstrap 95 % intervals over \
 questions; Δ is the paired difference to text, on the same questions. All values in percent, but for the achieved \
-rate (tokens per concept), NLL (nats per token) and positions. What stands on concepts at the input embeddings, anchors \
-and ablations was measured with the reader that shipped before the present one (F1 63.9 with text on SQuAD), which \
-they were trained with.
+rate (tokens per concept), NLL (nats per token) and positions. What stands on concepts at the input embeddings, \
+anchors and ablations was measured with the reader that shipped before the present one (F1 63.9 with text on SQuAD), \
+which they were trained with.
 """
 STORAGE = """# Storage
 

@@ -274,7 +274,7 @@ def test_newer_formats_are_refused_by_every_command(tmp_path: Path, compressor: 
     path = filled(tmp_path / "s", compressor)
     assert (migrate_storage(path).changed, migrate_storage(path).to_version) == (False, 1)
     newer = {
-        "state": ("catalog.db", "UPDATE state SET format_version = 2"),
+        "state": ("catalog.db", "UPDATE state SET format_version = 3"),
         "manifest": (
             "catalog.db",
             "UPDATE meta SET value = json_set(value, '$.format_version', 2) WHERE key = 'compllm/manifest'",
