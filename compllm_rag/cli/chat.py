@@ -11,6 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compllm_rag.cli.base import Offline, Storage, progress_show, reported
+from compllm_rag.cli.reading import (
+    MissingName,
+    PolicyName,
+    PositionBudget,
+    PrefillBudget,
+    ReadRate,
+    TtftBudget,
+    read_options,
+    size_of,
+)
 from compllm_rag.errors import CompLLMError, ConfigurationError
 
 if TYPE_CHECKING:
@@ -41,6 +51,12 @@ def chat(
     namespace: Annotated[
         str | None, typer.Option("--namespace", help="Tenant, one of several in this folder that share nothing.")
     ] = None,
+    rate: ReadRate = None,
+    read_policy: PolicyName = None,
+    position_budget: PositionBudget = None,
+    prefill_budget: PrefillBudget = None,
+    ttft_budget: TtftBudget = None,
+    missing: MissingName = "recompress",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     offline: Offline = False,
 ) -> None:
@@ -53,12 +69,15 @@ def chat(
     """
     if mode not in ("concepts", "text"):
         raise ConfigurationError("unknown mode", got=mode, expected="concepts or text", next_step="pass one of them")
+    reading = read_options(rate, read_policy, position_budget, prefill_budget, ttft_budget, missing)
+    given = {name: value for name, value in reading.items() if value not in (None, "recompress")}
     from compllm_rag.config import GenerationConfig
     from compllm_rag.llamaindex.index import ConceptIndex
 
     terminal = sys.stdin.isatty()
     _lenient()
-    options: dict[str, Any] = {} if chat_mode == "simple" else {"mode": mode, "similarity_top_k": top_k}
+    # Without passages there is nothing to read: the engine refuses by name what was given all the same.
+    options: dict[str, Any] = given | ({} if chat_mode == "simple" else {"mode": mode, "similarity_top_k": top_k})
     generation = GenerationConfig(max_new_tokens=max_new_tokens)
     with (
         progress_show(not terminal) as show,
@@ -144,10 +163,10 @@ class Conversation:
         nodes = (self._last.metadata or {})["compllm"]["nodes"]
         for number, node in enumerate(self._last.source_nodes, 1):
             facts = nodes[node.node.node_id]
-            size = f"{facts['n_concepts']} concepts" if facts["used"] == "concepts" else "text"
+            size = size_of(facts)
             title = node.node.metadata.get("title") or node.node.ref_doc_id or node.node.node_id
             score = "" if node.score is None else f"score {node.score:.2f}, "
-            typer.echo(f"[{number}] {title} ({score}{facts['n_tokens']} tokens as {size})")
+            typer.echo(f"[{number}] {title} ({score}{size})")
 
 
 def typed_lines() -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Options of `query` that decide what passages are read as, and `--explain`, which tells what came of it."""
+"""Options of `query` and `chat` that decide what passages are read as, and `--explain`, which tells what came of it."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def explained(found: dict[str, Any], segmenter: Segmenter) -> list[str]:
     out = [""]
     for number, source in enumerate(found["sources"], 1):
         title = source["title"] or source["doc_id"]
-        out.append(f"[{number}] {title}: {_size(source)}{_because(source['why'])}")
+        out.append(f"[{number}] {title}: {size_of(source)}{_because(source['why'])}")
         if source["parts"]:
             tokenized = segmenter.tokenize(source["text"])
             out += [_part(part, tokenized.text, tokenized.offsets) for part in source["parts"]]
@@ -99,8 +99,9 @@ def explained(found: dict[str, Any], segmenter: Segmenter) -> list[str]:
     return out
 
 
-def _size(source: dict[str, Any]) -> str:
-    n, parts = source["n_tokens"], source["parts"]
+def size_of(source: dict[str, Any]) -> str:
+    """What a passage was read as: how many of its tokens as text, as how many concepts, or not at all."""
+    n, parts = source["n_tokens"], source.get("parts")
     if not parts:
         return (
             f"{n} tokens as {source['n_concepts']} concepts" if source["used"] == "concepts" else f"{n} tokens as text"

@@ -176,3 +176,20 @@ def test_a_terminal(storage: Path) -> None:
         process.kill()
         os.close(ours)
     assert "Traceback" not in shown
+
+
+def test_budgets_and_rates_as_in_a_query(storage: Path) -> None:
+    asked = f"{QUESTIONS[0]}\n/sources\n"
+    everything = piped(storage, asked, "--top-k", 2).stdout
+    # An error of one question costs one line; it says the least that would do.
+    said = piped(storage, asked, "--top-k", 2, "--position-budget", 1, code=2).stderr
+    least = re.search(r"position_budget of at least (\d+)", said)
+    assert least is not None, said
+    tight = piped(storage, asked, "--top-k", 2, "--position-budget", least[1], "--read-policy", "budgeted").stdout
+    sizes = [sum(int(n) for n in re.findall(r"(\d+) (?:as text|concepts)", shown)) for shown in (everything, tight)]
+    assert 0 < sizes[1] <= int(least[1]) < sizes[0]
+    refused = piped(storage, "", "--read-policy", "none", code=2).stderr
+    assert "unknown read policy" in refused and "fixed, budgeted" in refused
+    # There are no passages whose positions could be counted.
+    refused = piped(storage, "", "--chat-mode", "simple", "--position-budget", 12, code=2).stderr
+    assert "simple has no such option: got position_budget" in refused
