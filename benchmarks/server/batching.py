@@ -3,6 +3,7 @@
 Each query has passages of its own, warm in a store, read as text or as deep concepts. One after the other they are
 answered by `LocalGenerator`, at the same time by `BatchingGenerator` from as many threads. Answers go on to
 `--tokens` whatever the LLM says, so that all ways make as many; all ways take turns, in another order each round.
+Beside wall time stands the CPU time of the process: that is what can be trusted while other processes want the cores.
 """
 
 from __future__ import annotations
@@ -64,21 +65,19 @@ class Queries:
     def one_by_one(self, n: int, mode: Mode) -> dict[str, Any]:
         """The first n of them, one after the other."""
         ask = self._asking(self._local, mode)
-        begun = time.perf_counter()
-        accounts = [ask(number) for number in range(n)]
-        return _summed(time.perf_counter() - begun, accounts)
+        begun = _now()
+        return _summed(begun, [ask(number) for number in range(n)])
 
     def together(self, n: int, mode: Mode) -> dict[str, Any]:
         """The first n of them, from as many threads."""
         scheduler = Scheduler(n)
         ask = self._asking(BatchingGenerator.over(self._local, scheduler), mode)
         with ThreadPoolExecutor(n) as threads:
-            begun = time.perf_counter()
-            accounts = list(threads.map(ask, range(n)))
-            seconds = time.perf_counter() - begun
+            begun = _now()
+            made = _summed(begun, list(threads.map(ask, range(n))))
         [steps] = scheduler.measures.step_rows.collect()
         sums = {sample.name.rsplit("_", 1)[-1]: sample.value for sample in steps.samples}
-        return _summed(seconds, accounts) | {"rows_per_step": sums["sum"] / max(1.0, sums["count"])}
+        return made | {"rows_per_step": sums["sum"] / max(1.0, sums["count"])}
 
     def _asking(self, generator: Generator, mode: Mode) -> Any:
         # Anew, so that no passage is remembered: a query usually meets others.
@@ -128,9 +127,15 @@ def measure(args: Any) -> dict[str, Any]:
     }
 
 
-def _summed(seconds: float, accounts: list[dict[str, Any]]) -> dict[str, Any]:
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _summed(begun: tuple[float, float], accounts: list[dict[str, Any]]) -> dict[str, Any]:
+    seconds, cpu_s = (now - then for now, then in zip(_now(), begun, strict=True))
     return {
         "seconds": seconds,
+        "cpu_s": cpu_s,
         "prompt_positions": statistics.mean(account["prompt_positions"] for account in accounts),
         "ttft_s": statistics.median(account["ttft_s"] + account["queue_s"] for account in accounts),
     }
@@ -138,15 +143,17 @@ def _summed(seconds: float, accounts: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _rows(rounds: dict[tuple[Mode, str, int], list[dict[str, Any]]], mode: Mode, args: Any) -> dict[str, Any]:
     one_by_one = rounds[mode, "one by one", args.sequential]
-    alone = statistics.median(made["seconds"] for made in one_by_one)
+    alone, cpu_alone = (statistics.median(made[name] for made in one_by_one) for name in ("seconds", "cpu_s"))
     rows: dict[str, Any] = {}
     for n in args.concurrent:
         made = rounds[mode, "together", n]
-        seconds = statistics.median(each["seconds"] for each in made)
+        seconds, cpu_s = (statistics.median(each[name] for each in made) for name in ("seconds", "cpu_s"))
         rows[str(n)] = {
             "seconds": seconds,
             "per_query_of_sequential": seconds / n / (alone / args.sequential),
             "of_sequential": seconds / alone,
+            "cpu_s": cpu_s,
+            "cpu_of_sequential": cpu_s / cpu_alone,
             "ttft_s": statistics.median(each["ttft_s"] for each in made),
             "rows_per_step": statistics.median(each["rows_per_step"] for each in made),
         }
@@ -155,6 +162,7 @@ def _rows(rounds: dict[tuple[Mode, str, int], list[dict[str, Any]]], mode: Mode,
         "sequential": {
             "queries": args.sequential,
             "seconds": alone,
+            "cpu_s": cpu_alone,
             "ttft_s": statistics.median(made["ttft_s"] for made in one_by_one),
         },
         "concurrent": rows,
@@ -180,13 +188,16 @@ def tables(record: Record) -> list[str]:
     rows = []
     for mode, found in record["modes"].items():
         alone = found["sequential"]
-        rows.append([mode, f"{alone['queries']} one by one", f"{number(alone['seconds'], 1)} s", "1.00", "1.00", "1.0"])
+        rows.append(
+            [mode, f"{alone['queries']} one by one", f"{number(alone['seconds'], 1)} s", "1.00", "1.00", "1.00", "1.0"]
+        )
         rows += [
             [
                 mode,
                 f"{n} together",
                 f"{number(row['seconds'], 1)} s",
                 number(row["of_sequential"], 2),
+                number(row["cpu_of_sequential"], 2),
                 number(row["per_query_of_sequential"], 2),
                 number(row["rows_per_step"], 1),
             ]
@@ -198,6 +209,7 @@ def tables(record: Record) -> list[str]:
         "queries",
         "all answered after",
         f"of {first} one by one",
+        "in CPU time",
         "a query, of one alone",
         "rows a step",
     ]

@@ -117,4 +117,5 @@ def _function(inner: str, module: Any) -> Callable[..., tuple[torch.Tensor, Any]
         return found  # type: ignore[no-any-return]
     from transformers import AttentionInterface
 
-    return AttentionInterface()[inner]  # type: ignore[no-any-return]
+    table: Any = AttentionInterface
+    return table()[inner]  # type: ignore[no-any-return]
