@@ -137,13 +137,14 @@ class Request:
         logits = next(self.parts)
         if logits is None:
             return True
-        self.parts, self.reused = None, reused_of(self.forward)
-        goes_on = self.add(logits)
-        if goes_on:
-            self.steps = steps(self.forward)
-            self.row = self.steps.take(self.forward, self.config.max_new_tokens)
-            self.forward = None
-        return goes_on
+        # First the row: should there be no memory for it, the prompt is read again, and has to say nothing twice.
+        goes_on_by = steps(self.forward)
+        row = goes_on_by.take(self.forward, self.config.max_new_tokens)
+        self.parts, self.forward, self.reused = None, None, reused_of(self.forward)
+        if not self.add(logits):
+            return False
+        self.steps, self.row = goes_on_by, row
+        return True
 
     def add(self, logits: torch.Tensor) -> bool:
         """Choose the next token and hand it on; whether the answer goes on.

@@ -85,8 +85,14 @@ class Scheduler:
             self._queue.append(request)
             self._tell()
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="compllm-decoding")
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="compllm-decoding")
+                try:
+                    thread.start()
+                except RuntimeError:  # the system has no more threads, or Python is about to end
+                    self._queue.remove(request)
+                    self._tell()
+                    raise
+                self._thread = thread
 
     @functools.cached_property
     def workers(self) -> ThreadPoolExecutor:
