@@ -121,6 +121,7 @@ class BatchedStream:
     def __init__(self, request: Callable[[], Request], positions: int, submit: Callable[[Request], None]) -> None:
         self._make, self._positions, self._submit = request, positions, submit
         self._request: Request | None = None
+        self._over = False
         self._ids: list[int] = []
         self._text = ""
         self._reason: FinishReason = "cancelled"
@@ -142,14 +143,14 @@ class BatchedStream:
             self._request.abandon()
 
     def __iter__(self) -> Iterator[str]:
-        """Pieces of text, none of them empty.
+        """Pieces of text, none of them empty; there are none the second time.
 
         Raises:
             OverloadedError: There is no place in the queue.
             DeviceMemoryError: There is no memory for it.
         """
         self.begin()
-        if self._request is None:
+        if self._request is None or self._over:
             return
         pieces = self._request.pieces
         reason: FinishReason | None = None
@@ -167,6 +168,7 @@ class BatchedStream:
                 reason = made.reason
             self._reason = reason or "cancelled"
         finally:
+            self._over = True
             self._request.abandon()
 
     @property

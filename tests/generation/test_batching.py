@@ -206,6 +206,7 @@ def test_who_gives_up_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -
     turnstile.open()
     assert "".join(stays) == stays.result.text
     assert stays.result.token_ids == alone(local, [plans[1]])[0]
+    assert list(stays) == []  # nothing comes a second time, and nobody waits for it
     assert list(cancelled) == []
     assert given_up.result.finish_reason == cancelled.result.finish_reason == "cancelled"
     assert len(given_up.result.token_ids) < LIMIT.max_new_tokens
