@@ -16,6 +16,7 @@ FOLDERS = {
     "loft": ("loft", "equal_cost"),
     "reuse": ("reuse",),
     "chat": ("chat",),
+    "server": ("batching",),
     "ingest": ("ingest", "ingest_scale", "edits"),
     "live": ("editors",),
     "storage": ("storage_size", "storage_quality", "store_read", "commits"),

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from compllm_rag.config import CompressorConfig as CompressorConfig
     from compllm_rag.config import GenerationConfig as GenerationConfig
     from compllm_rag.config import IngestConfig as IngestConfig
+    from compllm_rag.generation.batching import BatchingGenerator as BatchingGenerator
     from compllm_rag.generation.local import LocalGenerator as LocalGenerator
     from compllm_rag.generation.reuse import PrefixCache as PrefixCache
+    from compllm_rag.generation.scheduler import Scheduler as Scheduler
     from compllm_rag.library import ConceptLibrary as ConceptLibrary
     from compllm_rag.llamaindex.collector import ConceptCollector as ConceptCollector
     from compllm_rag.llamaindex.documents import load_documents as load_documents
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from compllm_rag.store import RedisStore as RedisStore
 
 _HOME = {
+    "BatchingGenerator": "generation.batching",
     "BudgetedReadPolicy": "reading.budgeted",
     "Compressor": "compression.compressor",
     "CompressorConfig": "config",
@@ -67,6 +70,7 @@ _HOME = {
     "RedisStore": "store",
     "Metrics": "metrics",
     "PrefixCache": "generation.reuse",
+    "Scheduler": "generation.scheduler",
     "TargetLLM": "models.llm",
     "UploadQueue": "llamaindex.uploads",
     "compact_storage": "storage.compaction",

@@ -178,6 +178,10 @@ class UploadQueueFullError(CompLLMError, BlockingIOError):
     """The upload queue has no room for more documents now."""
 
 
+class OverloadedError(CompLLMError, BlockingIOError):
+    """As many prompts wait for an answer as may, or none is answered here any more."""
+
+
 class StoreLockedError(CompLLMError, OSError):
     """Another process writes to this storage."""
 

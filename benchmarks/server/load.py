@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
     options.add_argument("--users", type=int, default=50)
     options.add_argument("--seconds", type=float, default=120.0)
     options.add_argument("--max-tokens", type=int, default=16, help="of each answer")
-    options.add_argument("--generations", type=int, default=1, help="answers made at a time")
+    options.add_argument("--generations", type=int, default=8, help="answers made at a time, and decoded together")
     options.add_argument("--waiting", type=int, default=64, help="answers that may wait")
     args = parsed(options, argv)
     with tempfile.TemporaryDirectory() as folder:

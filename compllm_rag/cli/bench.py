@@ -23,6 +23,7 @@ BENCHMARKS = {
     "ingest_scale": "A growing storage: is ingestion linear, is memory flat; layers, batches, bytes per token.",
     "reuse": "Cost per query when passages come again, against text, prefix caching and stored chunk KV.",
     "chat": "TTFT of each turn of a chat, with and without the KV cache of the turns before.",
+    "batching": "Queries at the same time, decoded together, against the same queries one after the other.",
     "equal_cost": "Quality over TTFT: text top-k against more passages as concepts.",
     "loft": "Retrieval and answers over a LOFT corpus.",
     "rivals": "Other ways to fill as many positions, on the same passages.",

@@ -27,6 +27,7 @@ class Generation:
         prefill_s: Seconds from the embeddings to the first token.
         decode_s: Seconds from the first token to the last.
         reused_positions: Those of the prompt's positions that had been read before, as the beginning of another prompt.
+        queue_s: Seconds the prompt waited for other answers before its layout began.
     """
 
     text: str
@@ -37,6 +38,7 @@ class Generation:
     prefill_s: float
     decode_s: float
     reused_positions: int = 0
+    queue_s: float = 0.0
 
 
 class TokenStream(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,6 +34,10 @@ class Forward(Protocol):
 
     def prefill(self) -> torch.Tensor:
         """Read the prompts; logits (batch, vocab_size) of the first new token of each."""
+        ...
+
+    def prefill_parts(self, *, most: int | None = None) -> Iterator[torch.Tensor | None]:
+        """`prefill` step by step, each over at most so many slots: None while there is more, then the logits."""
         ...
 
     def extend(self, ids: torch.Tensor) -> torch.Tensor:
@@ -83,18 +87,40 @@ class WholeForward:
 
         return (DynamicCache(config=self._llm.model.config),)
 
-    @torch.inference_mode()
+    @property
+    def llm(self) -> TargetLLM:
+        """The target LLM."""
+        return self._llm
+
+    @property
+    def next_position(self) -> int:
+        """Position of the first new token of a prompt that is alone in its batch."""
+        return int(self._inputs.inputs_embeds.shape[1])
+
     def prefill(self, past: Past | None = None) -> torch.Tensor:
         """Read the prompts; logits (batch, vocab_size) of the first new token of each.
 
         Args:
             past: What was read before of a prompt that is alone in its batch.
         """
+        return last_of(self.prefill_parts(past))
+
+    def prefill_parts(self, past: Past | None = None, *, most: int | None = None) -> Iterator[torch.Tensor | None]:
+        """See `Forward.prefill_parts`, and `prefill`."""
         [self.cache] = past.caches if past else self.empty_caches()
+        last = self._inputs.inputs_embeds.shape[1]
+        for begin, end in cuts(past.slots if past else 0, last, most):
+            logits = self._read(begin, end)
+            yield logits if end == last else None
+
+    @torch.inference_mode()
+    def _read(self, begin: int, end: int) -> torch.Tensor:
+        """Slots from `begin` to `end`; logits (batch, vocab_size) behind them."""
+        positions = self._inputs.position_ids
         logits: torch.Tensor = self._llm.model(
-            inputs_embeds=self._inputs.inputs_embeds[:, past.slots if past else 0 :],
-            attention_mask=self._mask,
-            position_ids=self._inputs.position_ids,
+            inputs_embeds=self._inputs.inputs_embeds[:, begin:end],
+            attention_mask=None if self._mask is None else self._mask[:, :end],
+            position_ids=None if positions is None else positions[:, begin:end],
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
@@ -123,6 +149,18 @@ class WholeForward:
         forked = copy.copy(self)
         forked.cache = fork_cache(self.cache)
         return forked
+
+
+def cuts(first: int, last: int, most: int | None) -> Iterator[tuple[int, int]]:
+    """Ranges of at most so many that cover [first, last), in order; None makes one range of it."""
+    size = most or max(1, last - first)
+    for begin in range(first, last, size):
+        yield begin, min(last, begin + size)
+
+
+def last_of(parts: Iterator[torch.Tensor | None]) -> torch.Tensor:
+    """The logits at the end of `prefill_parts`."""
+    return next(part for part in parts if part is not None)
 
 
 def fork_cache(cache: Any) -> Any:

@@ -13,14 +13,14 @@ holds as many keys as the LLM was trained with, and reaches further back in the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from compllm_rag.errors import ConfigurationError, InvalidConceptsError
-from compllm_rag.generation.forward import Past, fork_cache
+from compllm_rag.generation.forward import Past, cuts, fork_cache, last_of
 from compllm_rag.models.halves import Halves
 from compllm_rag.prompt import PromptPlan, TextSpan
 
@@ -147,7 +147,11 @@ class SplitForward:
         """KV caches to begin with."""
         return self.halves.caches()
 
-    @torch.inference_mode()
+    @property
+    def next_position(self) -> int:
+        """Position of the first new token of a prompt that is alone in its batch."""
+        return int(self._positions[0, -1]) + 1
+
     def prefill(self, past: Past | None = None) -> torch.Tensor:
         """Run the prompts; called again, it starts anew.
 
@@ -157,18 +161,48 @@ class SplitForward:
         Returns:
             Logits (batch, vocab_size) of the first new token.
         """
-        halves, (tokens, slots) = self.halves, (past.tokens, past.slots) if past else (0, 0)
+        return last_of(self.prefill_parts(past))
+
+    def prefill_parts(self, past: Past | None = None, *, most: int | None = None) -> Iterator[torch.Tensor | None]:
+        """See `Forward.prefill_parts`, and `prefill`: first all parts of the lower half, then those of the upper."""
+        tokens, slots = (past.tokens, past.slots) if past else (0, 0)
         self.lower_cache, self.upper_cache = past.caches if past else self.empty_caches()
         self._low_seen, self._seen, self._at = self._low_mask, self._mask, self._positions[:, -1:] + 1
-        embeddings = halves.llm.embedding(self._ids[:, tokens:])  # (batch, most tokens, hidden_size)
-        hidden = halves.below(embeddings, self._low_mask, self._low_positions[:, tokens:], self.lower_cache)
+        below: list[torch.Tensor] = []
+        for begin, end in cuts(tokens, self._ids.shape[1], most):
+            if below:
+                yield None
+            below.append(self._below(begin, end))
+        joined, last = self._joined(torch.cat(below, 1), tokens, slots), self._mask.shape[1]
+        for begin, end in cuts(slots, last, most):
+            if begin > slots or len(below) > 1:
+                yield None
+            logits = self._above(joined[:, begin - slots : end - slots], begin, end)
+        yield logits
+
+    @torch.inference_mode()
+    def _below(self, begin: int, end: int) -> torch.Tensor:
+        """Tokens from `begin` to `end` through the lower half, (batch, end - begin, hidden_size)."""
+        embeddings = self.halves.llm.embedding(self._ids[:, begin:end])  # (batch, end - begin, hidden_size)
+        positions = self._low_positions[:, begin:end]
+        return self.halves.below(embeddings, self._low_mask[:, :end], positions, self.lower_cache)
+
+    @torch.inference_mode()
+    def _joined(self, hidden: torch.Tensor, tokens: int, slots: int) -> torch.Tensor:
+        """Tokens from the lower half, and concepts: (batch, most slots, hidden_size), what was read before left out."""
         # Row by row and slot by slot, tokens stand in the same order in both halves.
         mask, is_token = self._mask[:, slots:], self._is_token[:, slots:]
-        joined = hidden.new_zeros(*mask.shape, hidden.shape[-1])  # (batch, most slots, hidden_size)
+        joined = hidden.new_zeros(*mask.shape, hidden.shape[-1])
         joined[is_token] = hidden[self._low_mask[:, tokens:].bool()]
         if self._states is not None:
             joined[mask.bool() & ~is_token] = self._states[slots - tokens :]
-        return halves.above(joined, self._mask, self._positions[:, slots:], self.upper_cache, keep=1)[:, -1]
+        return joined
+
+    @torch.inference_mode()
+    def _above(self, joined: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        """Slots from `begin` to `end` through the upper half; logits (batch, vocab_size) behind them."""
+        mask, positions = self._mask[:, :end], self._positions[:, begin:end]
+        return self.halves.above(joined, mask, positions, self.upper_cache, keep=1)[:, -1]
 
     @torch.inference_mode()
     def extend(self, ids: torch.Tensor) -> torch.Tensor:

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from compllm_rag.errors import ConfigurationError
-from compllm_rag.generation.forward import Past, WholeForward, cropped_cache, fork_cache, remembering_cache
+from compllm_rag.generation.forward import Past, WholeForward, cropped_cache, fork_cache, last_of, remembering_cache
 from compllm_rag.generation.halves import SplitForward
 from compllm_rag.models.device_memory import memory_trouble, release_unused
 from compllm_rag.prompt import ConceptSpan, PromptPlan, TextSpan
@@ -154,24 +154,38 @@ class ReusingForward:
         self._number: int | None = None
         self.reused = 0
 
+    @property
+    def inner(self) -> WholeForward | SplitForward:
+        """The prompt alone in its batch."""
+        return self._inner
+
     def prefill(self) -> torch.Tensor:
         """Read the prompt; logits (1, vocab_size) of the first new token.
 
         Where memory is short, what was kept is given up and the prompt is read from its start.
         """
+        return last_of(self.prefill_parts())
+
+    def prefill_parts(self, *, most: int | None = None) -> Iterator[torch.Tensor | None]:
+        """See `Forward.prefill_parts`, and `prefill`."""
         past = self._prefixes.find(self._inner.owner, self._atoms)
+        logits = None
         try:
-            logits = self._read(past)
+            for logits in self._read(past, most):
+                if logits is None:
+                    yield None
         except (RuntimeError, MemoryError) as error:
             if not len(self._prefixes) or memory_trouble(error) is None:
                 raise
             past = None
             self._prefixes.clear()
             release_unused(self._inner.device)
-            logits = self._read(None)
+            for logits in self._read(None, most):
+                if logits is None:
+                    yield None
         self.reused = past.slots if past else 0
         self._number = self._prefixes.keep(self._inner.owner, self._atoms, self._inner.caches)
-        return logits
+        yield logits
 
     def extend(self, ids: torch.Tensor) -> torch.Tensor:
         """See `Forward.extend`; where memory runs short, what was kept is given up for the next answer."""
@@ -190,10 +204,10 @@ class ReusingForward:
         """See `Forward.fork`; what a fork reads is not kept."""
         return self._inner.fork()
 
-    def _read(self, past: Past | None) -> torch.Tensor:
+    def _read(self, past: Past | None, most: int | None) -> Iterator[torch.Tensor | None]:
         if past is None:
             past = Past(0, 0, tuple(map(remembering_cache, self._inner.empty_caches())))
-        return self._inner.prefill(past)
+        return self._inner.prefill_parts(past, most=most)
 
 
 def reused_of(forward: object) -> int:

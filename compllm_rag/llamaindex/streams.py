@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Generator, Iterable, Iterator
+import contextvars
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator
+from concurrent.futures import Executor
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
-async def in_thread(pieces: Iterable[str]) -> AsyncGenerator[str, None]:
+async def in_worker(workers: Executor | None, job: Callable[[], T]) -> T:
+    """Run blocking work in a thread, within the context of the caller, so that the event loop stays free.
+
+    Args:
+        workers: Threads; None takes those of asyncio, which are few where there are few cores.
+        job: What to do.
+    """
+    context = contextvars.copy_context()
+    return await asyncio.get_running_loop().run_in_executor(workers, lambda: context.run(job))
+
+
+async def in_thread(pieces: Iterable[str], workers: Executor | None = None) -> AsyncGenerator[str, None]:
     """Iterate in worker threads, one step at a time, so that the event loop stays free.
 
     No thread outlives a step, so a consumer that walks away leaves nothing running: closing this generator closes the
     blocking one.
+
+    Args:
+        pieces: What blocks.
+        workers: See `in_worker`.
     """
     iterator = iter(pieces)
     done = object()
     try:
         while True:
-            piece = await asyncio.to_thread(next, iterator, done)
+            piece = await in_worker(workers, lambda: next(iterator, done))
             if piece is done:
                 return
             yield str(piece)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
+import functools
 import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
 from collections.abc import Generator as TextStream
+from concurrent.futures import Executor
 from typing import Any, Unpack
 
 from llama_index.core.base.response.schema import RESPONSE_TYPE, AsyncStreamingResponse, Response, StreamingResponse
@@ -26,6 +27,7 @@ from pydantic import BaseModel
 
 from compllm_rag.config import GenerationConfig, MissingChoice, Mode, OverflowPolicy
 from compllm_rag.generation.base import Generation, Generator, TokenStream
+from compllm_rag.generation.batching import BatchingGenerator
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.account import PlannedPrompt, Reading, add_earlier, empty_account, joined_account
@@ -35,7 +37,7 @@ from compllm_rag.llamaindex.llm import ConceptLLM
 from compllm_rag.llamaindex.planner import Chooser, Planner, Queued
 from compllm_rag.llamaindex.read_options import ReadOptions, refuse_several_prompts
 from compllm_rag.llamaindex.response_modes import ResponseMode, StockMode, allot, checked_mode, silent_answer
-from compllm_rag.llamaindex.streams import aiter_once, in_thread, iter_once
+from compllm_rag.llamaindex.streams import aiter_once, in_thread, in_worker, iter_once
 from compllm_rag.llamaindex.structured import instructions_for, parsed, refuse_stream, schema_of
 from compllm_rag.llamaindex.templates import DEFAULT_REFINE_TEMPLATE, DEFAULT_TEMPLATE, checked_templates
 from compllm_rag.llamaindex.tracing import LLMCall
@@ -178,7 +180,8 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
     ) -> RESPONSE_TYPE:
         """`synthesize` with the work in threads; a stream is an async generator."""
         if not self._streaming:
-            return await asyncio.to_thread(self.synthesize, query, nodes, additional_source_nodes, **response_kwargs)
+            job = functools.partial(self.synthesize, query, nodes, additional_source_nodes, **response_kwargs)
+            return await in_worker(self._workers, job)
         bundle = QueryBundle(query) if isinstance(query, str) else query
         dispatcher.event(SynthesizeStartEvent(query=bundle))
         silent = self._silent(nodes)
@@ -189,7 +192,7 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
         with self._callback_manager.event(
             CBEventType.SYNTHESIZE, payload={EventPayload.QUERY_STR: bundle.query_str}
         ) as event:
-            reading = await asyncio.to_thread(self._plan, bundle, nodes)
+            reading = await in_worker(self._workers, lambda: self._plan(bundle, nodes))
             response = self._output(self._astream(reading), reading, additional_source_nodes or [])
             event.on_end(payload={EventPayload.RESPONSE: response})
         dispatcher.event(SynthesizeEndEvent(query=bundle, response=response))
@@ -208,11 +211,12 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
     ) -> RESPONSE_TEXT_TYPE:
         """`get_response` with the work in threads."""
         if not self._streaming:
-            return await asyncio.to_thread(self.get_response, query_str, text_chunks, **response_kwargs)
+            job = functools.partial(self.get_response, query_str, text_chunks, **response_kwargs)
+            return await in_worker(self._workers, job)
         nodes = [NodeWithScore(node=TextNode(text=text)) for text in text_chunks]
         if (silent := self._silent(nodes)) is not None:
             return aiter_once(silent)
-        return self._astream(await asyncio.to_thread(self._plan, QueryBundle(query_str), nodes))
+        return self._astream(await in_worker(self._workers, lambda: self._plan(QueryBundle(query_str), nodes)))
 
     def _silent(self, nodes: Sequence[NodeWithScore]) -> str | None:
         """The answer where the LLM does not run; None where it does."""
@@ -280,7 +284,13 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
         return self._pieces(reading, self._call())
 
     def _astream(self, reading: Reading) -> AsyncGenerator[str, None]:
-        return in_thread(self._stream(reading))
+        return in_thread(self._stream(reading), self._workers)
+
+    @property
+    def _workers(self) -> Executor | None:
+        """Threads for async callers: as many as answers are decoded together; None takes those of asyncio."""
+        generator = self._generator
+        return generator.scheduler.workers if isinstance(generator, BatchingGenerator) else None
 
     def _call(self) -> LLMCall:
         """A call whose span belongs to the span of now, whenever its pieces are wanted."""
@@ -331,8 +341,10 @@ def _complete(account: dict[str, Any], planned: PlannedPrompt, stream: TokenStre
     account["finish_reason"] = made.finish_reason
     account["new_tokens"] = len(made.token_ids)
     account["reused_positions"] = made.reused_positions
+    account["queue_s"] = made.queue_s
     account["layout_s"] = planned.layout_s + made.layout_s
     account["prefill_s"] = made.prefill_s
     account["decode_s"] = made.decode_s
-    # Wall time of planning and of generating up to the first token; not what whoever reads a stream takes in between.
+    # Wall time of planning and of generating up to the first token; not what whoever reads a stream takes in between,
+    # nor what the prompt waited for its turn (`queue_s`).
     account["ttft_s"] = planned.seconds + waited_s + made.layout_s + made.prefill_s

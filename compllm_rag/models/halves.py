@@ -37,7 +37,7 @@ def lower_half(model: Any, layers: int | None) -> Any:
         A bare decoder over the same tensors, frozen; its `last_hidden_state` (batch, n, hidden_size) is the residual
         stream behind its last layer.
     """
-    tree = _copied(decoder_of(model))
+    tree = second_tree(decoder_of(model))
     _keep(tree, tree, 0, len(tree.layers) if layers is None else layers)
     tree.norm = nn.Identity()
     return tree
@@ -54,7 +54,7 @@ def upper_half(model: Any, first: int) -> Any:
         A causal LM over the same tensors, frozen. Its `inputs_embeds` (batch, n, hidden_size) are the residual stream
         in front of layer `first`, its logits those of the whole model.
     """
-    tree = _copied(model)
+    tree = second_tree(model)
     decoder = decoder_of(tree)
     _keep(tree, decoder, first, len(decoder.layers))
     return tree
@@ -102,7 +102,7 @@ class Halves:
         if not has_lora(self.upper):
             return self
         made = copy.copy(self)
-        made.upper = _copied(self.upper)
+        made.upper = second_tree(self.upper)
         merge_lora(made.upper)
         return made
 
@@ -203,7 +203,7 @@ class Halves:
         )
 
 
-def _copied(module: Any) -> Any:
+def second_tree(module: Any) -> Any:
     """A second module tree, config included, over the same tensors."""
     shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, shared).requires_grad_(False).eval()

@@ -224,7 +224,12 @@ def _answer(
         prefill_cost=account.get("prefill_cost"),
         kv_bytes=account.get("kv_bytes", 0),
         ttft_s=account.get("ttft_s", 0.0),
-        timings=Timings(queue_s=ticket.queue_s, retrieval_s=retrieval_s, total_s=time.perf_counter() - begun, **times),
+        timings=Timings(
+            queue_s=ticket.queue_s + float(account.get("queue_s", 0.0)),
+            retrieval_s=retrieval_s,
+            total_s=time.perf_counter() - begun,
+            **times,
+        ),
         session_id=said.session_id if said else None,
         question=account.get("question") if said else None,
         turns=account.get("turns", 0),

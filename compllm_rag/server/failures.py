@@ -24,6 +24,7 @@ _KNOWN: tuple[tuple[type[Exception], int, str], ...] = (
     (errors.StoreReadOnlyError, 403, "not_allowed"),
     (errors.PromptTooLongError, 422, "prompt_too_long"),
     (errors.DeviceMemoryError, 503, "overloaded"),
+    (errors.OverloadedError, 503, "overloaded"),
     (errors.EmptyCorpusError, 400, "empty_document"),
     (errors.UnreadableFileError, 400, "bad_request"),
     (errors.StorageNotFoundError, 404, "no_such_namespace"),

@@ -1,8 +1,8 @@
 """The namespaces of a storage, opened when they are first asked for; all of them share their models.
 
-Shared are the LLM, its halves, the compressor and the embedder: nothing in them remembers what it has read. Not shared
-is what does: each namespace has its own KV caches of earlier prompts, memo of concepts and store, so that no tenant can
-tell from how long something takes what another has asked.
+Shared are the LLM, its halves, the scheduler of its answers, the compressor and the embedder: nothing in them remembers
+what it has read. Not shared is what does: each namespace has its own KV caches of earlier prompts, memo of concepts and
+store, so that no tenant can tell from how long something takes what another has asked.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from compllm_rag.catalog.pending import count_pending
 from compllm_rag.compression.rate_policies.asked import options_of
 from compllm_rag.config import GenerationConfig
 from compllm_rag.errors import CompLLMError, StorageNotFoundError
+from compllm_rag.generation.batch_measures import BatchMeasures
+from compllm_rag.generation.batching import BatchingGenerator
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.generation.reuse import PrefixCache
+from compllm_rag.generation.scheduler import Scheduler
 from compllm_rag.llamaindex.embedding import LoadedEmbedder
 from compllm_rag.llamaindex.index import ConceptIndex
 from compllm_rag.llamaindex.uploads import UploadQueue
@@ -46,6 +49,7 @@ class _Models(NamedTuple):
     compressor: ConceptCompressor | DeferredCompressor
     embedder: BaseEmbedding | LoadedEmbedder
     halves: Halves | None
+    scheduler: Scheduler | None
 
 
 class Registry:
@@ -58,6 +62,9 @@ class Registry:
         create: Make the storage where there is none, with these options of `ConceptIndex.create`; None does not.
         options: Of `ConceptIndex.load`: `dtype`, `device`, `offline`, `progress`, ...; `embedder` and `compressor`
             where they are objects.
+
+    Attributes:
+        measures: What is counted of answers that are decoded together, of all namespaces.
     """
 
     def __init__(
@@ -75,6 +82,7 @@ class Registry:
         self._open: dict[str | None, ConceptIndex] = {}
         self._models: dict[tuple[str, str], _Models] = {}
         self._closed = False
+        self.measures = BatchMeasures()
 
     def start(self) -> None:
         """Load models now: of the namespace in the folder itself, or else of the first there is.
@@ -156,6 +164,9 @@ class Registry:
         """Close all; chunks without concepts get them after the next start."""
         with self._lock:
             self._closed = True
+            for models in self._models.values():
+                if models.scheduler is not None:
+                    models.scheduler.close()
             for index in self.indexes:
                 try:
                     index.close()
@@ -166,12 +177,15 @@ class Registry:
     def _add(self, name: str | None, index: ConceptIndex) -> ConceptIndex:
         key = _kind(index.manifest)
         if key not in self._models:
-            generator, source = index.generator, index.manifest.embedder
+            generator, source, scheduler = index.generator, index.manifest.embedder, None
             if isinstance(generator, LocalGenerator):
                 generator.prefixes = self._caches()
+                if self.settings.generations > 1:
+                    scheduler = Scheduler(self.settings.generations, self.settings.waiting, measures=self.measures)
+                    generator = index.generator = BatchingGenerator.over(generator, scheduler)
             named = LoadedEmbedder(index.embedder, source, index.manifest.embedder_identity)
             halves = generator.halves if isinstance(generator, LocalGenerator) else None
-            self._models[key] = _Models(index, index.library._compressor, named, halves)
+            self._models[key] = _Models(index, index.library._compressor, named, halves, scheduler)
         if not self.read_only and index._uploads is None:
             UploadQueue(index, max_documents=self.settings.max_queue)
         self._open[name] = index
@@ -225,7 +239,10 @@ class Registry:
     def _generator(self, shared: _Models | None) -> LocalGenerator | None:
         if shared is None:
             return None
-        return LocalGenerator(shared.compressor.llm, self._generation(), halves=shared.halves, prefixes=self._caches())
+        llm, generation, prefixes = shared.compressor.llm, self._generation(), self._caches()
+        if shared.scheduler is None:
+            return LocalGenerator(llm, generation, halves=shared.halves, prefixes=prefixes)
+        return BatchingGenerator(llm, generation, halves=shared.halves, prefixes=prefixes, scheduler=shared.scheduler)
 
     def _caches(self) -> PrefixCache | None:
         return PrefixCache(_CACHED_PROMPTS, _CACHED_BYTES) if len(self.indexes) < _CACHING else None

@@ -66,7 +66,9 @@ class Service:
         # One writes at a time to each namespace anyway; further uploads wait with their text in memory, so few may.
         self.uploads = Workers("uploads", 2, 16)
         self.rates = RateLimit(self.settings.requests_per_minute)
-        self.telemetry = Telemetry(self.generations, lambda: len(self.sessions), lambda: self.registry.indexes)
+        self.telemetry = Telemetry(
+            self.generations, lambda: len(self.sessions), lambda: self.registry.indexes, self.registry.measures
+        )
 
     def refuse_new(self) -> None:
         """Begin to shut down: finish what runs, refuse all else."""

@@ -10,7 +10,7 @@ from compllm_rag.config import Frozen
 class ServerSettings(Frozen):
     """How much a server takes on."""
 
-    generations: int = Field(default=1, ge=1, le=64, description="answers made at a time")
+    generations: int = Field(default=8, ge=1, le=64, description="answers made at a time, and decoded together")
     waiting: int = Field(default=32, ge=0, le=10_000, description="answers that may wait for their turn")
     max_tokens: int = Field(default=512, ge=1, description="longest answer that may be asked for, in tokens")
     default_tokens: int = Field(default=128, ge=1, description="longest answer where nothing is asked for")

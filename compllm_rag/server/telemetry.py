@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from compllm_rag.catalog.measures import storage_families
+from compllm_rag.generation.batch_measures import BatchMeasures
 from compllm_rag.metrics import PREFIX, labelled
 from compllm_rag.server.schemas import Answer
 
@@ -27,10 +28,15 @@ class Telemetry:
         generations: Threads that make answers.
         sessions: Tells how many conversations there are.
         indexes: Tells which indexes are open.
+        batches: What is counted of answers that are decoded together.
     """
 
     def __init__(
-        self, generations: Workers, sessions: Callable[[], int], indexes: Callable[[], Sequence[ConceptIndex]]
+        self,
+        generations: Workers,
+        sessions: Callable[[], int],
+        indexes: Callable[[], Sequence[ConceptIndex]],
+        batches: BatchMeasures,
     ) -> None:
         own = CollectorRegistry()
         name = f"{PREFIX}server_"
@@ -55,6 +61,7 @@ class Telemetry:
         ):
             Gauge(name + what, text, registry=own).set_function(value)
         own.register(_Indexes(indexes))
+        own.register(batches)
         self._registry = own
 
     def answered(self, method: str, route: str, status: int, seconds: float) -> None:

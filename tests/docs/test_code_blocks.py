@@ -42,6 +42,7 @@ GO_ON = (
     "docs/guide/chat.md",
     "docs/guide/agents.md",
     "docs/guide/upkeep.md",
+    "docs/api/generation.md",
     "docs/extend/generator.md",
     "docs/extend/read_policy.md",
 )

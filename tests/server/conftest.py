@@ -29,7 +29,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace
     """A server of two namespaces at least: `default` holds one document."""
     folder = tmp_path_factory.mktemp("page")
     own = {"compressor": trained_deep(toy.llm(layers=4)), "embedder": HashEmbedder()}
-    settings = ServerSettings(requests_per_minute=1_000_000, max_upload_mb=1)
+    # One answer at a time: the tests of the page hold the first answer back and look at the second.
+    settings = ServerSettings(requests_per_minute=1_000_000, max_upload_mb=1, generations=1)
     made = Registry(folder / "s", settings, create={**own, "chunk_size": 60, "rate": 2.0}, **own)
     made.start()
     from llama_index.core import Document

@@ -56,7 +56,7 @@ def compressor() -> Any:
 
 @pytest.fixture
 def made(tmp_path: Path, compressor: Any) -> Registry:
-    made = registry(tmp_path / "s", compressor, settings={"waiting": 1, "grace_s": 20})
+    made = registry(tmp_path / "s", compressor, settings={"generations": 1, "waiting": 1, "grace_s": 20})
     index = made.get(None)
     from llama_index.core import Document
 
