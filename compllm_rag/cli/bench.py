@@ -21,6 +21,7 @@ BENCHMARKS = {
     "query": "One query on sample texts: TTFT of text and concepts beside the bound; shorter than ttft.",
     "ingest": "Tokens/s of compressing into a store, against the least that the arithmetic costs.",
     "ingest_scale": "A growing storage: is ingestion linear, is memory flat; layers, batches, bytes per token.",
+    "ingest_workers": "Ingestion by workers on Ray: what a second one brings, and what a terabyte would take.",
     "reuse": "Cost per query when passages come again, against text, prefix caching and stored chunk KV.",
     "chat": "TTFT of each turn of a chat, with and without the KV cache of the turns before.",
     "equal_cost": "Quality over TTFT: text top-k against more passages as concepts.",

@@ -57,6 +57,9 @@ class PartsReport:
         plan_s: Seconds the driver read documents and wrote parts.
         encode_s: Seconds it waited for workers, their start included.
         merge_s: Seconds it took to merge shards and to commit.
+        driver_cpu_s: Seconds of a CPU the driver took to plan and to merge.
+        workers_s: Seconds that workers worked, all of them together, their start left out.
+        workers_cpu_s: Seconds of a CPU they took for it.
     """
 
     ingest: IngestReport
@@ -66,10 +69,14 @@ class PartsReport:
     plan_s: float = 0.0
     encode_s: float = 0.0
     merge_s: float = 0.0
+    driver_cpu_s: float = 0.0
+    workers_s: float = 0.0
+    workers_cpu_s: float = 0.0
 
     def fields(self) -> dict[str, Any]:
         """Plain values."""
-        seconds = {name: round(getattr(self, name), 3) for name in ("plan_s", "encode_s", "merge_s")}
+        names = ("plan_s", "encode_s", "merge_s", "driver_cpu_s", "workers_s", "workers_cpu_s")
+        seconds = {name: round(getattr(self, name), 3) for name in names}
         counts = {name: getattr(self, name) for name in ("parts", "parts_reused", "workers")}
         return self.ingest.fields() | counts | seconds
 
@@ -123,7 +130,7 @@ class PartsIngest:
             StoreLockedError, StoreFullError: See `ConceptIndex.ingest`.
         """
         index, staging = self._index, self._staging
-        begun = time.perf_counter()
+        begun, busy = time.perf_counter(), time.process_time()
         reading = documents if isinstance(documents, FileDocuments) else None
         index.origins = Origins(KeyValues(index.faiss.catalog), roots_of(within))
         names = Names(index)
@@ -131,15 +138,15 @@ class PartsIngest:
             plan = self._planned(names.settled(sound_documents(documents)))
             if not plan.met:
                 raise empty_corpus(reading.skipped if reading else ())
-            planned = time.perf_counter()
+            planned, busy = time.perf_counter(), time.process_time() - busy
             missing = [key for key in dict.fromkeys(plan.keys) if not staging.has_shard(key)]
             self._tell(f"{plan.met} documents: {len(plan.keys)} parts to ingest, {len(missing)} of them to encode")
             if missing:
                 staging.put_job(job, index._folder())
                 self._encode(missing, encode)
-            encoded = time.perf_counter()
+            encoded, merging = time.perf_counter(), time.process_time()
             report = self._merged(plan)
-        merged = time.perf_counter()
+        merged, busy = time.perf_counter(), busy + time.process_time() - merging
         names.log()
         report = replace(
             report,
@@ -149,8 +156,9 @@ class PartsIngest:
             notes=(*(reading.notes if reading else ()), *names.notes),
         )
         workers = {(made["host"], made["pid"]) for made in self._made.values()}
-        seconds = (planned - begun, encoded - planned, merged - encoded)
-        return PartsReport(report, len(plan.keys), len(plan.keys) - len(missing), len(workers), *seconds)
+        seconds = (planned - begun, encoded - planned, merged - encoded, busy)
+        working = [sum(float(made[name]) for made in self._made.values()) for name in ("seconds", "cpu_s")]
+        return PartsReport(report, len(plan.keys), len(plan.keys) - len(missing), len(workers), *seconds, *working)
 
     def _planned(self, documents: Iterable[Document]) -> _Plan:
         """Write what is new or changed into parts; the order of the documents is that of the parts."""
