@@ -16,7 +16,7 @@ FOLDERS = {
     "loft": ("loft", "equal_cost"),
     "reuse": ("reuse",),
     "chat": ("chat",),
-    "ingest": ("ingest", "ingest_scale", "ingest_workers", "edits"),
+    "ingest": ("ingest", "ingest_scale", "ingest_workers", "ingest_plan", "edits"),
     "live": ("editors",),
     "storage": ("storage_size", "storage_quality", "store_read", "commits"),
     "rivals": ("rivals",),

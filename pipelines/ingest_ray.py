@@ -20,13 +20,16 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from llama_index.core.schema import Document
 
 from compllm_rag.cli.progress import ProgressShow
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
 from compllm_rag.errors import CompLLMError, ConfigurationError, MissingExtraError, WorkersFailedError
-from compllm_rag.llamaindex.documents import load_documents, some
+from compllm_rag.llamaindex.documents import empty_corpus, load_documents, some
 from compllm_rag.llamaindex.index import ConceptIndex
 from compllm_rag.llamaindex.readers.found import SkippedFile
 from compllm_rag.llamaindex.sharding.driver import PART_CHARS, PartsIngest, PartsReport, Receipt, job_of
@@ -99,6 +102,19 @@ def left_out(skipped: SkippedFile) -> None:
         say(f"left out: {skipped.path}: {skipped.reason}")
 
 
+def rows_of(args: argparse.Namespace) -> Iterator[Document]:
+    """Documents of Parquet files, the first read already: what is wrong shows before anything is made.
+
+    Raises:
+        EmptyCorpusError: There are none.
+    """
+    documents = parquet_documents(args.parquet, Columns(args.text_column, args.id_column, args.title_column))
+    first = next(documents, None)
+    if first is None:
+        raise empty_corpus()
+    return chain([first], documents)
+
+
 @contextmanager
 def cluster(args: argparse.Namespace) -> Iterator[Any]:
     """Ray, joined or started for this run alone; nothing of it is left behind, and nothing is reported to anybody.
@@ -109,6 +125,7 @@ def cluster(args: argparse.Namespace) -> Iterator[Any]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")  # a busy machine starts them slowly
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         import ray
@@ -204,10 +221,7 @@ def encoded(ray: Any, args: argparse.Namespace, staging: Staging, keys: list[str
 def run(args: argparse.Namespace) -> PartsReport:
     """Do the job."""
     within = args.data or args.parquet
-    columns = Columns(args.text_column, args.id_column, args.title_column)
-    documents = (
-        some(load_documents(within, on_skip=left_out)) if args.data else parquet_documents(args.parquet, columns)
-    )
+    documents = some(load_documents(within, on_skip=left_out)) if args.data else rows_of(args)
     storage = args.storage.absolute()
     staging = Staging((args.staging or storage.with_name(f"{storage.name}.staging")).absolute())
     with (
