@@ -55,7 +55,7 @@ def plan(measured: Mapping[str, Any], text_bytes: float, prices: Mapping[str, fl
     Args:
         measured: See `constants`.
         text_bytes: Bytes of the text, in UTF-8.
-        prices: Of an hour of a machine with `threads` threads, and of a terabyte for a month.
+        prices: In dollars, of an hour of a machine with `threads` threads, and of a terabyte for a month.
     """
     tokens = text_bytes / measured["text_bytes"]
     hours, driving = tokens * measured["worker_s"] / 3600, tokens * measured["driver_s"] / 3600
@@ -88,9 +88,11 @@ def main(argv: Sequence[str] | None = None) -> Record:
     options.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
     options.add_argument("--terabytes", type=float, default=1.0, help="of text")
     options.add_argument(
-        "--machine-hour", type=float, default=0.20, help="price of an hour of a machine as measured on"
+        "--machine-hour", type=float, default=0.20, help="dollars for an hour of a machine as measured on"
     )
-    options.add_argument("--terabyte-month", type=float, default=25.0, help="price of a terabyte on disk for a month")
+    options.add_argument(
+        "--terabyte-month", type=float, default=25.0, help="dollars for a terabyte on disk and a month"
+    )
     args = parsed(options, argv)
     if min(args.terabytes, args.machine_hour, args.terabyte_month) <= 0:
         raise ConfigurationError("a plan needs numbers above 0", got=args.command)
@@ -138,14 +140,15 @@ def tables(record: Record) -> list[str]:
         f"{1 / measured['worker_s']:,.0f} a second to embed and compress, {1 / measured['driver_s']:,.0f} a second for "
         f"all else, which is taken for the driver's work: a driver keeps up with {made['workers_per_driver']:,.0f} "
         "such workers, so the corpus goes into more storages, each with a driver of its own, when there are more. "
-        f"All workers together take {made['worker_hours']:,.0f} hours of such a machine, at {prices['machine_hour']:g} "
-        f"an hour {made['price']:,.0f}.",
+        f"All workers together take {made['worker_hours']:,.0f} hours of such a machine, at "
+        f"{prices['machine_hour']:.2f} dollars an hour {made['price']:,.0f} dollars.",
         "",
         *table(["workers", "hours", "days", "storages at least"], times),
         f"A worker that is k times as fast, on a GPU say, divides hours by k and multiplies storages by it. Text, "
-        f"vectors and catalog take {made['other_bytes'] / 1e12:,.0f} TB; concepts ({month:g} a terabyte and month):",
+        f"vectors and catalog take {made['other_bytes'] / 1e12:,.0f} TB; concepts ({month:g} dollars a terabyte and "
+        "month):",
         "",
-        *table(["concepts", "encoding", "TB", "a month"], sizes),
+        *table(["concepts", "encoding", "TB", "dollars a month"], sizes),
         "While it runs, the staging folders hold all that once more. Vectors lie in memory while a storage is "
         "searched, which sets how many storages there must be. Prices were given, not measured.",
         "",
