@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -38,9 +39,6 @@ from compllm_rag.llamaindex.sharding.parquet import Columns, parquet_documents
 from compllm_rag.llamaindex.sharding.staging import Staging
 
 OBJECT_STORE_BYTES = 200 * 2**20  # keys of parts and a row for each pass through it, no text
-# A worker that is killed is started again so often, and a part tried again so often: one that kills every worker it
-# meets must end the run, not go round for ever.
-WORKER_RESTARTS, PART_RETRIES = 100, 3
 _LONGEST_FOLDER = 40  # sockets lie below it, and their paths may take some 100 bytes
 _MOST_BLOCKS = 4096
 
@@ -125,6 +123,7 @@ def cluster(args: argparse.Namespace) -> Iterator[Any]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of helpers of its own; those of workers are handled
     os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")  # a busy machine starts them slowly
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -190,9 +189,12 @@ def check_room(args: argparse.Namespace, there: dict[str, float]) -> None:
 def encoded(ray: Any, args: argparse.Namespace, staging: Staging, keys: list[str]) -> Iterator[Receipt]:
     """Have workers encode parts; yields what they tell of each.
 
+    Ray starts a worker that died again, and gives its part to one that lives.
+
     Raises:
-        WorkersFailedError: Workers cannot be started, or die again and again.
+        WorkersFailedError: Workers cannot be started.
     """
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the driver tells how far it is
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = context.enable_auto_log_stats = False
     rows = ray.data.from_items([{"part": key} for key in keys], override_num_blocks=min(len(keys), _MOST_BLOCKS))
@@ -204,8 +206,6 @@ def encoded(ray: Any, args: argparse.Namespace, staging: Staging, keys: list[str
         compute=ray.data.ActorPoolStrategy(size=args.workers, max_tasks_in_flight_per_actor=1),
         num_cpus=args.cpus_per_worker,
         num_gpus=args.gpus_per_worker or None,
-        max_restarts=WORKER_RESTARTS,
-        max_task_retries=PART_RETRIES,
     )
     try:
         yield from done.iter_rows()

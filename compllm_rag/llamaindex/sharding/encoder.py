@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from llama_index.core.schema import MetadataMode
 
-from compllm_rag.errors import CompLLMError
+from compllm_rag.errors import CompLLMError, WorkersFailedError
 from compllm_rag.llamaindex.embedding_texts import EmbeddingTexts
 from compllm_rag.llamaindex.node_parser import ConceptNodeParser
 from compllm_rag.llamaindex.sharding.shards import ShardManifest, put_manifest, put_vectors, shard_store
@@ -23,6 +23,9 @@ from compllm_rag.llamaindex.sharding.staging import Staging
 from compllm_rag.llamaindex.storage_library import library_of
 from compllm_rag.llamaindex.storage_parts import load_embedder_of, load_own_compressor
 from compllm_rag.models.device_memory import release_unused
+
+# A part that kills every worker it is given to must end, and not go round for ever.
+MOST_ATTEMPTS = 4
 
 
 class PartEncoder:
@@ -58,7 +61,7 @@ class PartEncoder:
         Returns:
             Columns with a row for each part: see `encode`, and `error`, empty where there was none.
         """
-        rows = []
+        rows = list[dict[str, Any]]()
         for key in map(str, batch["part"]):
             begun, busy = time.perf_counter(), time.process_time()
             made = {"part": key, "host": platform.node(), "pid": os.getpid(), "tokens": 0, "compressed": 0, "error": ""}
@@ -74,9 +77,18 @@ class PartEncoder:
 
         Returns:
             Source `tokens`, and units that were `compressed`; zeros where nothing was to be done.
+
+        Raises:
+            WorkersFailedError: The part was begun and not finished too often in this run.
         """
         if self.staging.has_shard(key):
             return {"tokens": 0, "compressed": 0}
+        if self.staging.begin(key) > MOST_ATTEMPTS:
+            raise WorkersFailedError(
+                "workers were killed again and again while they encoded this part",
+                got=f"{MOST_ATTEMPTS} times part {key[:16]}",
+                next_step="give them more memory, or make smaller parts by --part-chars",
+            )
         begun = time.perf_counter()
         nodes = self.parser.get_nodes_from_documents(self.staging.part(key))
         self._texts.begin()

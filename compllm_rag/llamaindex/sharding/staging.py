@@ -7,6 +7,7 @@
 <staging>/compressor, reader  the adapters of the storage
 <staging>/parts/KEY.jsonl     documents of a part, as they are to be ingested
 <staging>/shards/KEY/         what a worker made of it; see `shards.py`
+<staging>/attempts/KEY        a byte for each time that a worker began with it in this run
 ```
 
 A key is a digest of the documents of a part and of everything that decides what becomes of them. So a shard that is
@@ -39,6 +40,7 @@ from compllm_rag.store.faults import Subject, translated_errors
 from compllm_rag.store.lock import WriterLock
 
 _MARK, _LOCK, _JOB, _PARTS, _SHARDS = "staging.json", "lock", "job.json", "parts", "shards"
+_ATTEMPTS = "attempts"
 _FORMAT = {"format": "compllm-rag/staging", "version": 1}
 _SUBJECT = Subject("the staging folder", "the staging folder", "free some space, then run the same command again")
 
@@ -106,6 +108,8 @@ class Staging:
             with translated_errors(self.folder, writing=True, subject=_SUBJECT):
                 self.parts.mkdir(mode=0o700, exist_ok=True)
                 self.shards.mkdir(mode=0o700, exist_ok=True)
+                remove(self.folder / _ATTEMPTS)
+                (self.folder / _ATTEMPTS).mkdir(mode=0o700)
                 for left in self.shards.glob(".*"):  # of workers that were killed
                     remove(left)
             yield
@@ -196,6 +200,17 @@ class Staging:
                 sync_folder(self.shards)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
+
+    def begin(self, key: str) -> int:
+        """Note that a worker begins with a part; tells how often that was in this run.
+
+        A part that ends the process of every worker it is given to leaves no other trace.
+        """
+        path = self.folder / _ATTEMPTS / key
+        with translated_errors(path, writing=True, subject=_SUBJECT), path.open("ab") as file:
+            file.write(b".")
+            file.flush()
+            return file.tell()
 
     def remove(self) -> None:
         """Remove the folder: all that was in it is committed, or there was nothing to do."""

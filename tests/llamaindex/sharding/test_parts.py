@@ -148,6 +148,21 @@ def test_a_part_that_cannot_be_encoded_costs_no_other(tmp_path: Path, made) -> N
     assert report.parts_reused == report.parts - 1
 
 
+def test_a_part_that_kills_its_workers_does_not_go_round_for_ever(tmp_path: Path, made) -> None:
+    corpus, staging = write_corpus(tmp_path / "corpus", 3), Staging(tmp_path / "staging")
+
+    def spoil(key: str) -> None:
+        for other in staging.parts.iterdir():
+            if not staging.has_shard(other.stem):
+                for _ in range(4):  # as workers do who are killed then
+                    staging.begin(other.stem)
+
+    with made("s") as index:
+        with pytest.raises(WorkersFailedError, match="killed again and again"):
+            in_parts(index, staging, [corpus], spoil, part_chars=1500)
+        assert in_parts(index, staging, [corpus], part_chars=1500).parts_reused == 1
+
+
 def test_what_is_refused(tmp_path: Path, made) -> None:
     corpus = write_corpus(tmp_path / "corpus", 3)
     with made("budget", budget=100000) as index, pytest.raises(ConfigurationError, match="budget"):
