@@ -21,8 +21,8 @@ from compllm_rag.config import DEFAULT_EMBEDDER
 from compllm_rag.errors import ConfigurationError, WorkersFailedError
 
 JOB = Path(__file__).parents[2] / "pipelines" / "ingest_ray.py"
-KEPT = ("source_tokens", "chunks", "parts", "workers", "plan_s", "encode_s", "merge_s")
-KEPT += ("driver_cpu_s", "workers_s", "workers_cpu_s")
+_SECONDS = ("plan_s", "encode_s", "merge_s", "driver_cpu_s", "workers_s", "workers_cpu_s")
+KEPT = ("source_tokens", "chunks", "parts", "workers", *_SECONDS)
 
 
 def corpus(folder: Path, sources: list[str], n_chars: int, part_chars: int) -> int:
