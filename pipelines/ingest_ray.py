@@ -20,7 +20,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -256,7 +256,8 @@ def run(args: argparse.Namespace) -> PartsReport:
 
 def workers(args: argparse.Namespace, staging: Staging, keys: list[str]) -> Iterator[Receipt]:
     """Ray for as long as there is something to encode."""
-    with cluster(args) as ray:
+    # Ray tells on standard output that a worker died; that is for the report alone.
+    with redirect_stdout(sys.stderr), cluster(args) as ray:
         yield from encoded(ray, args, staging, keys)
 
 
