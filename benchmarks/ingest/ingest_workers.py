@@ -83,7 +83,14 @@ def main(argv: Sequence[str] | None = None) -> Record:
 def tables(record: Record) -> list[str]:
     """Lines of the section."""
     runs = [
-        [n, f"{run['source_tokens']:,}", str(run["parts"]), number(run["workers_s"]), number(run["merge_s"], 2)]
+        [
+            n,
+            f"{run['source_tokens']:,}",
+            str(run["parts"]),
+            number(run["workers_s"]),
+            f"{100 * run['workers_cpu_s'] / run['workers_s']:.0f} %",
+            number(run["merge_s"], 2),
+        ]
         for n, run in record["runs"].items()
     ]
     tokens = sum(run["source_tokens"] for run in record["runs"].values())
@@ -94,7 +101,17 @@ def tables(record: Record) -> list[str]:
         "The same texts by `pipelines/ingest_ray.py` with one worker and with two, a thread each, on one machine; how "
         "it works is told in [ingest](guide/ingest.md#many-workers).",
         "",
-        *table(["workers", "tokens", "parts", "they worked (s, together)", "merge and commit (s)"], runs),
+        *table(
+            [
+                "workers",
+                "tokens",
+                "parts",
+                "they worked (s, together)",
+                "share of a core that each had",
+                "merge and commit (s)",
+            ],
+            runs,
+        ),
         f"In the time that they worked, two workers did {record['throughput_of_two_over_one']:.2f} times what one did "
         f"alone. Of a core's own time, a thousand tokens took workers {1000 * worker / tokens:.2f} s (chunk, embed, "
         f"compress, write) and the driver {1000 * driver / tokens:.3f} s (read, plan, merge, commit), which then keeps "

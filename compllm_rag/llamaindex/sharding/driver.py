@@ -30,7 +30,7 @@ from compllm_rag.llamaindex.ingest import (
 )
 from compllm_rag.llamaindex.naming import Names
 from compllm_rag.llamaindex.readers.walk import roots_of
-from compllm_rag.llamaindex.sharding.shards import Shard, damaged_shard, read_shard, shard_store
+from compllm_rag.llamaindex.sharding.shards import Shard, ShardManifest, damaged_shard, read_shard, shard_store
 from compllm_rag.llamaindex.sharding.staging import Job, Staging
 from compllm_rag.llamaindex.sound import sound_documents
 from compllm_rag.store import DiskStore
@@ -110,7 +110,8 @@ class PartsIngest:
         if part_chars < 1:
             raise ConfigurationError("parts cannot be that small", got=part_chars, expected="at least 1 character")
         self._index, self._staging, self._part_chars, self._tell = index, staging, part_chars, tell
-        self._made: dict[str, Receipt] = {}
+        self._encoding = frozenset[str]()  # parts that had no shard when this run began
+        self._made = list[ShardManifest]()  # their shards
 
     def run(
         self, documents: Iterable[Document], encode: Encode, job: Job, *, within: Iterable[Path] = ()
@@ -141,6 +142,7 @@ class PartsIngest:
             planned, busy = time.perf_counter(), time.process_time() - busy
             missing = [key for key in dict.fromkeys(plan.keys) if not staging.has_shard(key)]
             self._tell(f"{plan.met} documents: {len(plan.keys)} parts to ingest, {len(missing)} of them to encode")
+            self._encoding = frozenset(missing)
             if missing:
                 staging.put_job(job, index._folder())
                 self._encode(missing, encode)
@@ -155,9 +157,9 @@ class PartsIngest:
             skipped=tuple(reading.skipped) if reading else (),
             notes=(*(reading.notes if reading else ()), *names.notes),
         )
-        workers = {(made["host"], made["pid"]) for made in self._made.values()}
+        workers = {(made.host, made.pid) for made in self._made}
         seconds = (planned - begun, encoded - planned, merged - encoded, busy)
-        working = [sum(float(made[name]) for made in self._made.values()) for name in ("seconds", "cpu_s")]
+        working = (sum(made.seconds for made in self._made), sum(made.cpu_s for made in self._made))
         return PartsReport(report, len(plan.keys), len(plan.keys) - len(missing), len(workers), *seconds, *working)
 
     def _planned(self, documents: Iterable[Document]) -> _Plan:
@@ -196,16 +198,15 @@ class PartsIngest:
 
     def _encode(self, keys: list[str], encode: Encode) -> None:
         """Have parts encoded; what goes wrong with one is told at the end, once the others are done."""
-        begun, tokens, failed = time.perf_counter(), 0, list[Receipt]()
+        begun, tokens = time.perf_counter(), 0
+        failed, seen = list[Receipt](), set[tuple[str, int]]()
         for number, made in enumerate(encode(keys), 1):
             if made["error"]:
                 failed.append(made)
-            else:
-                self._made[str(made["part"])] = made
             tokens += int(made["tokens"])
-            workers = len({(one["host"], one["pid"]) for one in self._made.values()})
+            seen.add((str(made["host"]), int(made["pid"])))
             rate = tokens / (time.perf_counter() - begun)
-            self._tell(f"part {number} of {len(keys)}: {tokens} tokens by {workers} workers, {rate:.0f} a second")
+            self._tell(f"part {number} of {len(keys)}: {tokens} tokens by {len(seen)} workers, {rate:.0f} a second")
         lost = [key for key in keys if not self._staging.has_shard(key)]
         if failed or lost:
             first = f", the first: {failed[0]['error']}" if failed else ""
@@ -246,14 +247,17 @@ class PartsIngest:
         added = replace_documents(index, changed, nodes, later=True)  # their concepts are there by now
         remember_origins(index, documents, changed)
         totals = [index.accounts.of_document(document.id_) for document in documents]
-        made = self._made.get(key)
+        # By the shard, not by what workers told: one that was killed at the end of a part told nothing.
+        made = shard.manifest if changed and key in self._encoding else None
+        if made is not None:
+            self._made.append(made)
         return replace(
             report,
             documents_changed=report.documents_changed + len(changed),
             chunks=report.chunks + sum(t.chunks for t in totals),
             chunks_added=report.chunks_added + added,
             segments=report.segments + sum(t.segments for t in totals),
-            segments_compressed=report.segments_compressed + (int(made["compressed"]) if made and changed else 0),
+            segments_compressed=report.segments_compressed + (made.compressed if made else 0),
             source_tokens=report.source_tokens + sum(t.source_tokens for t in totals),
             concepts=report.concepts + sum(t.concepts for t in totals),
         )

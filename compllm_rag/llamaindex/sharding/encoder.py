@@ -63,13 +63,12 @@ class PartEncoder:
         """
         rows = list[dict[str, Any]]()
         for key in map(str, batch["part"]):
-            begun, busy = time.perf_counter(), time.process_time()
             made = {"part": key, "host": platform.node(), "pid": os.getpid(), "tokens": 0, "compressed": 0, "error": ""}
             try:
                 made |= self.encode(key)
             except CompLLMError as error:
                 made["error"] = f"{type(error).__name__}: {error}"
-            rows.append(made | {"seconds": time.perf_counter() - begun, "cpu_s": time.process_time() - busy})
+            rows.append(made)
         return {name: [row[name] for row in rows] for name in rows[0]}
 
     def encode(self, key: str) -> dict[str, int]:
@@ -89,7 +88,7 @@ class PartEncoder:
                 got=f"{MOST_ATTEMPTS} times part {key[:16]}",
                 next_step="give them more memory, or make smaller parts by --part-chars",
             )
-        begun = time.perf_counter()
+        begun, busy = time.perf_counter(), time.process_time()
         nodes = self.parser.get_nodes_from_documents(self.staging.part(key))
         self._texts.begin()
         with self.staging.making_shard(key) as folder:
@@ -108,6 +107,7 @@ class PartEncoder:
                     compressed=done.compressed,
                     source_tokens=done.source_tokens,
                     seconds=time.perf_counter() - begun,
+                    cpu_s=time.process_time() - busy,
                     host=platform.node(),
                     pid=os.getpid(),
                 ),

@@ -40,6 +40,7 @@ class ShardManifest(BaseModel):
         compressed: Those that went through the compressor; the others repeat earlier ones of the part.
         source_tokens: Tokens of the chunks.
         seconds: Wall time of the worker.
+        cpu_s: Seconds of a CPU it took.
         host: Name of its machine.
         pid: Of its process.
     """
@@ -51,6 +52,7 @@ class ShardManifest(BaseModel):
     compressed: int
     source_tokens: int
     seconds: float
+    cpu_s: float
     host: str
     pid: int
 
