@@ -17,7 +17,7 @@ FOLDERS = {
     "reuse": ("reuse",),
     "chat": ("chat",),
     "server": ("batching",),
-    "ingest": ("ingest", "ingest_scale", "edits"),
+    "ingest": ("ingest", "ingest_scale", "ingest_workers", "ingest_plan", "edits"),
     "live": ("editors",),
     "storage": ("storage_size", "storage_quality", "store_read", "commits"),
     "rivals": ("rivals",),

@@ -87,7 +87,8 @@ PAGES = {
     "benchmarks.md": (
         OTHERS,
         "loft_deep loft loft_in_context equal_cost_deep equal_cost ttft_deep ttft_long cost_model ttft ttft_qwen3_4b "
-        "ttft_gemma3_4b reuse_deep reuse chat ingest_deep ingest ingest_scale rivals_deep rivals domains",
+        "ttft_gemma3_4b reuse_deep reuse chat ingest_deep ingest ingest_scale ingest_workers ingest_plan rivals_deep "
+        "rivals domains",
     ),
 }
 _PICTURE = re.compile(r"^!\[.*\]\((.*)\)$", re.MULTILINE)

@@ -194,6 +194,10 @@ class NotTransferableError(CompLLMError, TypeError):
     """Something that holds files and locks was to be pickled or copied."""
 
 
+class WorkersFailedError(CompLLMError, RuntimeError):
+    """Workers of an ingest could not encode all parts of the corpus; those they did are kept for the next run."""
+
+
 class PromptTooLongError(CompLLMError, ValueError):
     """The prompt does not fit the window of the target LLM."""
 

@@ -21,6 +21,8 @@ BENCHMARKS = {
     "query": "One query on sample texts: TTFT of text and concepts beside the bound; shorter than ttft.",
     "ingest": "Tokens/s of compressing into a store, against the least that the arithmetic costs.",
     "ingest_scale": "A growing storage: is ingestion linear, is memory flat; layers, batches, bytes per token.",
+    "ingest_workers": "Ingestion by workers on Ray: what a second one brings.",
+    "ingest_plan": "A terabyte of text by many workers, on paper: hours, bytes, money.",
     "reuse": "Cost per query when passages come again, against text, prefix caching and stored chunk KV.",
     "chat": "TTFT of each turn of a chat, with and without the KV cache of the turns before.",
     "batching": "Queries at the same time, decoded together, against the same queries one after the other.",

@@ -174,6 +174,25 @@ class DiskStore(DurableStore):
             self._require_writable()
             return self._writer.append(batch)
 
+    def merge(self, other: DiskStore) -> int:
+        """Take over the records of another store, byte for byte and in its order; those that are here already stay.
+
+        Args:
+            other: Open, with nothing left to flush; of the same width and encoding.
+
+        Returns:
+            How many records are new.
+
+        Raises:
+            CorruptRecordError: A record of the other store is damaged; those before it were taken over.
+            StorageMismatchError: The other store is of another width or encoding.
+            StoreFullError, StoreLockedError, StoreReadOnlyError: See `put`.
+        """
+        from compllm_rag.store.merging import check_same_format, encoded_records
+
+        check_same_format(other._parts(), self._header)
+        return sum(map(self._append, encoded_records(other._parts())))
+
     def get(self, keys: Sequence[str]) -> list[torch.Tensor | None]:
         """Read records, each (n_concepts, hidden_size) fp16; see `ConceptStore.get`."""
         with self._guard:

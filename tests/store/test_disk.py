@@ -256,3 +256,36 @@ def test_variables_in_the_path_are_not_expanded(tmp_path: Path, monkeypatch: pyt
 def test_senseless_limits_are_refused(tmp_path: Path, limits: dict[str, int]) -> None:
     with pytest.raises(ConfigurationError):
         DiskStore(tmp_path / "store", hidden_size=HIDDEN, **limits)
+
+
+@pytest.mark.parametrize("encoding", ["fp16", "int4"])
+def test_records_of_another_store_are_taken_over_as_they_are(tmp_path: Path, encoding: str) -> None:
+    for name, numbers in (("a", range(30)), ("b", range(20, 60))):
+        with DiskStore(tmp_path / name, hidden_size=HIDDEN, encoding=encoding) as store:
+            store.put(records(numbers))
+    with DiskStore(tmp_path / "all", hidden_size=HIDDEN, encoding=encoding) as store:
+        store.put(records(range(60)))
+    with DiskStore(tmp_path / "a", hidden_size=HIDDEN) as store:
+        with DiskStore(tmp_path / "b", hidden_size=HIDDEN, read_only=True) as other:
+            assert store.merge(other) == 30
+            assert store.merge(other) == 0
+        assert not store.verify(deep=True).damage
+    packs = [[pack.read_bytes() for pack in (tmp_path / name / "packs").iterdir()] for name in ("a", "all")]
+    assert packs[0] == packs[1]
+
+
+def test_only_sound_records_of_the_same_kind_are_taken_over(tmp_path: Path) -> None:
+    with (
+        DiskStore(tmp_path / "a", hidden_size=HIDDEN) as store,
+        DiskStore(tmp_path / "b", hidden_size=HIDDEN, encoding="int8") as other,
+        pytest.raises(StorageMismatchError, match="int8"),
+    ):
+        store.merge(other)
+    with DiskStore(tmp_path / "c", hidden_size=HIDDEN) as other:
+        other.put(records(range(9)))
+    pack = next((tmp_path / "c" / "packs").iterdir())
+    pack.write_bytes(pack.read_bytes()[:-1] + b"?")
+    with DiskStore(tmp_path / "a", hidden_size=HIDDEN) as store:
+        with DiskStore(tmp_path / "c", hidden_size=HIDDEN, read_only=True) as other, pytest.raises(CorruptRecordError):
+            store.merge(other)
+        assert store.stats().records == 0
