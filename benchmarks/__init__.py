@@ -19,7 +19,7 @@ FOLDERS = {
     "ingest": ("ingest", "ingest_scale", "edits"),
     "live": ("editors",),
     "storage": ("storage_size", "storage_quality", "store_read", "commits"),
-    "rivals": ("rivals",),
+    "rivals": ("rivals", "alike"),
     "rates": ("rates",),
     "planner": ("planner",),
 }
