@@ -24,9 +24,10 @@ import torch
 from benchmarks.common import journal_of, parsed, parser, part, progress, written
 from benchmarks.rivals.base import Task, ask_with
 from benchmarks.rivals.rivals import FILE, choose, prepared
+from benchmarks.rivals.trained.about import KINDS
 from benchmarks.rivals.trained.fitting import Fit, Schedule
 from benchmarks.rivals.trained.row import Setup
-from benchmarks.rivals.trained.rows import DEFAULT, KINDS, Named, named
+from benchmarks.rivals.trained.rows import DEFAULT, Named, named
 from compllm_rag.compression.deep import default_entry_layer
 from compllm_rag.compression.loading import shipped_adapter, untrained_deep
 from compllm_rag.config import DEFAULT_EMBEDDER
@@ -51,7 +52,7 @@ def one(asked: Named, setup: Setup, schedule: Schedule, folder: Path, task: Task
         facts: What its weights depend on besides.
     """
     torch.manual_seed(schedule.seed)
-    row = asked.kind.make(setup, asked.rate)
+    row = asked.make(setup)
     progress(f"{asked.title}: {schedule.minutes:g} minutes of training" if row.learned() else asked.title)
     trained = Fit(row, schedule, folder, facts, progress).go()
     begun = time.perf_counter()

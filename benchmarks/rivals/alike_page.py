@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.cells import apart, difference, measured, number, table, with_interval
-from benchmarks.rivals.trained.rows import KINDS
+from benchmarks.rivals.trained.about import KINDS
 
 _HEAD = ["", "rate", "positions", "prefill cost", "KV", "stored", "learned", "steps"]
 _HEAD += ["held-out, start", "held-out, end", "F1", "recovered", "F1 to ours", "recovered to ours"]

@@ -14,16 +14,16 @@ import torch
 import toy
 import toy_embedder
 from benchmarks.rivals.alike_page import about, plot, tables
+from benchmarks.rivals.trained.about import KINDS
 from benchmarks.rivals.trained.fitting import Fit, HeldOut, Schedule
 from benchmarks.rivals.trained.kv_distill import KVDistill, _KeptForward, _Whole
 from benchmarks.rivals.trained.row import Projector, Row, Setup, middles, pooling
-from benchmarks.rivals.trained.rows import DEFAULT, KINDS, named
+from benchmarks.rivals.trained.rows import DEFAULT, named
 from compllm_rag.compression.loading import untrained_deep
 from compllm_rag.config import GenerationConfig
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.evaluation.bodies import Segmented
 from compllm_rag.evaluation.questions import Question, SourcePassage
-from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.prompt import PromptPlan, TextSpan
 from compllm_rag.training.examples import targets_of
 from compllm_rag.training.objective import log_probabilities
@@ -50,8 +50,7 @@ def setup(world: Path, embedder: Path) -> Setup:
 
 def made(setup: Setup, word: str) -> Row:
     torch.manual_seed(0)
-    asked = named(word)
-    return asked.kind.make(setup, asked.rate)
+    return named(word).make(setup)
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -132,18 +131,19 @@ def test_keys_and_values_that_are_removed_are_those_that_training_hides(setup: S
     assert forward._cache.get_seq_length() == forward._at - dropped > 0
 
 
-def test_with_all_tokens_kept_and_nothing_learned_one_passage_is_read_as_text(setup: Setup) -> None:
-    row = made(setup, "kv_distill@1")
-    compressor = untrained_deep(setup.llm, 1)
-    question = Question("q", (SourcePassage("Rock", toy.TEXT[:300]),), "Who?", ("Ada",))
-    asker = row.asker(compressor, Segmented(compressor), GenerationConfig(max_new_tokens=4))
-    [found] = asker.ask([question], batch_size=1, answer=True, progress=lambda n: None)
-    # The passage does not see its marker `[1] Rock`, so that it could stand anywhere.
-    body = row.material.body(toy.TEXT[:300])
-    spans = row.material.prompt.plan("Who?", [("Rock", [TextSpan(body.ids, 0)])])
-    text = LocalGenerator(setup.llm, GenerationConfig(max_new_tokens=4)).generate([spans])[0]
-    assert found.positions == text.prompt_positions if hasattr(text, "prompt_positions") else spans.positions
-    assert found.answer and found.concepts == found.source_tokens == len(body)
+def test_questions_are_asked_of_kept_keys_and_values(setup: Setup) -> None:
+    compressor, text = untrained_deep(setup.llm, 1), toy.TEXT[:300]
+    question = Question("q", (SourcePassage("Rock", text),), "Who?", ("Ada",))
+    found = {}
+    for word in ("kv_distill@1", "kv_distill@2"):
+        asker = made(setup, word).asker(compressor, Segmented(compressor), GenerationConfig(max_new_tokens=4))
+        [found[word]] = asker.ask([question], batch_size=1, answer=True, progress=lambda n: None)
+    whole, half = found.values()
+    n = whole.source_tokens
+    assert whole.concepts == n and half.concepts == (n + 1) // 2 and whole.nll != half.nll
+    plan = setup.units.prompt.plan("Who?", [("Rock", [TextSpan(setup.units.body(text).ids, 0)])])
+    assert whole.positions == plan.positions == half.positions + n - half.concepts
+    assert whole.answer and whole.cost == 0
 
 
 def test_pooling_covers_everything_once() -> None:
@@ -155,24 +155,24 @@ def test_pooling_covers_everything_once() -> None:
     assert pooling(2, 5).argmax(1).tolist() == [0, 0, 0, 1, 1], "with fewer states than places they are repeated"
     assert middles(4, 4) == [0, 1, 2, 3]
     out = Projector(8, 16, 0.25)(torch.randn(5, 8))
-    assert out.shape == (5, 16) and float(out.square().mean().sqrt()) == pytest.approx(0.25, rel=0.01)
+    assert out.shape == (5, 16) and float(out.detach().square().mean().sqrt()) == pytest.approx(0.25, rel=0.01)
 
 
 def test_a_run_goes_on_where_it_stood(setup: Setup, tmp_path: Path) -> None:
-    schedule = Schedule(0.05, batch=1, looks=2, validation=2)
+    schedule = Schedule(0.01, batch=1, looks=2, validation=2)
 
     def fit(schedule: Schedule = schedule) -> Fit:
         return Fit(made(setup, "xrag"), schedule, tmp_path / "xrag", {"rank": 4}, lambda line: None)
 
     begun = fit()
     found = begun.go()
-    assert found["minutes"] >= 0.05 and found["steps"] > 2 and found["learned"] > 0
-    assert [point["minutes"] for point in found["curve"]][0] == 0 and len(found["curve"]) >= 3
+    assert found["minutes"] >= 0.01 and found["steps"] > 2 and found["learned"] > 0
+    assert found["curve"][0]["minutes"] == 0 and len(found["curve"]) >= 3
     again = fit()
     assert all(torch.equal(p, begun.weights[name]) for name, p in again.weights.items())
     assert again.go() == found, "nothing is left to do"
     with pytest.raises(
-        ConfigurationError, match=r"trained with other settings: got minutes 0.1; expected minutes 0.05"
+        ConfigurationError, match=r"trained with other settings: got minutes 0.1, expected minutes 0.01"
     ):
         fit(replace(schedule, minutes=0.1))
 
@@ -204,8 +204,8 @@ def test_the_command(world: Path, embedder: Path, tmp_path: Path) -> None:
     with gzip.open(world / "eval" / "squad_dev.jsonl.gz", "wt", encoding="utf-8") as file:
         file.write("\n".join(map(json.dumps, rows)))
     words: list[Any] = ["--llm", folder, "--data-dir", world, "--embedder", embedder, "--entry-layer", 1, "--limit", 3]
-    words += ["--minutes", 0.01, "--validation", 2, "--rank", 2]
-    chosen = ["untrained@2", "deep@2", "compllm", "xrag", "kv_distill"]
+    words += ["--minutes", 0.002, "--validation", 2, "--rank", 2]
+    chosen = ["untrained@2", "deep@2", "xrag", "kv_distill"]
     record, _ = run("alike", tmp_path / "o.json", *words, "--rows", *chosen)
     found = {row["name"]: row for row in record["rows"]}
     assert list(found) == chosen and (record["n"], record["entry_layer"], record["depth"]) == (3, 1, 3)
@@ -214,15 +214,15 @@ def test_the_command(world: Path, embedder: Path, tmp_path: Path) -> None:
     text = record["text"]["positions"]
     saved = {name: text - row["positions"] for name, row in found.items()}
     assert saved["deep@2"] == saved["untrained@2"] == saved["kv_distill"] > 0 and saved["xrag"] > saved["deep@2"]
-    assert len({row["nll"] for row in found.values()}) == 5
+    assert len({row["nll"] for row in found.values()}) == 4
     _, told = run("alike", tmp_path / "o.json", *words, "--rows", *chosen)
     assert told.count("done before") == 2 + len(chosen)
-    more, _ = run("alike", tmp_path / "o.json", *words, "--rows", "mean_input", "deep@2")
+    more, _ = run("alike", tmp_path / "o.json", *words, "--rows", "icae", "deep@2")
     assert more["rows"][1] == found["deep@2"], "a row can be added"
     for row in record["rows"]:  # random weights gain nothing from text: give them something to draw
         row["recovered"], row["intervals"]["recovered"] = 50.0, [40.0, 60.0]
     page = "\n".join(tables(record))
-    assert "| CompLLM, rate 2 |" in page and "(alike.png)" in page
+    assert "| KV-Distill, rate 2 |" in page and "(alike.png)" in page
     assert len(plot(record).axes) == 2
     with pytest.raises(ConfigurationError, match="is of another run"):
         run("alike", tmp_path / "o.json", *words, "--rows", "deep@2", "--seed", 1)

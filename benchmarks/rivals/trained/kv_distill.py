@@ -94,7 +94,9 @@ class KVDistill(Row):
         self._gate, self.tree = Gate(), upper_half(setup.llm.model, 0)
         for name, layer in list(self.tree.named_modules()):
             parent, _, leaf = name.rpartition(".")
-            if leaf in LINEARS and isinstance(layer, nn.Linear):
+            # Of the last layer nothing but keys and values is read.
+            wanted = ("k_proj", "v_proj") if f".layers.{setup.llm.depth - 1}." in name else LINEARS
+            if leaf in wanted and isinstance(layer, nn.Linear):
                 setattr(self.tree.get_submodule(parent), leaf, GatedLoRA(layer, setup.rank, self._gate))
         self.module = nn.ModuleDict({"write": self.tree})
 
