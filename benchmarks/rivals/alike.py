@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parsed(options, argv)
     if args.out is None and args.json is None:
         options.error("weights have to be kept somewhere: name --json or --out")
-    rows = [named(word) for word in dict.fromkeys(args.rows)]
+    rows = list(dict.fromkeys(map(named, args.rows)))
     if args.minutes <= 0:
         raise ConfigurationError("minutes make no sense", got=args.minutes, expected="more than 0")
     torch.set_num_threads(1)

@@ -184,7 +184,7 @@ def test_rates_rise_and_fall_with_time() -> None:
 
 
 def test_rows_are_named() -> None:
-    assert named("deep").rate == 2 and named("encoder_deep@1").rate == 1
+    assert named("deep") == named("deep@2.0") and named("deep").word == "deep@2" and named("xrag").word == "xrag"
     assert named("xrag").title == "xRAG" and named("icae@4").title == "ICAE-like slots, rate 4"
     assert {word.partition("@")[0] for word in DEFAULT} == set(KINDS)
     for wrong in ("gist", "deep@0.5", "deep@many", "xrag@2"):
@@ -205,7 +205,7 @@ def test_the_command(world: Path, embedder: Path, tmp_path: Path) -> None:
         file.write("\n".join(map(json.dumps, rows)))
     words: list[Any] = ["--llm", folder, "--data-dir", world, "--embedder", embedder, "--entry-layer", 1, "--limit", 3]
     words += ["--minutes", 0.002, "--validation", 2, "--rank", 2]
-    chosen = ["untrained@2", "deep@2", "xrag", "kv_distill"]
+    chosen = ["untrained@2", "deep@2", "xrag", "kv_distill@2"]
     record, _ = run("alike", tmp_path / "o.json", *words, "--rows", *chosen)
     found = {row["name"]: row for row in record["rows"]}
     assert list(found) == chosen and (record["n"], record["entry_layer"], record["depth"]) == (3, 1, 3)
@@ -213,9 +213,9 @@ def test_the_command(world: Path, embedder: Path, tmp_path: Path) -> None:
     assert found["deep@2"]["to_ours"] is None and set(found["xrag"]["to_ours"]) == {"f1", "recovered"}
     text = record["text"]["positions"]
     saved = {name: text - row["positions"] for name, row in found.items()}
-    assert saved["deep@2"] == saved["untrained@2"] == saved["kv_distill"] > 0 and saved["xrag"] > saved["deep@2"]
+    assert saved["deep@2"] == saved["untrained@2"] == saved["kv_distill@2"] > 0 and saved["xrag"] > saved["deep@2"]
     assert len({row["nll"] for row in found.values()}) == 4
-    _, told = run("alike", tmp_path / "o.json", *words, "--rows", *chosen)
+    _, told = run("alike", tmp_path / "o.json", *words, "--rows", "untrained", *chosen)
     assert told.count("done before") == 2 + len(chosen)
     more, _ = run("alike", tmp_path / "o.json", *words, "--rows", "icae", "deep@2")
     assert more["rows"][1] == found["deep@2"], "a row can be added"

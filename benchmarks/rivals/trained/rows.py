@@ -39,14 +39,17 @@ class Named:
     """A row as it was asked for.
 
     Attributes:
-        word: As it was typed, such as `deep@2`.
         name: Of its kind.
         rate: Source tokens per position.
     """
 
-    word: str
     name: str
     rate: float
+
+    @property
+    def word(self) -> str:
+        """How it is asked for, and where its weights are kept: `deep@2`, however it was typed."""
+        return f"{self.name}@{self.rate:g}" if self.kind.rated else self.name
 
     @property
     def kind(self) -> Kind:
@@ -81,4 +84,4 @@ def named(word: str) -> Named:
             expected=f"{', '.join(KINDS)}, each (but for xrag) with @RATE from 1 to 6 behind it or without",
             next_step="see `compllm-rag bench alike --help`",
         )
-    return Named(word, name, asked)
+    return Named(name, asked)
