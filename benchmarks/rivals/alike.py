@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import journal_of, parsed, parser, part, progress, written
-from benchmarks.rivals.base import Task, ask_with
+from benchmarks.rivals.base import LeftOutError, Task, ask_with
 from benchmarks.rivals.rivals import FILE, choose, prepared
 from benchmarks.rivals.trained.about import KINDS
 from benchmarks.rivals.trained.fitting import Fit, Schedule
@@ -31,7 +31,7 @@ from benchmarks.rivals.trained.rows import DEFAULT, Named, named
 from compllm_rag.compression.deep import default_entry_layer
 from compllm_rag.compression.loading import shipped_adapter, untrained_deep
 from compllm_rag.config import DEFAULT_EMBEDDER
-from compllm_rag.errors import ConfigurationError
+from compllm_rag.errors import ConfigurationError, DivergedError
 from compllm_rag.evaluation.bodies import Setting
 from compllm_rag.evaluation.questions import read_questions
 from compllm_rag.evaluation.statistics import Record, differences, statistics
@@ -122,29 +122,28 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         mode: [Record.from_dict(r) for r in part(journal, mode, partial(_fixed, task, mode))]
         for mode in ("text", "none")
     }
-    found = {
-        row.word: part(journal, row.word, partial(one, row, setup, schedule, out / row.word, task, facts))
-        for row in rows
-    }
+    found, left_out = dict[str, Any](), dict[str, str]()
+    for row in rows:
+        make = partial(one, row, setup, schedule, out / row.word, task, facts)
+        try:
+            found[row.word] = part(journal, row.word, make)
+        except (LeftOutError, DivergedError) as error:
+            left_out[row.word] = str(error)
+            progress(f"{row.title}: left out, {error}")
+    about = {"llm": args.llm, "data": FILE, "n": len(asked), "passages": len(task.texts), "depth": setup.llm.depth}
+    measured = _measured([row for row in rows if row.word in found], found, shown["text"], shown["none"])
+    return written(args, {**about, **same, **measured, "left_out": left_out})
+
+
+def _measured(rows: Sequence[Named], found: dict[str, Any], text: list[Record], none: list[Record]) -> dict[str, Any]:
+    """What is reported of text, of no passages and of the rows."""
     records = {word: [Record.from_dict(record) for record in made["records"]] for word, made in found.items()}
-    fixed = {mode: statistics(shown[mode], shown["text"], shown["none"]) for mode in shown}
-    return written(
-        args,
-        {
-            "llm": args.llm,
-            "data": FILE,
-            "n": len(asked),
-            "passages": len(task.texts),
-            "depth": setup.llm.depth,
-            **same,
-            **{
-                mode: {name: made.values[name] for name in (*_METRICS, "positions")}
-                | {"intervals": {name: made.intervals[name] for name in _METRICS}}
-                for mode, made in fixed.items()
-            },
-            "rows": [_row(row, found[row.word], records, shown["text"], shown["none"]) for row in rows],
-        },
-    )
+    fixed = {}
+    for mode, mine in (("text", text), ("none", none)):
+        made = statistics(mine, text, none)
+        intervals = {name: made.intervals[name] for name in _METRICS}
+        fixed[mode] = {name: made.values[name] for name in (*_METRICS, "positions")} | {"intervals": intervals}
+    return {**fixed, "rows": [_row(row, found[row.word], records, text, none) for row in rows]}
 
 
 def _prepared(args: Any) -> tuple[Setup, Task]:

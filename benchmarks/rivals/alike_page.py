@@ -52,6 +52,8 @@ def tables(record: dict[str, Any]) -> list[str]:
         f"{measured(record)}.",
         "",
         *table(_HEAD, [*fixed, *map(_cells, record["rows"])]),
+        *(f"* `{word}` was left out: {why}" for word, why in record["left_out"].items()),
+        *([""] if record["left_out"] else []),
         "![Held-out loss over minutes, and what is recovered](alike.png)",
         "",
     ]
@@ -88,10 +90,10 @@ def plot(record: dict[str, Any]) -> Any:
             row["cost"]["prefill"], max(_LOWEST, value), yerr=errors, fmt="o", color=colour, markerfacecolor=face,
             capsize=3,
         )  # fmt: skip
-    first = record["rows"][0]
     for name, label in (("nll_text", "text"), ("nll_none", "no passages")):
-        curves.axhline(first[name], color="0.5", linewidth=0.8, linestyle=":")
-        curves.annotate(label, (0, first[name]), fontsize="x-small", color="0.4", va="bottom")
+        level = next((row[name] for row in record["rows"]), 0.0)
+        curves.axhline(level, color="0.5", linewidth=0.8, linestyle=":")
+        curves.annotate(label, (0, level), fontsize="x-small", color="0.4", va="bottom")
     curves.set_xlabel("minutes of one CPU thread")
     curves.set_ylabel("held-out NLL (nats per token)")
     costs.axhline(100, color="0.7", linewidth=0.8)

@@ -14,6 +14,7 @@ import torch
 import toy
 import toy_embedder
 from benchmarks.rivals.alike_page import about, plot, tables
+from benchmarks.rivals.base import LeftOutError
 from benchmarks.rivals.trained.about import KINDS
 from benchmarks.rivals.trained.fitting import Fit, HeldOut, Schedule
 from benchmarks.rivals.trained.kv_distill import KVDistill, _KeptForward, _Whole
@@ -131,6 +132,12 @@ def test_keys_and_values_that_are_removed_are_those_that_training_hides(setup: S
     assert forward._cache.get_seq_length() == forward._at - dropped > 0
 
 
+def test_windows_are_refused_before_training(world: Path, embedder: Path) -> None:
+    sliding = Setup(toy.llm("mistral", layers=3), world, 1, 4, str(embedder))
+    with pytest.raises(LeftOutError, match="DynamicSlidingWindowLayer"):
+        named("kv_distill").make(sliding)
+
+
 def test_questions_are_asked_of_kept_keys_and_values(setup: Setup) -> None:
     compressor, text = untrained_deep(setup.llm, 1), toy.TEXT[:300]
     question = Question("q", (SourcePassage("Rock", text),), "Who?", ("Ada",))
@@ -221,7 +228,9 @@ def test_the_command(world: Path, embedder: Path, tmp_path: Path) -> None:
     assert more["rows"][1] == found["deep@2"], "a row can be added"
     for row in record["rows"]:  # random weights gain nothing from text: give them something to draw
         row["recovered"], row["intervals"]["recovered"] = 50.0, [40.0, 60.0]
+    record["left_out"] = {"icae@2": "loss is not finite"}
     page = "\n".join(tables(record))
+    assert "* `icae@2` was left out: loss is not finite" in page
     assert "| KV-Distill, rate 2 |" in page and "(alike.png)" in page
     assert len(plot(record).axes) == 2
     with pytest.raises(ConfigurationError, match="is of another run"):

@@ -36,7 +36,7 @@ class _Segments(Row):
 
     def __init__(self, setup: Setup, rate: float, scale: float, **settings: Any) -> None:
         super().__init__(setup, rate)
-        lora = {"lora_rank": setup.rank, "lora_alpha": 2 * setup.rank, "lora_modules": LINEARS}
+        lora: dict[str, Any] = {"lora_rank": setup.rank, "lora_alpha": 2 * setup.rank, "lora_modules": LINEARS}
         config = CompressorConfig(segment_length=SEGMENT, unit_length=UNIT, scale=scale, **lora, **settings)
         self.compressor = Compressor(setup.llm, config, information=setup.information)
         standardise(self.compressor, *self._some_segments())

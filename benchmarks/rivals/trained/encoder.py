@@ -42,15 +42,15 @@ class TokenEncoder:
 
         What is longer than the embedder reads is cut off.
         """
-        [made] = self._encoded(ids, "token_embeddings")
-        return made.float().cpu()
+        return self._encoded(ids, "token_embeddings")
 
     def _vector(self, ids: tuple[int, ...]) -> torch.Tensor:
         """The vector (width,) by which a chunk is retrieved."""
-        [made] = self._encoded(ids, "sentence_embedding")
-        return made.float().cpu()
+        return self._encoded(ids, "sentence_embedding")
 
-    def _encoded(self, ids: Sequence[int], what: str) -> Any:
+    def _encoded(self, ids: Sequence[int], what: str) -> torch.Tensor:
         text = self._tokenizer.decode(list(ids), skip_special_tokens=False)
         with torch.no_grad():
-            return self._model.encode([text], output_value=what, convert_to_tensor=True, show_progress_bar=False)
+            [made] = self._model.encode([text], output_value=what, convert_to_tensor=True, show_progress_bar=False)
+        states: torch.Tensor = made.float().cpu()
+        return states

@@ -184,7 +184,7 @@ class Fit:
         weight = sum(weight_of(example, {}) for example in examples)
         for some in _parts(examples, schedule.micro):
             share = sum(weight_of(example, {}) for example in some) / weight
-            (self.row.loss(some).total * share).backward()
+            torch.autograd.backward(self.row.loss(some).total * share)
         norm = float(torch.nn.utils.clip_grad_norm_(list(self.weights.values()), schedule.clip))
         if not math.isfinite(norm):
             raise DivergedError(

@@ -38,6 +38,7 @@ from compllm_rag.evaluation.scoring import ScoringGenerator
 from compllm_rag.evaluation.statistics import Record
 from compllm_rag.generation.forward import Forward, fork_cache
 from compllm_rag.models.halves import upper_half
+from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import PromptPlan, Span, TextSpan
 from compllm_rag.training.examples import Body, Example, Packed, pack, targets_of
 from compllm_rag.training.job_options import LINEARS
@@ -79,17 +80,22 @@ class GatedLoRA(nn.Module):
         out: torch.Tensor = self.base(input)
         if self._gate.kept is None:
             return out
-        change = 2.0 * self.lora_up(self.lora_down(input.float())) * self._gate.kept
+        change: torch.Tensor = 2.0 * self.lora_up(self.lora_down(input.float())) * self._gate.kept
         return out + change.to(out.dtype)
 
 
 class KVDistill(Row):
-    """KV of kept tokens at all layers; see the module."""
+    """KV of kept tokens at all layers; see the module.
+
+    Raises:
+        LeftOutError: The LLM has layers that do not attend to the whole prompt.
+    """
 
     objective = "both ways"
 
     def __init__(self, setup: Setup, rate: float) -> None:
         super().__init__(setup, rate)
+        _refuse_windows(setup.llm)
         self._chooser = untrained_deep(setup.llm, setup.entry_layer, information=setup.information)
         self._gate, self.tree = Gate(), upper_half(setup.llm.model, 0)
         for name, layer in list(self.tree.named_modules()):
@@ -190,7 +196,6 @@ class KVDistill(Row):
             Logits (1, vocab_size) of the first new token, the cache, and the position of that token.
         """
         from transformers import DynamicCache
-        from transformers.cache_utils import DynamicLayer
 
         packed, kept, dropped = self.laid_out([example])
         cache = DynamicCache(config=self.llm.model.config)
@@ -204,16 +209,24 @@ class KVDistill(Row):
                 logits_to_keep=1,
             ).logits[:, -1]
         left = (~dropped[0]).nonzero()[:, 0]
-        for layer in cache.layers:
-            if type(layer) is not DynamicLayer:
-                raise LeftOutError(
-                    "this LLM's KV cache cannot be pruned here",
-                    got=type(layer).__name__,
-                    expected="layers that attend to the whole prompt",
-                    next_step="leave kv_distill out of --rows",
-                )
-            layer.keys, layer.values = (each[:, :, left] for each in (layer.keys, layer.values))
+        layers: list[Any] = cache.layers
+        for layer in layers:
+            layer.keys, layer.values = layer.keys[:, :, left], layer.values[:, :, left]
         return logits, cache, packed.inputs_embeds.shape[1]
+
+
+def _refuse_windows(llm: TargetLLM) -> None:
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    other = {type(layer).__name__ for layer in DynamicCache(config=llm.model.config).layers} - {DynamicLayer.__name__}
+    if other:
+        raise LeftOutError(
+            "keys and values of this LLM cannot be removed one by one",
+            got=", ".join(sorted(other)),
+            expected="layers that attend to the whole prompt",
+            next_step="leave kv_distill out of --rows",
+        )
 
 
 def _both(mask: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
