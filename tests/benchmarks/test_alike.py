@@ -21,7 +21,8 @@ from benchmarks.rivals.trained.kv_distill import KVDistill, _KeptForward, _Whole
 from benchmarks.rivals.trained.row import Projector, Row, Setup, middles, pooling
 from benchmarks.rivals.trained.rows import DEFAULT, named
 from compllm_rag.compression.loading import untrained_deep
-from compllm_rag.config import GenerationConfig
+from compllm_rag.compression.spec import embedding_rms, state_rms
+from compllm_rag.config import CompressorConfig, GenerationConfig
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.evaluation.bodies import Segmented
 from compllm_rag.evaluation.questions import Question, SourcePassage
@@ -95,6 +96,11 @@ def test_it_takes_the_positions_that_it_claims(word: str, setup: Setup) -> None:
     assert len(span) == k and span.passage == 3 and not span.concepts.requires_grad
     assert span.deep == (row.halves is not None) and span.extent == (n if span.deep else k)
     assert cost.prefill == cost.kv == pytest.approx((2 / 3 if span.deep else 1) * k / n)
+    here = CompressorConfig(entry_layer=1, opening=setup.opening)
+    scale = state_rms(setup.llm, here) if span.deep else embedding_rms(setup.llm)
+    assert 0.4 < float(span.concepts.square().mean().sqrt()) / scale < 2.5, (
+        "to begin with, it is of the size of the rest"
+    )
     if span.deep:
         places = span.places.tolist()
         assert places == sorted(set(places)) and places[-1] < n

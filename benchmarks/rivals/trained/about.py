@@ -49,13 +49,14 @@ KINDS: dict[str, Kind] = {
         "arXiv 2509.19228, section 3",
         "outputs at end-of-sequence tokens behind a segment of at most 20 tokens, through a linear layer, as input "
         "embeddings; LoRA on the whole LLM and the layer, by the distance of hidden states",
-        "gold answers, not the LLM's own; the linear layer is trained over standardised states",
+        "gold answers, not the LLM's own; the linear layer is trained over standardised states and starts with outputs "
+        "as large as embeddings",
     ),
     "compllm_deep": Kind(
         "CompLLM at layer L",
         "arXiv 2509.19228, section 3",
         "the same with the layers below L alone, entering in front of layer L; the layers above stay frozen",
-        "of `compllm` in that alone",
+        "of `compllm` in that, and in a linear layer that starts as the identity",
     ),
     "xrag": Kind(
         "xRAG",

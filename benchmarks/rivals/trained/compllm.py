@@ -4,7 +4,9 @@ The whole LLM with LoRA reads a segment of at most 20 tokens and, behind it, an 
 concepts; the last hidden states there pass through one linear layer. The loss is the paper's: smooth-L1 between the
 frozen LLM's hidden states with text and with concepts in front, at the answer tokens, each layer in units of its
 standard deviation. Unlike the paper: gold answers in place of the LLM's own; the head is trained over standardised
-states (`compllm_rag.training.standardised`), which is in its favour; it learns for minutes.
+states (`compllm_rag.training.standardised`) and starts with outputs as large as embeddings, which is in its favour; it
+learns for minutes. What the layer starts as the paper does not tell. It must not be zero: an LLM's first norm brings
+the smallest vector to full size, so that a step away from zero is no small one.
 """
 
 from __future__ import annotations
@@ -34,11 +36,13 @@ class _Segments(Row):
 
     cut = "segments"
 
-    def __init__(self, setup: Setup, rate: float, scale: float, **settings: Any) -> None:
+    def __init__(self, setup: Setup, rate: float, scale: float, *, identity: bool = False, **settings: Any) -> None:
         super().__init__(setup, rate)
         lora: dict[str, Any] = {"lora_rank": setup.rank, "lora_alpha": 2 * setup.rank, "lora_modules": LINEARS}
         config = CompressorConfig(segment_length=SEGMENT, unit_length=UNIT, scale=scale, **lora, **settings)
         self.compressor = Compressor(setup.llm, config, information=setup.information)
+        if identity:
+            nn.init.eye_(self.compressor.head.weight)
         standardise(self.compressor, *self._some_segments())
         trainable(self.compressor)
         self.module = nn.ModuleDict({"write": self.compressor.decoder, "head": self.compressor.head})
@@ -65,19 +69,22 @@ class CompLLM(_Segments):
 
     def __init__(self, setup: Setup, rate: float) -> None:
         super().__init__(setup, rate, embedding_rms(setup.llm), queries="eos")
+        nn.init.normal_(self.compressor.head.weight, std=setup.llm.hidden_size**-0.5)  # over standardised states
 
 
 class CompLLMDeep(_Segments):
     """The same segments, queries, head and loss with the layers below L alone; concepts enter at layer L.
 
-    They stand at the middles of the runs of tokens that they stand for.
+    They stand at the middles of the runs of tokens that they stand for. The linear layer starts as the identity: what
+    it reads and what it writes are states in front of the same layer.
     """
 
     objective = "hidden"
 
     def __init__(self, setup: Setup, rate: float) -> None:
         here = CompressorConfig(entry_layer=setup.entry_layer, opening=setup.opening)
-        super().__init__(setup, rate, state_rms(setup.llm, here), queries="eos", layers=setup.entry_layer)
+        scale, layer = state_rms(setup.llm, here), setup.entry_layer
+        super().__init__(setup, rate, scale, identity=True, queries="eos", layers=layer)
         self.halves = Halves(setup.llm, setup.entry_layer)
 
     def concepts(self, examples: Sequence[Example]) -> list[list[Any]]:
