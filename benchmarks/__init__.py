@@ -20,7 +20,7 @@ FOLDERS = {
     "ingest": ("ingest", "ingest_scale", "ingest_workers", "ingest_plan", "edits"),
     "live": ("editors",),
     "storage": ("storage_size", "storage_quality", "store_read", "commits"),
-    "rivals": ("rivals",),
+    "rivals": ("rivals", "alike"),
     "rates": ("rates",),
     "planner": ("planner",),
 }

@@ -88,7 +88,7 @@ PAGES = {
         OTHERS,
         "loft_deep loft loft_in_context equal_cost_deep equal_cost ttft_deep ttft_long cost_model ttft ttft_qwen3_4b "
         "ttft_gemma3_4b reuse_deep reuse chat ingest_deep ingest ingest_scale ingest_workers ingest_plan rivals_deep "
-        "rivals domains",
+        "rivals alike domains",
     ),
 }
 _PICTURE = re.compile(r"^!\[.*\]\((.*)\)$", re.MULTILINE)
@@ -146,6 +146,9 @@ def _page(head: str, names: str, found: dict[str, dict[str, Any]]) -> str:
             made = page(BENCHMARK_OF.get(name, name)).tables(found[name])
             lines += made[2:] if made[0] in lines else made  # several files may be of one section
         elif name in BENCHMARKS:
+            made_of = page(name)
+            if hasattr(made_of, "about"):  # what is compared can be told before it has run
+                lines += made_of.about()
             missing.append(f"- {BENCHMARKS[name]} `compllm-rag bench {name}`")
     return "\n".join([*lines, *(["## Not run yet", "", *missing, ""] if missing else [])])
 

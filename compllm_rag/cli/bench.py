@@ -29,6 +29,7 @@ BENCHMARKS = {
     "equal_cost": "Quality over TTFT: text top-k against more passages as concepts.",
     "loft": "Retrieval and answers over a LOFT corpus.",
     "rivals": "Other ways to fill as many positions, on the same passages.",
+    "alike": "Rivals that are trained, on the same reader, data and minutes of CPU as deep concepts.",
     "rates": "Rates that follow the text against fixed ones, at the same cost.",
     "planner": "Read policies at a quarter and an eighth of text's prefill cost, against their rivals.",
     "domains": "What is lost in other kinds of text.",

@@ -28,9 +28,12 @@ class Loss:
     parts: dict[str, float]
 
 
-def hidden_states(llm: TargetLLM, packed: Packed) -> list[torch.Tensor]:
-    """Hidden states (n_predictions, hidden_size) behind every layer; the last one after the final norm."""
-    states = decoder_of(llm.model)(
+def hidden_states(llm: TargetLLM, packed: Packed, model: Any = None) -> list[torch.Tensor]:
+    """Hidden states (n_predictions, hidden_size) behind every layer of the LLM, or of its upper half, `model`.
+
+    The last one is after the final norm.
+    """
+    states = decoder_of(llm.model if model is None else model)(
         inputs_embeds=packed.inputs_embeds,
         attention_mask=packed.attention_mask,
         position_ids=packed.position_ids,
