@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compllm_rag.cli.base import Offline, Storage, progress_show, reported
+from compllm_rag.cli.base import GeneratorAddress, Offline, Storage, progress_show, reported
 from compllm_rag.errors import CompLLMError, ConfigurationError
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def chat(
     namespace: Annotated[
         str | None, typer.Option("--namespace", help="Tenant, one of several in this folder that share nothing.")
     ] = None,
+    generator: GeneratorAddress = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     offline: Offline = False,
 ) -> None:
@@ -69,6 +70,7 @@ def chat(
             dtype=dtype,
             offline=offline,
             generation=generation,
+            generator=generator,
             progress=show.fetching,
         ) as index,
     ):
