@@ -16,6 +16,7 @@ from compllm_rag.generation.vllm.engine import VLLMEngineGenerator
 from compllm_rag.prompt import ConceptSpan, PromptPlan, TextSpan
 
 LIMIT = GenerationConfig(max_new_tokens=16)
+HEAD = 32  # the narrowest heads that vLLM computes on a CPU
 
 
 def refused(kind: type[Exception], work: object) -> None:
@@ -29,7 +30,7 @@ def refused(kind: type[Exception], work: object) -> None:
 def main() -> None:
     from vllm import LLM
 
-    llm = toy.llm()
+    llm = toy.llm(head=HEAD)
     ids = tuple(llm.tokenizer(toy.TEXT, add_special_tokens=False)["input_ids"])
     concepts = (llm.embed(ids[40:80]) + llm.embed(ids[80:120])) / 2  # (40, hidden_size), no token's embeddings
     plans = [
@@ -39,10 +40,9 @@ def main() -> None:
     ]
     expected = LocalGenerator(llm, LIMIT).generate(plans)
     with tempfile.TemporaryDirectory() as folder:
-        engine = LLM(
-            str(toy.save(Path(folder))), dtype="float32", enforce_eager=True, max_model_len=512, max_num_seqs=4,
-            enable_prompt_embeds=True,
-        )  # fmt: skip
+        model = str(toy.save(Path(folder), head=HEAD))
+        limits = {"max_model_len": 512, "max_num_seqs": 4}
+        engine = LLM(model, dtype="float32", enforce_eager=True, enable_prompt_embeds=True, **limits)
         generator = VLLMEngineGenerator(engine, llm, LIMIT)
         assert [one.token_ids for one in generator.generate(plans)] == [one.token_ids for one in expected]
         for plan, want in zip(plans, expected, strict=True):
@@ -59,7 +59,7 @@ def main() -> None:
         refused(PromptTooLongError, lambda: generator.stream(PromptPlan((TextSpan((50,) * 510),))))
         deep = ConceptSpan(torch.zeros(1, 32), 0, places=torch.tensor([0]), n_tokens=1)
         refused(ConfigurationError, lambda: generator.stream(PromptPlan((deep, TextSpan((5,))))))
-        refused(GeneratorMismatchError, lambda: VLLMEngineGenerator(engine, toy.llm(seed=1)))
+        refused(GeneratorMismatchError, lambda: VLLMEngineGenerator(engine, toy.llm(seed=1, head=HEAD)))
     print("equal")
 
 

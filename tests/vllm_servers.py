@@ -250,7 +250,7 @@ class VLLMProcess:
                 self._words, stdout=log, stderr=log, env=engine_environment(), start_new_session=True
             )
         try:
-            self._wait(350.0)
+            self._wait(900.0)
         except BaseException:
             self.__exit__()
             raise

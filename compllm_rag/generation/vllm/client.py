@@ -13,6 +13,7 @@ import os
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,15 +25,13 @@ from compllm_rag.errors import (
     GeneratorRefusedError,
     GeneratorUnavailableError,
     MissingExtraError,
-    PromptTooLongError,
 )
+from compllm_rag.generation.vllm.responses import Retry, checked, said, too_large
 from compllm_rag.generation.vllm.settings import VLLMSettings
 from compllm_rag.generation.vllm.wire import Piece, pieces_of
 from compllm_rag.handles import ProcessBound
 
 _POLL_S = 0.05  # how soon a cancellation is noticed
-_BUSY = (429, 502, 503)
-_MOST_ERROR_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -46,19 +45,6 @@ class Arrived:
 
     piece: Piece | None
     at: float
-
-
-class _Retry(Exception):
-    """A try that failed before the first token; another may succeed.
-
-    Args:
-        got: What happened.
-        after_s: When the server says to come again.
-    """
-
-    def __init__(self, got: str, after_s: float | None = None) -> None:
-        super().__init__(got)
-        self.after_s = after_s
 
 
 class VLLMClient(ProcessBound):
@@ -119,7 +105,7 @@ class VLLMClient(ProcessBound):
         if loop is not None and self._pid == os.getpid():
             with suppress(RuntimeError, TimeoutError):  # it has ended by itself
                 asyncio.run_coroutine_threadsafe(self._end(), loop).result(5.0)
-            loop.call_soon_threadsafe(loop.stop)
+            _stop(loop)
 
     def submit(self, work: Callable[[], Any]) -> Any:
         """Run a coroutine in the loop; a future of it."""
@@ -128,7 +114,8 @@ class VLLMClient(ProcessBound):
                 self._loop, self._pid = asyncio.new_event_loop(), os.getpid()
                 self._slots = asyncio.Semaphore(self.settings.concurrency)
                 self._http = self._connections()
-                threading.Thread(target=self._loop.run_forever, name="vllm-client", daemon=True).start()
+                threading.Thread(target=_run, args=(self._loop,), name="vllm-client", daemon=True).start()
+                weakref.finalize(self, _stop, self._loop)  # a client that is forgotten leaves no thread
             return asyncio.run_coroutine_threadsafe(work(), self._loop)
 
     async def pump(self, fields: Callable[[], dict[str, Any]], put: Callable[[object], None]) -> None:
@@ -146,7 +133,7 @@ class VLLMClient(ProcessBound):
         begun = False
         try:
             async with self._http.stream("POST", "/v1/completions", content=body) as response:
-                await _checked(response)
+                await checked(response)
                 async for piece in pieces_of(response.aiter_bytes()):
                     begun = True
                     put(Arrived(piece, time.perf_counter()))
@@ -154,7 +141,7 @@ class VLLMClient(ProcessBound):
             if begun:
                 raise GeneratorUnavailableError(
                     "the vLLM server was lost in the middle of an answer",
-                    got=_said(error),
+                    got=said(error),
                     next_step="ask again; its log may say why",
                 ) from error
             raise self._transport(error) from error
@@ -165,7 +152,7 @@ class VLLMClient(ProcessBound):
                 response = await self._http.request(method, path, content=body)
             except httpx.TransportError as error:
                 raise self._transport(error) from error
-            await _checked(response)
+            await checked(response)
             try:
                 return response.json()
             except ValueError as error:
@@ -187,14 +174,14 @@ class VLLMClient(ProcessBound):
 
         try:
             async for attempt in tenacity.AsyncRetrying(
-                retry=tenacity.retry_if_exception_type(_Retry),
+                retry=tenacity.retry_if_exception_type(Retry),
                 stop=tenacity.stop_after_attempt(self.settings.retries + 1),
                 wait=wait,
                 reraise=True,
             ):
                 with attempt:
                     return await once()
-        except _Retry as error:
+        except Retry as error:
             tries = self.settings.retries + 1
             raise GeneratorUnavailableError(
                 "the vLLM server does not answer",
@@ -212,8 +199,8 @@ class VLLMClient(ProcessBound):
                 next_step="ask with a shorter prompt, or raise timeout_s",
             )
         if isinstance(error, httpx.UnsupportedProtocol | httpx.ProxyError):
-            return GeneratorUnavailableError("the vLLM server cannot be reached", got=_said(error))
-        return _Retry(_said(error))
+            return GeneratorUnavailableError("the vLLM server cannot be reached", got=said(error))
+        return Retry(said(error))
 
     def _body(self, fields: dict[str, Any]) -> bytes:
         body = json.dumps(fields).encode()
@@ -293,61 +280,17 @@ class Running:
         self._future.cancel()
 
 
-def too_large(n_bytes: int, settings: VLLMSettings) -> PromptTooLongError:
-    """The error for a request that is longer than may be sent."""
-    return PromptTooLongError(
-        "prompt is too long to be sent",
-        got=f"about {n_bytes} bytes",
-        expected=f"at most {settings.max_payload_bytes} (max_payload_bytes)",
-        next_step="retrieve fewer chunks, raise the compression rate, or run vLLM's engine in this process",
-    )
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    """Run a loop until it is stopped."""
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
 
 
-async def _checked(response: httpx.Response) -> None:
-    """Let an answer pass, or raise what it says.
-
-    Raises:
-        GeneratorRefusedError: The server refuses.
-        _Retry: It has no time now.
-    """
-    if response.status_code == 200:
-        return
-    if response.status_code in _BUSY:
-        raise _Retry(f"status {response.status_code}", _seconds(response.headers.get("retry-after")))
-    read = b""
-    async for chunk in response.aiter_bytes():
-        read += chunk
-        if len(read) > _MOST_ERROR_BYTES:
-            break
-    raise GeneratorRefusedError(
-        "the vLLM server refuses a request",
-        got=f"status {response.status_code}: {_message(read)}",
-        next_step=_NEXT.get(response.status_code, "see its log, and how it was started"),
-    )
-
-
-_NEXT = {
-    401: "set COMPLLM_VLLM_API_KEY to the key that it was started with",
-    404: "check the address and the served name; the server may have been started anew with another model",
-    413: "a proxy in front of it limits requests: raise its limit",
-}
-
-
-def _message(body: bytes) -> str:
-    with suppress(ValueError, AttributeError, TypeError):
-        told = json.loads(body)
-        return str(told.get("error", told).get("message", told))[:300]
-    return body[:300].decode(errors="replace").strip() or "no reason given"
-
-
-def _seconds(value: str | None) -> float | None:
-    with suppress(TypeError, ValueError):
-        return max(0.0, float(value or ""))
-    return None
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+def _stop(loop: asyncio.AbstractEventLoop) -> None:
+    with suppress(RuntimeError):  # it is closed already
+        loop.call_soon_threadsafe(loop.stop)
 
 
 def _tenacity() -> Any:

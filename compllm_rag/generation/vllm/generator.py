@@ -11,8 +11,9 @@ from compllm_rag.config import GenerationConfig
 from compllm_rag.errors import ConfigurationError, GeneratorRefusedError, PromptTooLongError
 from compllm_rag.generation.base import FinishReason, Generation
 from compllm_rag.generation.text import Detokenizer
-from compllm_rag.generation.vllm.client import Running, VLLMClient, too_large
+from compllm_rag.generation.vllm.client import Running, VLLMClient
 from compllm_rag.generation.vllm.matching import check_embeddings, check_model, served_model
+from compllm_rag.generation.vllm.responses import too_large
 from compllm_rag.generation.vllm.settings import VLLMSettings
 from compllm_rag.generation.vllm.wire import is_text, payload_bytes, prompt_fields, refuse_deep, sampling_fields
 from compllm_rag.handles import ProcessBound
