@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check pages install install-dev clean
+.PHONY: demo test check pages install install-dev vllm-venv clean
 
 demo: $(VENV)/.installed
 	$(BIN)/compllm-rag models fetch
@@ -24,6 +24,10 @@ check: $(VENV)/.installed-dev
 # The environment variable only keeps the theme from advertising its successor.
 pages: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# vLLM's CPU build for the tests, in an environment of its own in the user's cache directory.
+vllm-venv: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.vllm_environment
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev

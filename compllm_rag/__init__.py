@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from compllm_rag.generation.local import LocalGenerator as LocalGenerator
     from compllm_rag.generation.reuse import PrefixCache as PrefixCache
     from compllm_rag.generation.scheduler import Scheduler as Scheduler
+    from compllm_rag.generation.vllm.generator import VLLMGenerator as VLLMGenerator
+    from compllm_rag.generation.vllm.settings import VLLMSettings as VLLMSettings
     from compllm_rag.library import ConceptLibrary as ConceptLibrary
     from compllm_rag.llamaindex.collector import ConceptCollector as ConceptCollector
     from compllm_rag.llamaindex.documents import load_documents as load_documents
@@ -73,6 +75,8 @@ _HOME = {
     "Scheduler": "generation.scheduler",
     "TargetLLM": "models.llm",
     "UploadQueue": "llamaindex.uploads",
+    "VLLMGenerator": "generation.vllm.generator",
+    "VLLMSettings": "generation.vllm.settings",
     "compact_storage": "storage.compaction",
     "delete_namespace": "storage.namespaces",
     "export_storage": "storage.exporting",

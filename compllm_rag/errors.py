@@ -170,6 +170,18 @@ class StoreFullError(CompLLMError, OSError):
     """The disk or the size limit of the store is reached; nothing was evicted."""
 
 
+class GeneratorUnavailableError(CompLLMError, ConnectionError):
+    """A server that runs the LLM cannot be reached, has no time, or was lost on the way."""
+
+
+class GeneratorRefusedError(CompLLMError, RuntimeError):
+    """A server that runs the LLM refuses a request, or answers what makes no sense."""
+
+
+class GeneratorMismatchError(CompLLMError, ValueError):
+    """A server runs another LLM than the one that prompts are made for, or was started in another way."""
+
+
 class StoreUnavailableError(CompLLMError, ConnectionError):
     """The server of a shared concept store cannot be reached, or does not let this client in."""
 

@@ -72,7 +72,7 @@ def tokenizer(template: str | None = CHATML, text: str = TEXT) -> PreTrainedToke
     return made
 
 
-def model(architecture: str = "llama", *, seed: int = 0, layers: int = 2, window: int = 2048) -> Any:
+def model(architecture: str = "llama", *, seed: int = 0, layers: int = 2, window: int = 2048, head: int = 8) -> Any:
     """A random decoder, hidden size 32."""
     torch.manual_seed(seed)
     common: dict[str, Any] = {
@@ -82,7 +82,7 @@ def model(architecture: str = "llama", *, seed: int = 0, layers: int = 2, window
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 8,
+        "head_dim": head,
         "max_position_embeddings": window,
         "tie_word_embeddings": True,
         "bos_token_id": 1,
@@ -113,15 +113,16 @@ def model(architecture: str = "llama", *, seed: int = 0, layers: int = 2, window
     raise ValueError(architecture)
 
 
-def llm(architecture: str = "llama", *, seed: int = 0, layers: int = 2, window: int = 2048) -> TargetLLM:
+def llm(architecture: str = "llama", *, seed: int = 0, layers: int = 2, window: int = 2048, head: int = 8) -> TargetLLM:
     """A random target LLM with its tokenizer."""
     template = NO_SYSTEM if architecture.startswith("gemma") else CHATML
-    return TargetLLM(model(architecture, seed=seed, layers=layers, window=window), tokenizer(template))
+    made = model(architecture, seed=seed, layers=layers, window=window, head=head)
+    return TargetLLM(made, tokenizer(template))
 
 
-def save(folder: Path, architecture: str = "llama", *, seed: int = 0, layers: int = 2) -> Path:
+def save(folder: Path, architecture: str = "llama", *, seed: int = 0, layers: int = 2, head: int = 8) -> Path:
     """A random target LLM as a folder that `TargetLLM.from_pretrained` reads."""
-    made = llm(architecture, seed=seed, layers=layers)
+    made = llm(architecture, seed=seed, layers=layers, head=head)
     made.model.save_pretrained(folder)
     made.tokenizer.save_pretrained(folder)
     return folder

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # Where the storage lies when no command says it.
 STORAGE_VARIABLE = "COMPLLM_STORAGE"
 
+# What runs the LLM when no command says it.
+GENERATOR_VARIABLE = "COMPLLM_GENERATOR"
+
 Storage = Annotated[Path, typer.Option("--storage", envvar=STORAGE_VARIABLE, help="Folder of the storage.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.")]
@@ -28,6 +31,15 @@ CodecName = Annotated[
     str | None,
     typer.Option(
         help="deep: concepts enter the LLM at a middle layer; input: at its input embeddings, as CompLLM has it [deep]."
+    ),
+]
+GeneratorAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--generator",
+        envvar=GENERATOR_VARIABLE,
+        help="A server that runs the LLM: vllm:http://HOST:PORT, for text and concepts of --codec input. Default: this "
+        "process runs it.",
     ),
 ]
 EntryLayer = Annotated[

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compllm_rag.cli.base import Offline, Storage, progress_show, reported
+from compllm_rag.cli.base import GeneratorAddress, Offline, Storage, progress_show, reported
 from compllm_rag.cli.reading import (
     MissingName,
     PolicyName,
@@ -57,6 +57,7 @@ def chat(
     prefill_budget: PrefillBudget = None,
     ttft_budget: TtftBudget = None,
     missing: MissingName = "recompress",
+    generator: GeneratorAddress = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     offline: Offline = False,
 ) -> None:
@@ -88,6 +89,7 @@ def chat(
             dtype=dtype,
             offline=offline,
             generation=generation,
+            generator=generator,
             progress=show.fetching,
         ) as index,
     ):

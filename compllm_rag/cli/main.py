@@ -24,7 +24,16 @@ from compllm_rag.cli import serve as serve_commands
 from compllm_rag.cli import storage as storage_commands
 from compllm_rag.cli import train as train_commands
 from compllm_rag.cli import watch as watch_command
-from compllm_rag.cli.base import AsJson, CodecName, Offline, Storage, print_json, progress_show, reported
+from compllm_rag.cli.base import (
+    AsJson,
+    CodecName,
+    GeneratorAddress,
+    Offline,
+    Storage,
+    print_json,
+    progress_show,
+    reported,
+)
 from compllm_rag.cli.doctor import show_version
 from compllm_rag.cli.filters import Filters, parse_filters
 from compllm_rag.cli.reading import (
@@ -93,6 +102,7 @@ def query(
     explain: Annotated[
         bool, typer.Option("--explain", help="Tell what each passage was read as, sentence by sentence, and why.")
     ] = False,
+    generator: GeneratorAddress = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto (the checkpoint's).")] = None,
     offline: Offline = False,
     as_json: AsJson = False,
@@ -132,6 +142,7 @@ def query(
             dtype=dtype,
             offline=offline,
             generation=GenerationConfig(max_new_tokens=max_new_tokens),
+            generator=generator,
         ) as index,
     ):
         show.close()

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compllm_rag.cli.base import STORAGE_VARIABLE, AsJson, Offline, print_json, progress_show, reported
+from compllm_rag.cli.base import (
+    STORAGE_VARIABLE,
+    AsJson,
+    CodecName,
+    GeneratorAddress,
+    Offline,
+    print_json,
+    progress_show,
+    reported,
+)
 from compllm_rag.cli.flags import flagged
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
 from compllm_rag.errors import ConfigurationError, MissingExtraError
@@ -49,6 +58,8 @@ def serve(
         str, typer.Option(help="Of a storage that is made: alias, folder or org/name@revision.")
     ] = DEFAULT_LLM,
     embedder: Annotated[str, typer.Option(help="Of a storage that is made.")] = DEFAULT_EMBEDDER,
+    codec: CodecName = None,
+    generator: GeneratorAddress = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto (the checkpoint's).")] = None,
     offline: Offline = False,
 ) -> None:
@@ -57,10 +68,12 @@ def serve(
     Example: compllm-rag serve storage
     """
     _check_installed()
+    from compllm_rag.generation.address import check_generator
     from compllm_rag.server.registry import Registry
     from compllm_rag.server.serving import bound_socket, checked_keys, make_server
 
     known = checked_keys(keys, host)
+    check_generator(generator)
     if create and read_only:
         raise ConfigurationError("--create and --read-only exclude each other", got="both", next_step="leave one out")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -68,8 +81,16 @@ def serve(
         logging.getLogger(chatty).setLevel(logging.WARNING)
     options: dict[str, Any] = {"dtype": dtype, "offline": offline}
     with bound_socket(host, port) as bound, progress_show(False) as show:
-        made = {"llm": llm, "embedder": embedder, "progress": show.fetching, **options} if create else None
-        registry = Registry(storage, settings, read_only=read_only, create=made, progress=show.fetching, **options)
+        new = {"llm": llm, "embedder": embedder, "codec": codec, "progress": show.fetching, **options}
+        registry = Registry(
+            storage,
+            settings,
+            read_only=read_only,
+            create=new if create else None,
+            generator=generator,
+            progress=show.fetching,
+            **options,
+        )
         try:
             registry.start()
             show.close()

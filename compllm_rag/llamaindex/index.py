@@ -13,6 +13,7 @@ from llama_index.core.vector_stores.types import BasePydanticVectorStore
 
 from compllm_rag.catalog.measures import storage_families
 from compllm_rag.errors import ConfigurationError
+from compllm_rag.generation.address import check_generator
 from compllm_rag.generation.base import Generator
 from compllm_rag.llamaindex.index_asking import IndexAsking
 from compllm_rag.llamaindex.index_struct import TYPE, ConceptIndexStruct
@@ -46,7 +47,7 @@ class ConceptIndex(IndexAsking, IndexWriting):
         embedder: LlamaIndex embedder of the vectors.
         config: Rate, chunk size and namespace.
         generation: Limits of the answers; None takes the generator's.
-        generator: Runs the target LLM; None runs it in this process.
+        generator: Runs the target LLM; None runs it in this process, `vllm:http://HOST:PORT` on a server.
         storage_dir: Where it all lies; None when it lies in memory.
         manifest: Of the storage; None describes the parts given.
     """
@@ -81,7 +82,7 @@ class ConceptIndex(IndexAsking, IndexWriting):
         storage_dir: str | Path | None = None,
         *,
         namespace: str | None = None,
-        generator: Generator | None = None,
+        generator: Generator | str | None = None,
         resume: bool = True,
         **options: Unpack[CreateOptions],
     ) -> Self:
@@ -90,7 +91,7 @@ class ConceptIndex(IndexAsking, IndexWriting):
         Args:
             storage_dir: A folder; None keeps everything in memory.
             namespace: Tenant; those of one folder share nothing. None takes the folder's own.
-            generator: Runs the target LLM; None runs it in this process.
+            generator: Runs the target LLM; None runs it in this process, `vllm:http://HOST:PORT` on a server.
             resume: Go on, in the background, with uploads that an earlier process left without concepts.
             **options: See `llamaindex.opening.create_index`, and for what it raises; and of LlamaIndex's
                 `transformations`, `embed_model`, `insert_batch_size`, `callback_manager`, `show_progress`, `use_async`,
@@ -100,6 +101,7 @@ class ConceptIndex(IndexAsking, IndexWriting):
             ConfigurationError: An option that is not heeded, such as `storage_context`.
         """
         storage_dir = None if storage_dir is None else check_folder(storage_dir)
+        check_generator(generator)
         own: dict[str, Any] = {**options}
         stock = creating(own)
         if storage_dir is None:
@@ -116,7 +118,7 @@ class ConceptIndex(IndexAsking, IndexWriting):
         storage_dir: str | Path,
         *,
         namespace: str | None = None,
-        generator: Generator | None = None,
+        generator: Generator | str | None = None,
         resume: bool = True,
         **options: Unpack[LoadOptions],
     ) -> Self:
@@ -125,7 +127,7 @@ class ConceptIndex(IndexAsking, IndexWriting):
         Args:
             storage_dir: Its folder.
             namespace: Tenant; None takes the folder's own.
-            generator: Runs the target LLM; None runs it in this process.
+            generator: Runs the target LLM; None runs it in this process, `vllm:http://HOST:PORT` on a server.
             resume: Go on, in the background, with uploads that an earlier process left without concepts.
             **options: See `llamaindex.opening.load_index`, and for what it raises; and those of LlamaIndex's that
                 `create` takes.
@@ -134,6 +136,7 @@ class ConceptIndex(IndexAsking, IndexWriting):
             ConfigurationError: An option that is not heeded.
         """
         storage_dir = check_folder(storage_dir)
+        check_generator(generator)
         own: dict[str, Any] = {**options}
         stock = loading(own)
         parts = load_index(existing_namespace(storage_dir, namespace), **own)
@@ -147,7 +150,7 @@ class ConceptIndex(IndexAsking, IndexWriting):
         *,
         storage_dir: str | Path | None = None,
         namespace: str | None = None,
-        generator: Generator | None = None,
+        generator: Generator | str | None = None,
         resume: bool = True,
         read_only: bool = False,
         **options: Any,
@@ -159,7 +162,7 @@ class ConceptIndex(IndexAsking, IndexWriting):
             embed_model: The embedder of its vectors; None takes the default.
             storage_dir: Folder of the concepts, made when missing; None keeps them in memory.
             namespace: Tenant; None takes the folder's own.
-            generator: Runs the target LLM; None runs it in this process.
+            generator: Runs the target LLM; None runs it in this process, `vllm:http://HOST:PORT` on a server.
             resume: Go on, in the background, with uploads that an earlier process left without concepts.
             read_only: Write no concepts.
             **options: See `create`.
@@ -171,17 +174,18 @@ class ConceptIndex(IndexAsking, IndexWriting):
         if embed_model is not None:
             options["embed_model"] = embed_model
         storage_dir = None if storage_dir is None else check_folder(storage_dir)
+        check_generator(generator)
         stock = creating(options)
         parts = parts_beside(vector_store, storage_dir, namespace=namespace, read_only=read_only, **options)
         return cls.of(parts, generator=generator, resume=resume and storage_dir is not None)._with(stock)
 
     @classmethod
-    def of(cls, parts: IndexParts, *, generator: Generator | None = None, resume: bool = False) -> Self:
+    def of(cls, parts: IndexParts, *, generator: Generator | str | None = None, resume: bool = False) -> Self:
         """Join parts that are open.
 
         Args:
             parts: See `opening.create_index` and `opening.load_index`.
-            generator: Runs the target LLM; None runs it in this process.
+            generator: Runs the target LLM; None runs it in this process, `vllm:http://HOST:PORT` on a server.
             resume: Go on, in the background, with uploads that an earlier process left without concepts.
         """
         index = cls(
@@ -284,6 +288,8 @@ class ConceptIndex(IndexAsking, IndexWriting):
         if self._uploads is not None:
             self._uploads.close(drain=drain)
             self._keep_work()
+        if self._own_generator is not None:
+            self._own_generator.close()
         self.faiss.close()
         self.store.close()
 

@@ -18,6 +18,7 @@ from compllm_rag.catalog.origins import Origins
 from compllm_rag.catalog.pending import PendingChunks
 from compllm_rag.compression.spec import ConceptCompressor, DeferredCompressor
 from compllm_rag.config import GenerationConfig, IngestConfig
+from compllm_rag.generation.address import generator_at
 from compllm_rag.generation.base import Generator
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.generation.reuse import PrefixCache
@@ -55,7 +56,7 @@ class IndexBase(ProcessBound, VectorStoreIndex):
         *,
         config: IngestConfig | None = None,
         generation: GenerationConfig | None = None,
-        generator: Generator | None = None,
+        generator: Generator | str | None = None,
         storage_dir: Path | None = None,
         manifest: Manifest | None = None,
     ) -> None:
@@ -67,6 +68,11 @@ class IndexBase(ProcessBound, VectorStoreIndex):
         values = kvstore.values
         self.accounts, self.origins, self.pending = Accounts(values), Origins(values), PendingChunks(values)
         self.library = library_of(compressor, store, self.config, self.accounts.choices)
+        # What was given as an address is ours to close.
+        self._own_generator = (
+            generator_at(generator, compressor.llm, generation) if isinstance(generator, str) else None
+        )
+        generator = self._own_generator if isinstance(generator, str) else generator
         self.generator: Generator = generator or LocalGenerator(
             compressor.llm, generation, halves=compressor.halves, prefixes=PrefixCache()
         )

@@ -17,6 +17,7 @@ from compllm_rag.catalog.pending import count_pending
 from compllm_rag.compression.rate_policies.asked import options_of
 from compllm_rag.config import GenerationConfig
 from compllm_rag.errors import CompLLMError, StorageNotFoundError
+from compllm_rag.generation.base import Generator
 from compllm_rag.generation.batch_measures import BatchMeasures
 from compllm_rag.generation.batching import BatchingGenerator
 from compllm_rag.generation.local import LocalGenerator
@@ -60,6 +61,7 @@ class Registry:
         settings: Limits.
         read_only: Open all of them for reading.
         create: Make the storage where there is none, with these options of `ConceptIndex.create`; None does not.
+        generator: Address of what runs the LLM (`generation.address`); None runs it in this process.
         options: Of `ConceptIndex.load`: `dtype`, `device`, `offline`, `progress`, ...; `embedder` and `compressor`
             where they are objects.
 
@@ -74,10 +76,11 @@ class Registry:
         *,
         read_only: bool = False,
         create: dict[str, Any] | None = None,
+        generator: str | None = None,
         **options: Any,
     ) -> None:
         self.storage, self.settings, self.read_only = Path(storage), settings or ServerSettings(), read_only
-        self._options, self._create = options, create
+        self._options, self._create, self._address = options, create, generator
         self._lock = threading.Lock()  # one opens at a time: two would load the same models twice
         self._open: dict[str | None, ConceptIndex] = {}
         self._models: dict[tuple[str, str], _Models] = {}
@@ -106,7 +109,10 @@ class Registry:
             )
         else:
             with self._lock:
-                self._add(None, ConceptIndex.create(self.storage, generation=self._generation(), **self._create))
+                made = ConceptIndex.create(
+                    self.storage, generation=self._generation(), generator=self._address, **self._create
+                )
+                self._add(None, made)
 
     def _go_on(self, names: list[str]) -> None:
         """Open further namespaces whose uploads still await their concepts, so that these are gone on with."""
@@ -236,9 +242,11 @@ class Registry:
             **settings,
         )
 
-    def _generator(self, shared: _Models | None) -> LocalGenerator | None:
+    def _generator(self, shared: _Models | None) -> Generator | str | None:
         if shared is None:
-            return None
+            return self._address
+        if self._address is not None:
+            return shared.first.generator  # one client, and its bound, for all namespaces of this LLM
         llm, generation, prefixes = shared.compressor.llm, self._generation(), self._caches()
         if shared.scheduler is None:
             return LocalGenerator(llm, generation, halves=shared.halves, prefixes=prefixes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from compllm_rag.storage.migration import Migration
 from compllm_rag.storage.verification import StorageCheck
 from compllm_rag.store import CompactReport
 from tests.docs.pages import PAGES, ROOT, blocks, commands, mentions, name_of, read
+from tests.vllm_servers import FakeVLLM
 from toy_embedder import HashEmbedder
 
 # With a storage made elsewhere.
@@ -46,7 +48,7 @@ GO_ON = (
     "docs/extend/generator.md",
     "docs/extend/read_policy.md",
 )
-NOT_RUN = 3  # one more is a decision
+NOT_RUN = 4  # one more is a decision
 COMMANDS = [(name_of(page), " ".join(words), words) for page in PAGES for words in commands(page)]
 MENTIONS = [(name_of(page), " ".join(words), words) for page in PAGES for words in mentions(page)]
 
@@ -68,6 +70,13 @@ def user(tmp_path: Path, toy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return tmp_path
 
 
+@pytest.fixture
+def vllm_server() -> Iterator[FakeVLLM]:
+    """What speaks like vLLM, over the toy LLM; the real one is started by tests/generation/test_vllm_real.py."""
+    with FakeVLLM(toy.llm()) as server:
+        yield server
+
+
 def storage() -> ConceptIndex:
     documents = SimpleDirectoryReader("docs", filename_as_id=True).load_data()
     return ConceptIndex.from_documents(documents, storage_dir="storage")
@@ -81,6 +90,8 @@ def test_python_blocks_run(
         storage().close()
     if "COMPLLM_CONCEPT_STORE" in read(page):
         monkeypatch.setenv("COMPLLM_CONCEPT_STORE", request.getfixturevalue("redis_server").url)
+    if "COMPLLM_GENERATOR" in read(page):
+        monkeypatch.setenv("COMPLLM_GENERATOR", f"vllm:{request.getfixturevalue('vllm_server').url}")
     namespace: dict[str, Any] = {"__name__": "page"}
     for found in blocks(page, "python"):
         if not found["reason"]:

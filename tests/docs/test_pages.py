@@ -21,7 +21,8 @@ SOURCES = [path for folder in ("compllm_rag", "benchmarks", "pipelines") for pat
 def test_what_is_named_is_there(page: Path) -> None:
     text = read(page)
     for module in re.findall(r"python -m ([\w.]*\w)", text):
-        assert module == "benchmarks.NAME" or importlib.util.find_spec(module), module
+        elsewhere = module.startswith("vllm.")  # in an environment of its own
+        assert elsewhere or module == "benchmarks.NAME" or importlib.util.find_spec(module), module
     for found in NAMED.finditer(LINK.sub("", text)):
         assert any((folder / found["path"]).exists() for folder in (ROOT, ROOT / "compllm_rag")), found["path"]
     for found in LINK.finditer(BLOCK.sub("", text)):

@@ -1,0 +1,76 @@
+"""A generator by the address of the server that runs it: what is typed where a generator is chosen."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from compllm_rag.config import GenerationConfig
+from compllm_rag.errors import ConfigurationError
+from compllm_rag.generation.base import Generator
+from compllm_rag.generation.vllm import VLLMGenerator, VLLMSettings
+from compllm_rag.models.llm import TargetLLM
+
+_VLLM = "vllm:"
+
+
+def check_address(address: str) -> str:
+    """An address that may be one, before anything is loaded.
+
+    Args:
+        address: `vllm:http://HOST:PORT`, with `#NAME` of the model where the server serves several.
+
+    Returns:
+        The same.
+
+    Raises:
+        ConfigurationError: There is no such kind of generator, or a password stands in it.
+    """
+    kind, _, url = address.partition(":")
+    try:
+        parts = urlsplit(url)
+        sound = kind == "vllm" and parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query
+        _ = parts.port
+    except ValueError:
+        sound = False
+    if not sound:
+        raise ConfigurationError(
+            "there is no such generator",
+            got=ascii(address)[:200],
+            expected="vllm:http://HOST:PORT, with #NAME where the server serves several models",
+            next_step="start `vllm serve MODEL --enable-prompt-embeds`, and give its address; or leave it out",
+        )
+    if "@" in parts.netloc:
+        raise ConfigurationError(
+            "a generator's address holds a password",
+            got="an @",
+            expected="the address alone",
+            next_step="put the server's key into COMPLLM_VLLM_API_KEY",
+        )
+    return address
+
+
+def check_generator(generator: Generator | str | None) -> None:
+    """Look at a generator that may be given as an address, before anything is opened for it.
+
+    Raises:
+        ConfigurationError: See `check_address`.
+    """
+    if isinstance(generator, str):
+        check_address(generator)
+
+
+def generator_at(address: str, llm: TargetLLM, config: GenerationConfig | None = None) -> VLLMGenerator:
+    """The generator behind an address.
+
+    Args:
+        address: See `check_address`.
+        llm: The target LLM, with its reader: prompts are made for it.
+        config: Used where a call gives none.
+
+    Raises:
+        ConfigurationError: See `check_address`.
+        MissingExtraError: The extra that it needs is not installed.
+    """
+    url, _, model = check_address(address).removeprefix(_VLLM).partition("#")
+    settings = VLLMSettings.from_environment(model=model or None)
+    return VLLMGenerator(url, llm, config, settings=settings)

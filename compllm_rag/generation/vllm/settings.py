@@ -1,0 +1,38 @@
+"""Settings of a vLLM server's client."""
+
+from __future__ import annotations
+
+import os
+from typing import Self
+
+from pydantic import Field, SecretStr
+
+from compllm_rag.config import Frozen
+
+KEY_VARIABLE = "COMPLLM_VLLM_API_KEY"
+"""The environment variable with the server's API key: an address stands in process lists, a key must not."""
+
+
+class VLLMSettings(Frozen):
+    """How a vLLM server is asked."""
+
+    model: str | None = Field(default=None, description="name under which it serves the LLM; None: the only one")
+    api_key: SecretStr | None = Field(default=None, description="that it was started with")
+    connect_s: float = Field(default=5.0, gt=0.0, description="seconds a connection may take")
+    timeout_s: float = Field(default=120.0, gt=0.0, description="seconds to the first token, and from one to the next")
+    retries: int = Field(default=4, ge=0, le=20, description="further tries before the first token")
+    longest_wait_s: float = Field(default=20.0, ge=0.0, description="most seconds between two tries")
+    concurrency: int = Field(default=8, ge=1, le=1024, description="requests at a time; others wait here")
+    max_payload_bytes: int = Field(default=64 << 20, ge=1, description="longest request")
+    cache_salt: str | None = Field(
+        default=None, min_length=1, max_length=1024, description="who shares it shares the server's prefix cache"
+    )
+    tolerance: float = Field(
+        default=0.1, gt=0.0, description="most mean difference of log-probabilities from the same LLM in this process"
+    )
+
+    @classmethod
+    def from_environment(cls, model: str | None = None) -> Self:
+        """Settings with the API key of the environment (`COMPLLM_VLLM_API_KEY`)."""
+        key = os.environ.get(KEY_VARIABLE)
+        return cls(model=model, api_key=SecretStr(key) if key else None)
