@@ -280,6 +280,10 @@ class _Rows:
         """See `Forward.prefill`."""
         return torch.cat([row.prefill() for row in self._rows])
 
+    def prefill_parts(self, *, most: int | None = None) -> Iterator[torch.Tensor | None]:
+        """See `Forward.prefill_parts`; keys and values are taken out once the prompt was read, so it is one part."""
+        yield self.prefill()
+
     def extend(self, ids: torch.Tensor) -> torch.Tensor:
         """See `Forward.extend`."""
         return torch.cat([row.extend(own[None]) for row, own in zip(self._rows, ids, strict=True)])
