@@ -46,7 +46,7 @@ def test_a_type_checker_sees_a_typing_error(tmp_path: Path) -> None:
         "from compllm_rag import ConceptIndex\n"
         'ConceptIndex.load("storage", read_only=True, offline=True)\n'
         'ConceptIndex.load("storage", readonly=True)\n'
-        'ConceptIndex.create("storage", rate="two")\n'
+        'ConceptIndex.create("storage", rate=[2])\n'
     )
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--follow-imports=silent", str(script)], capture_output=True, text=True
