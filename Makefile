@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev check
 	$(BIN)/python -m pytest -n auto --dist worksteal --max-worker-restart=0 -m "not network and not gpu and not slow" \
-		--cov --cov-report=term:skip-covered --cov-fail-under=85 $(TEST_ARGS)
+		-rs --cov --cov-report=term:skip-covered --cov-fail-under=85 $(TEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

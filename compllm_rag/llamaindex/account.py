@@ -194,7 +194,7 @@ class Reading:
 
 def empty_account(answer: str) -> dict[str, Any]:
     """The account of an answer that no prompt was made for: nothing was retrieved, or nothing was to be answered."""
-    times = dict.fromkeys(("fetch_s", "compress_s", "layout_s", "prefill_s", "decode_s", "ttft_s"), 0.0)
+    names = ("fetch_s", "compress_s", "layout_s", "prefill_s", "decode_s", "ttft_s", "queue_s")
     return {
         "prompts": 0,
         "prompt_positions": 0,
@@ -208,7 +208,7 @@ def empty_account(answer: str) -> dict[str, Any]:
         "finish_reason": "stop",
         "new_tokens": 0,
         "reused_positions": 0,
-        **times,
+        **dict.fromkeys(names, 0.0),
     }
 
 
@@ -244,6 +244,6 @@ def add_earlier(account: dict[str, Any], earlier: Sequence[dict[str, Any]]) -> N
         earlier: Completed accounts of the prompts before it.
     """
     for done in earlier:
-        for name in ("new_tokens", "reused_positions", "prefill_s", "decode_s", "layout_s"):
+        for name in ("new_tokens", "reused_positions", "prefill_s", "decode_s", "layout_s", "queue_s"):
             account[name] += done[name]
         account["ttft_s"] += done["ttft_s"] + done["decode_s"]
