@@ -73,19 +73,19 @@ KINDS: dict[str, Kind] = {
     ),
     "icae": Kind(
         "ICAE-like slots",
-        "arXiv 2307.06945, section 2.1",
+        "arXiv 2307.06945",
         f"outputs at learned slots behind {_CHUNK}, as input embeddings; LoRA on the whole LLM, slots",
         "as many slots as the rate says, not 128; no autoencoding; the output's size is learned",
     ),
     "mean_input": Kind(
         "mean of embeddings",
-        "arXiv 2510.20797, section 3",
+        "arXiv 2510.20797",
         "means of neighbouring tokens' embeddings with a learned correction, of segments, as input embeddings",
         "the LLM that reads them stays frozen",
     ),
     "mean_deep": Kind(
         "mean of states at layer L",
-        "arXiv 2510.20797, section 3",
+        "arXiv 2510.20797",
         f"means of neighbouring states of {_CHUNK} in front of layer L; LoRA in both halves",
         "encoder and decoder are the two halves of one LLM",
     ),

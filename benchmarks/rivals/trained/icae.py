@@ -1,9 +1,9 @@
-"""Learned slots behind the text, after the in-context autoencoder (ICAE, arXiv 2307.06945, section 2.1).
+"""Learned slots behind the text, after the in-context autoencoder (ICAE, arXiv 2307.06945).
 
 The LLM with LoRA reads a chunk and, behind it, embeddings that are learned, one for each slot; the last hidden states
 there are what the frozen LLM reads in place of the chunk. Unlike the paper: the number of slots follows the chunk's
 length at a rate, where theirs is 128; chunks of at most 240 tokens are compressed each on its own; no pretraining by
-autoencoding and language modelling (section 2.2), the answers alone; and the slots' output is brought to the size of
+autoencoding and language modelling, the answers alone; and the slots' output is brought to the size of
 embeddings by one learned number, which is in its favour.
 """
 

@@ -1,6 +1,6 @@
 """Our deep concepts, trained from nothing, and what differs from them in one thing: means in place of kept states.
 
-Mean pooling is after *Simple Context Compression: Mean-Pooling and Multi-Ratio Training* (arXiv 2510.20797, section 3):
+Mean pooling is after *Simple Context Compression: Mean-Pooling and Multi-Ratio Training* (arXiv 2510.20797):
 an encoder tuned by LoRA reads the text, neighbouring states are averaged, and a decoder tuned by LoRA reads the means.
 There the encoder is a whole LLM and its means enter as input embeddings; here both are halves of one.
 """

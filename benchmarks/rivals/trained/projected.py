@@ -1,8 +1,8 @@
 """What the retrieval embedder knows, through a trained projection: xRAG, and an encoder-only compressor.
 
-xRAG (arXiv 2405.13792, section 3.2) puts one embedding in the place of a document: its retrieval vector through two
+xRAG (arXiv 2405.13792) puts one embedding in the place of a document: its retrieval vector through two
 linear layers, all that is trained. Unlike the paper: the embedder is MiniLM, whose vector has 384 numbers; there is one
-embedding for each chunk of at most 240 tokens; no paraphrase pretraining (section 3.3), only its second stage,
+embedding for each chunk of at most 240 tokens; no paraphrase pretraining, only its second stage,
 cross-entropy of answers and KL to the LLM that reads text.
 
 An encoder-only compressor is the seed article's future work: the states of the embedder's last layer through a
