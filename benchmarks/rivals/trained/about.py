@@ -60,7 +60,7 @@ KINDS: dict[str, Kind] = {
     ),
     "xrag": Kind(
         "xRAG",
-        "arXiv 2405.13792, sections 3.2 and 3.3",
+        "arXiv 2405.13792",
         f"one input embedding for {_CHUNK}: its retrieval vector through two linear layers, which are learned",
         "the embedder is MiniLM; no paraphrase pretraining",
         rated=False,
