@@ -48,6 +48,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "compressor": {"default": "auto", "help": "folder of a compressor, auto or none"},
     "codec": {"default": "deep", "choices": ["deep", "input"], "help": "where concepts enter, unless a folder says so"},
     "entry-layer": {"type": int, "help": "of untrained deep concepts"},
+    "dtype": {"help": "of the LLM: float32, bfloat16 or float16 (default: float32 on a CPU)"},
     "embedder": {"help": "retrieval embedder; default: the embedded one"},
     "batch-size": {"type": int, "default": 16, "help": "questions of a batch"},
 }
@@ -194,8 +195,18 @@ def any_compressor_of(args: argparse.Namespace) -> ConceptCompressor:
     """The compressor and reader that the options name, of the codec that they name."""
     reader, compressor = (None if word == "none" else word for word in (args.reader, args.compressor))
     return load_compressor_for(
-        args.llm, reader=reader, compressor=compressor, codec=args.codec, entry_layer=args.entry_layer
+        args.llm,
+        reader=reader,
+        compressor=compressor,
+        codec=args.codec,
+        entry_layer=args.entry_layer,
+        dtype=args.dtype,
     )
+
+
+def dtype_of(compressor: ConceptCompressor) -> str:
+    """The name of the dtype in which its LLM runs."""
+    return str(compressor.llm.dtype).removeprefix("torch.")
 
 
 def timed(call: Callable[[], object]) -> float:

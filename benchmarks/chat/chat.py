@@ -130,7 +130,7 @@ def _row(accounts: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> Record:
     """Run it."""
-    options = parser("chat", __doc__, "llm repeats texts rate reader compressor codec entry-layer", rate=1.0)
+    options = parser("chat", __doc__, "llm repeats texts rate reader compressor codec entry-layer dtype", rate=1.0)
     options.add_argument("--turns", type=int, default=6, help="of the conversation")
     options.add_argument("--top-k", type=int, default=4, help="passages of a turn")
     options.add_argument("--answer-words", type=int, default=60, help="of an earlier answer")

@@ -212,7 +212,7 @@ def pairs(rows: list[Row], cost: str, seed: int = 0, mode: str = "concepts") -> 
 
 def main(argv: Sequence[str] | None = None) -> Row:
     """Run it."""
-    options = parser("equal_cost", __doc__, "llm repeats data-dir rates codec embedder batch-size", repeats=2)
+    options = parser("equal_cost", __doc__, "llm repeats data-dir rates codec dtype embedder batch-size", repeats=2)
     options.add_argument("--loft", type=Path, help="folder rag/SET/SIZE in LOFT's layout, in place of --data-dir")
     options.add_argument("--storage", type=Path, help="keep the storage there (default: a temporary folder)")
     options.add_argument("--text-ks", type=int, nargs="+", default=[1, 2, 4])

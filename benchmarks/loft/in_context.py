@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import journal_of, part, progress
+from benchmarks.common import dtype_of, journal_of, part, progress
 from benchmarks.loft.data import LoftSet, Query, load
 from benchmarks.loft.metrics import scores
 from benchmarks.loft.prompts import MOST_EXAMPLES, CorpusPrompt, examples
@@ -64,7 +64,7 @@ def corpus_in_context(
 ) -> dict[str, Any]:
     """The whole corpus in the prompt, one setting after the other."""
     shots = load(folder, "few_shot").queries if (folder / "few_shot_queries.jsonl").exists() else []
-    compressor = load_compressor_for(args.llm, codec=args.codec)
+    compressor = load_compressor_for(args.llm, codec=args.codec, dtype=args.dtype)
     longest = args.max_new_tokens or CONTEXT_TOKENS
     told = min(len(shots), MOST_EXAMPLES)
     same = {**base, **read_by(compressor), "examples": told, "max_new_tokens": longest}
@@ -79,6 +79,10 @@ def corpus_in_context(
 
 
 def read_by(compressor: ConceptCompressor) -> dict[str, Any]:
-    """The LLM, the fingerprint of its concepts, and the layer at which they enter."""
-    layer = compressor.config.entry_layer
-    return {"llm": compressor.llm.source, "fingerprint": compressor.fingerprint, "entry_layer": layer}
+    """The LLM and its dtype, the fingerprint of its concepts, and the layer at which they enter."""
+    return {
+        "llm": compressor.llm.source,
+        "dtype": dtype_of(compressor),
+        "fingerprint": compressor.fingerprint,
+        "entry_layer": compressor.config.entry_layer,
+    }

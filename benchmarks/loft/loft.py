@@ -42,7 +42,7 @@ _KEPT = ("n", "em", "f1", "subspan_em", "nll", "recovered", "positions", "achiev
 def open_storage(loft: LoftSet, folder: Path, args: Namespace) -> ConceptIndex:
     """The storage of a corpus; documents that are in it already are left as they are."""
     options: dict[str, Any] = {"embedder": args.embedder} if args.embedder else {}
-    index = ConceptIndex.create(folder, llm=args.llm, codec=args.codec, **options)
+    index = ConceptIndex.create(folder, llm=args.llm, codec=args.codec, dtype=args.dtype, **options)
     documents = [
         Document(text=passage.text, id_=name, metadata={"title": passage.title})
         for name, passage in loft.documents.items()
@@ -82,7 +82,7 @@ def _values(result: EvalResult) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> Record:
     """Run it."""
-    options = parser("loft", __doc__, "llm data-dir limit rates codec embedder batch-size")
+    options = parser("loft", __doc__, "llm data-dir limit rates codec dtype embedder batch-size")
     options.add_argument("--loft", type=Path, help="folder rag/SET/SIZE in LOFT's layout, in place of --data-dir")
     options.add_argument("--split", default="dev")
     options.add_argument("--storage", type=Path, help="keep the storage there (default: a temporary folder)")

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from benchmarks.common import any_compressor_of, journal_of, parsed, parser, part, progress, written
+from benchmarks.common import any_compressor_of, dtype_of, journal_of, parsed, parser, part, progress, written
 from benchmarks.planner.candidates import SETS, asked, found, recall, with_passages
 from benchmarks.planner.contenders import CONTENDERS, PLANNERS
 from compllm_rag.compression.spec import ConceptCompressor
@@ -35,7 +35,7 @@ Row = dict[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> Row:
     """Run it; the record of all sets."""
-    shared = "llm data-dir reader compressor codec entry-layer embedder batch-size limit"
+    shared = "llm data-dir reader compressor codec entry-layer dtype embedder batch-size limit"
     options = parser("planner", __doc__, shared, limit=150)
     options.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
     options.add_argument("--costs", type=float, nargs="+", default=[0.25, 0.125], help="shares of text's prefill cost")
@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> Row:
             options.error(f"--costs {cost:g}: concepts of this compressor take no more than {rate * cost:g}")
     same = {
         "fingerprint": compressor.fingerprint,
+        "dtype": dtype_of(compressor),
         "limit": args.limit,
         "top_k": args.top_k,
         "pool": args.pool,

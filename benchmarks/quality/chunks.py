@@ -19,7 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cells import apart, difference, number, source, table, with_interval
-from benchmarks.common import Record, Tenths, any_compressor_of, journal_of, parsed, parser, part, progress, written
+from benchmarks.common import (
+    Record,
+    Tenths,
+    any_compressor_of,
+    dtype_of,
+    journal_of,
+    parsed,
+    parser,
+    part,
+    progress,
+    written,
+)
 from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.evaluation.journal import Journal
@@ -136,7 +147,7 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> Record:
     """Run it."""
-    options = parser("chunks", __doc__, "llm data-dir rates reader compressor codec entry-layer batch-size limit")
+    options = parser("chunks", __doc__, "llm data-dir rates reader compressor codec entry-layer dtype batch-size limit")
     options.set_defaults(rates=[1.0, 2.0], batch_size=8, limit=100)
     options.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 8], help="passages in the prompt")
     options.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
@@ -149,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
     same = {
         "llm": args.llm,
         "fingerprint": compressor.fingerprint,
+        "dtype": dtype_of(compressor),
         "entry_layer": compressor.config.entry_layer,
         "limit": args.limit,
         "rates": args.rates,

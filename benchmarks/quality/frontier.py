@@ -93,7 +93,7 @@ def compressors_of(args: Any, llm: TargetLLM) -> list[tuple[str, int, Callable[[
 
 def main(argv: Sequence[str] | None = None) -> Record:
     """Run it."""
-    options = parser("frontier", __doc__, "llm reader rates batch-size", rates=[1.0, 1.5, 2.0, 4.0], batch_size=8)
+    options = parser("frontier", __doc__, "llm reader dtype rates batch-size", rates=[1.0, 1.5, 2.0, 4.0], batch_size=8)
     options.add_argument("--data-dir", type=Path, required=True, help="holds what is trained on")
     options.add_argument("--layers", type=int, nargs="*", default=[6, 10, 15, 18, 20], help="entry layers, untrained")
     options.add_argument("--trained", type=Path, nargs="*", default=[], help="folders of trained compressors")
@@ -101,13 +101,15 @@ def main(argv: Sequence[str] | None = None) -> Record:
     options.add_argument("--longest", type=int, default=480, help="most source tokens of a question's passages")
     args = parsed(options, argv)
     reader = shipped_adapter(args.llm, "reader") if args.reader == "auto" else args.reader
-    llm = TargetLLM.from_pretrained(args.llm, reader=Path(reader) if reader not in (None, "none") else None)
+    own = Path(reader) if reader not in (None, "none") else None
+    llm = TargetLLM.from_pretrained(args.llm, reader=own, dtype=args.dtype)
     waiting = compressors_of(args, llm)
     first = waiting[0][2]() if waiting else options.error("there is nothing to measure: name --layers or --trained")
     questions = held_out_questions(args.data_dir, first.spec.segmenter, args.limit, args.longest)
     same = {
         "llm": llm.source,
         "identity": llm.identity,
+        "dtype": str(llm.dtype).removeprefix("torch."),
         "depth": llm.depth,
         "n": len(questions),
         "asked": [question.id for question in questions],

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cells import apart, measured, number, table, with_interval
-from benchmarks.common import Record, any_compressor_of, journal_of, parsed, parser, part, progress, written
+from benchmarks.common import Record, any_compressor_of, dtype_of, journal_of, parsed, parser, part, progress, written
 from compllm_rag.compression.loading import pinned
 from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.config import GenerationConfig, Pin
@@ -64,7 +64,7 @@ def row_of(mine: list[Asked], text: list[Asked], none: list[Asked], kinds: dict[
 def main(argv: Sequence[str] | None = None) -> Record:
     """Run it."""
     options = parser(
-        "pins", __doc__, "llm limit rates reader compressor codec entry-layer batch-size", rates=[2.0, 4.0]
+        "pins", __doc__, "llm limit rates reader compressor codec entry-layer dtype batch-size", rates=[2.0, 4.0]
     )
     options.add_argument("--data", type=Path, help="file of questions, besides the probes")
     args = parsed(options, argv)
@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> Record:
         raise ConfigurationError("nothing is dropped at rate 1", got=args.rates, expected="--rates above 1")
     compressors = {name: pinned(plain, pins) if pins else plain for name, pins in VARIANTS.items()}
     sets = {"probes": probe_file(), **({args.data.name: args.data} if args.data else {})}
-    same = {"llm": plain.llm.source, "fingerprint": plain.fingerprint, "limit": args.limit}
+    same = {"llm": plain.llm.source, "fingerprint": plain.fingerprint, "dtype": dtype_of(plain)}
+    same |= {"limit": args.limit}
     journal, made = journal_of(args.json, same), {}
     for title, path in sets.items():
         questions = in_seeded_order(read_questions(path).questions, limit=args.limit)

@@ -15,7 +15,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.common import Record, Tenths, any_compressor_of, journal_of, parsed, parser, part, progress, record_of
+from benchmarks.common import (
+    Record,
+    Tenths,
+    any_compressor_of,
+    dtype_of,
+    journal_of,
+    parsed,
+    parser,
+    part,
+    progress,
+    record_of,
+)
 from compllm_rag.compression.rates import max_rate
 from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.config import CompressorConfig
@@ -60,7 +71,9 @@ def settings(config: CompressorConfig, rates: list[float], rivals: list[str]) ->
 
 def main(argv: Sequence[str] | None = None) -> Record:
     """Run it; the records of all sets by their names."""
-    options = parser("quality", __doc__, "llm data-dir rates reader compressor codec entry-layer batch-size limit")
+    options = parser(
+        "quality", __doc__, "llm data-dir rates reader compressor codec entry-layer dtype batch-size limit"
+    )
     options.add_argument("--out", type=Path, default=Path("quality"), help="folder for the results, a file a set")
     options.add_argument("--rivals", nargs="*", choices=["random", "pruned", "budgeted"], default=["random", "pruned"])
     options.add_argument("--sets", nargs="+", choices=[*SETS, "probes"], default=["probes", *SETS])
@@ -74,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> Record:
             continue
         limit = args.limit or (SETS[name].limit if name in SETS else None)
         target = args.out / f"{name}.json"
-        journal = journal_of(target, {"fingerprint": compressor.fingerprint, "limit": limit})
+        journal = journal_of(
+            target, {"fingerprint": compressor.fingerprint, "limit": limit, "dtype": dtype_of(compressor)}
+        )
         make = partial(_one, name, limit, compressor, args, journal)
         made[name] = part(journal, name, make, rates=args.rates)
         target.write_text(json.dumps(made[name], indent=1) + "\n", encoding="utf-8")
@@ -99,6 +114,7 @@ def _one(name: str, limit: int | None, compressor: ConceptCompressor, args: Name
     progress(f"{name}: " + ", ".join(f"{r.mode}@{r.rate or 1:g} f1 {r.f1} recovered {r.recovered}" for r in results))
     record = {
         "fingerprint": compressor.fingerprint,
+        "dtype": dtype_of(compressor),
         "limit": limit,
         "rates": args.rates,
         "set": name,

@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import any_compressor_of, journal_of, parsed, parser, part, progress, written
+from benchmarks.common import any_compressor_of, dtype_of, journal_of, parsed, parser, part, progress, written
 from benchmarks.rivals.base import Baseline, LeftOutError, Outcome, Task
 from benchmarks.rivals.inside import inside
 from benchmarks.rivals.kv_pruning import KVPruning
@@ -207,7 +207,7 @@ def prepared(compressor: ConceptCompressor, llm: str, questions: list[Question],
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run it."""
     options = parser(
-        "rivals", __doc__, "llm rates reader compressor codec entry-layer batch-size", rates=[1.0, 2.0, 4.0]
+        "rivals", __doc__, "llm rates reader compressor codec entry-layer dtype batch-size", rates=[1.0, 2.0, 4.0]
     )
     options.add_argument("--data-dir", type=Path, required=True, help=f"holds eval/{FILE}")
     options.add_argument("--limit", type=int, default=100, help="questions")
@@ -229,6 +229,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     asked = [question.id for question in task.questions]
     same = {
         "fingerprint": compressor.fingerprint,
+        "dtype": dtype_of(compressor),
         "questions": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
         "max_new_tokens": task.generation.max_new_tokens,
     }

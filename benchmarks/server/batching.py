@@ -172,7 +172,7 @@ def _rows(rounds: dict[tuple[Mode, str, int], list[dict[str, Any]]], mode: Mode,
 def main(argv: Sequence[str] | None = None) -> Record:
     """Run it."""
     options = parser(
-        "batching", __doc__, "llm repeats texts rate reader compressor codec entry-layer", rate=1.0, repeats=3
+        "batching", __doc__, "llm repeats texts rate reader compressor codec entry-layer dtype", rate=1.0, repeats=3
     )
     options.add_argument("--concurrent", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="queries at the same time")
     options.add_argument("--sequential", type=int, default=4, help="queries one after the other, to compare with")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cells import difference, measured, number, table
-from benchmarks.common import Record, Tenths, any_compressor_of, journal_of, parsed, parser, written
+from benchmarks.common import Record, Tenths, any_compressor_of, dtype_of, journal_of, parsed, parser, written
 from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.evaluation.journal import Journal
 from compllm_rag.evaluation.questions import read_questions
@@ -75,7 +75,10 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> Record:
     """Run it."""
     options = parser(
-        "storage_quality", __doc__, "llm limit rates reader compressor codec entry-layer batch-size", rates=[1.0, 2.0]
+        "storage_quality",
+        __doc__,
+        "llm limit rates reader compressor codec entry-layer dtype batch-size",
+        rates=[1.0, 2.0],
     )
     options.add_argument("--data", type=Path, required=True, help="file of questions")
     options.add_argument("--no-answers", action="store_true", help="likelihoods alone")
@@ -85,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
     same = {
         "llm": args.llm,
         "fingerprint": compressor.fingerprint,
+        "dtype": dtype_of(compressor),
         "trained": compressor.config.trained,
         "entry_layer": compressor.config.entry_layer,
         "data": args.data.name,

@@ -25,6 +25,7 @@ from benchmarks.cells import number, table
 from benchmarks.common import (
     Record,
     any_compressor_of,
+    dtype_of,
     in_turns,
     journal_of,
     median_of_quotients,
@@ -197,7 +198,7 @@ def ingestion(compressor: DeepCompressor, found: list[str], repeats: int) -> dic
 
 def peak_task(args: Any, length: int, folder: Path, rate: float | None) -> dict[str, Any]:
     """What `python -m benchmarks.ttft.peak` needs to answer one question over that context."""
-    asked = {name: getattr(args, name) for name in ("llm", "reader", "compressor", "codec", "entry_layer")}
+    asked = {name: getattr(args, name) for name in ("llm", "reader", "compressor", "codec", "entry_layer", "dtype")}
     texts_of = str(args.texts) if args.texts else None
     return {
         "deep": asked,
@@ -234,7 +235,7 @@ def _deep(args: Any) -> DeepCompressor:
 
 def main(argv: Sequence[str] | None = None, name: str = "ttft_deep") -> Record:
     """Run it."""
-    options = parser(name, __doc__, "llm reader compressor codec entry-layer repeats texts rates", repeats=5)
+    options = parser(name, __doc__, "llm reader compressor codec entry-layer dtype repeats texts rates", repeats=5)
     options.set_defaults(rates=[1.0, 2.0, 4.0])
     options.add_argument("--lengths", type=int, nargs="+", default=[250, 1000, 4000, 7500], help="source tokens")
     options.add_argument("--decode", type=int, default=16, help="tokens after the first that are timed; 0: none")
@@ -247,7 +248,7 @@ def main(argv: Sequence[str] | None = None, name: str = "ttft_deep") -> Record:
         "entry_layer": compressor.config.entry_layer,
         "selector": compressor.config.selector,
         "depth": compressor.spec.depth,
-        "dtype": str(compressor.llm.dtype).removeprefix("torch."),
+        "dtype": dtype_of(compressor),
         "rates": args.rates,
         "repeats": args.repeats,
         "decode": args.decode,

@@ -16,7 +16,9 @@ from torch import nn
 
 from compllm_rag.compression.deep import DeepCompressor
 from compllm_rag.compression.rates import FixedRate
+from compllm_rag.config import CompressorConfig
 from compllm_rag.errors import ConfigurationError
+from compllm_rag.models.adapters import load_lora_state, lora_state
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import ConceptSpan
 from compllm_rag.training.compressor_task import Drawn
@@ -193,13 +195,15 @@ def lora_settings(options: DeepOptions) -> dict[str, Any]:
 
 
 def going_on_from(folder: Path, llm: TargetLLM, options: DeepOptions) -> DeepCompressor:
-    """A saved compressor to go on training.
+    """A saved compressor to go on training; with `options.frozen_upper` without the LoRA by which it is read.
 
     Raises:
         ConfigurationError: It is none of deep concepts, or of another entry layer or LoRA than `options` say.
         FingerprintMismatchError, UnsupportedFormatError: See `read_compressor`.
     """
     made = DeepCompressor.from_pretrained(folder, llm)
+    if options.frozen_upper and made.config.read_rank:
+        made = _writing_alone(made)
     wanted = lora_settings(options)
     if options.entry_layer is not None:
         wanted["entry_layer"] = options.entry_layer
@@ -213,6 +217,15 @@ def going_on_from(folder: Path, llm: TargetLLM, options: DeepOptions) -> DeepCom
                 next_step="give the settings it was made with, or choose another --from",
             )
     return made
+
+
+def _writing_alone(made: DeepCompressor) -> DeepCompressor:
+    """The same compressor with its concepts read by the LLM as it is."""
+    fields = made.config.model_dump() | {"read_rank": 0, "read_alpha": 0, "read_modules": ()}
+    config = CompressorConfig.model_validate(fields)
+    alone = DeepCompressor(made.llm, config, information=made.information, selector=made.selector)
+    load_lora_state(alone.decoder, lora_state(made.decoder))
+    return alone
 
 
 def drawn_at(example: Example, policy: FixedRate) -> Drawn:

@@ -141,7 +141,9 @@ class DeepOptions(ConceptOptions):
     """
 
     init: Path | None = Field(
-        default=None, description="a compressor of deep concepts to go on from, of the same entry layer and LoRA"
+        default=None,
+        description="a compressor of deep concepts to go on from, of the same entry layer and LoRA; with "
+        "--frozen-upper its reading LoRA is left out",
     )
     entry_layer: int | None = Field(
         default=None, ge=1, description="the layer at which concepts enter; left out: half the LLM's layers"

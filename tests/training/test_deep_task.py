@@ -24,9 +24,17 @@ from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import unpacked
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import ConceptSpan, PromptPlan, QAPrompt, TextSpan
-from compllm_rag.training.deep_task import DeepTask, Drawn, concepts_of, drawn_at, pruned_of, read_concepts
+from compllm_rag.training.deep_task import (
+    DeepTask,
+    Drawn,
+    concepts_of,
+    drawn_at,
+    going_on_from,
+    pruned_of,
+    read_concepts,
+)
 from compllm_rag.training.examples import Body, Branch, Example
-from compllm_rag.training.job_options import LINEARS
+from compllm_rag.training.job_options import LINEARS, DeepOptions
 from compllm_rag.training.loop import train
 from compllm_rag.training.material import Material, MaterialConfig
 from compllm_rag.training.objective import log_probabilities
@@ -269,13 +277,26 @@ def test_going_on_from_a_compressor(world: Path, toy_folder: Path, finished: Pat
     assert first["nll_untrained@2"] == pytest.approx(best["nll_untrained@2"], abs=1e-3)
 
 
+def test_a_frozen_upper_half_goes_on_from_the_writing_lora_alone(
+    world: Path, toy_folder: Path, finished: Path, tmp_path: Path
+) -> None:
+    folder, llm = finished / "best", TargetLLM.from_pretrained(toy_folder)
+    whole = DeepCompressor.from_pretrained(folder, llm)
+    alone = going_on_from(folder, llm, DeepOptions(lora_rank=2, frozen_upper=True))
+    assert whole.config.read_rank and not alone.config.read_rank
+    kept = {name: tensor for name, tensor in whole.state().items() if not name.startswith("read.")}
+    assert sorted(alone.state()) == sorted(kept) != sorted(whole.state())
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in alone.state().items())
+    command(world, toy_folder, tmp_path / "out", "--from", folder, "--frozen-upper")
+    assert not DeepCompressor.from_pretrained(tmp_path / "out" / "best", llm).config.read_rank
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--entry-layer", 2], "entry_layer 1 in"),
         (["--lora-modules", "q_proj"], "lora_modules ("),
         (["--rank", 4], "lora_rank 2 in"),
-        (["--frozen-upper"], "read_rank 2 in"),
     ],
 )
 def test_a_compressor_of_another_kind_is_not_gone_on_from(
