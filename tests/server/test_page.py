@@ -188,8 +188,8 @@ def test_a_server_with_keys(visit: Callable[..., Page], server: SimpleNamespace)
     registry = Registry(server.registry.storage, server.registry.settings, read_only=True, **server.own)
     registry.start()
     with running(registry, keys=KeyFile(path)) as (url, _):
-        page = visit(url=url, errors="401")
-        dialog = page.get_by_role("dialog", name="API key")
+        page = visit(url=url, errors="401|403")
+        dialog = page.get_by_role("dialog", name="Key and namespace")
         expect(dialog).to_be_visible()  # by itself: nothing can be done before
         expect(page.locator("#trouble")).to_have_text("This server needs an API key.")
         dialog.get_by_label("Key", exact=True).fill("cr-wrong")
@@ -207,13 +207,47 @@ def test_a_server_with_keys(visit: Callable[..., Page], server: SimpleNamespace)
         expect(page.get_by_role("button", name="Delete Gull Rock")).to_have_count(0)
         ask(page)
         assert page.evaluate("[localStorage.length, document.cookie, sessionStorage.length]") == [0, "", 1]
-        page.get_by_role("button", name="API key").click()
-        dialog.get_by_role("button", name="Forget the key").click()
+        page.get_by_role("button", name="Key and namespace").click()
+        dialog.get_by_label("Namespace").fill("of others")
+        page.keyboard.press("Enter")
+        expect(page.locator("#trouble")).to_contain_text("belongs to another namespace")
+        expect(page.locator("#document-list li, .card")).to_have_count(0)
+        page.get_by_role("button", name="Key and namespace").click()
+        dialog.get_by_role("button", name="Forget both").click()
         expect(page.locator("#trouble")).to_have_text("This server needs an API key.")
         assert page.evaluate("sessionStorage.length") == 0
         # What the key could see has gone with it.
         expect(page.locator("#document-list li, .card, #passage-list li")).to_have_count(0)
         expect(page.get_by_label("Your question")).to_have_value("")
+
+
+def test_a_namespace_of_a_server_without_keys(visit: Callable[..., Page], server: SimpleNamespace) -> None:
+    from llama_index.core import Document
+
+    name = "Bücher 書"  # headers carry bytes only
+    server.registry.get(name, create=True).ingest([Document(id_="tides.md", text="The tide turns at six.")])
+    page = visit(errors="404")
+    expect(page.locator("#document-list li")).to_have_count(1)
+    own = page.locator("#document-list").inner_text()
+    page.get_by_role("button", name="Key and namespace").click()
+    dialog = page.get_by_role("dialog", name="Key and namespace")
+    dialog.get_by_label("Key", exact=True).fill("")
+    page.keyboard.press("Enter")
+    expect(dialog.locator("#key-trouble")).to_have_text("Enter a key or a namespace first.")
+    dialog.get_by_label("Namespace").fill(name)
+    page.keyboard.press("Enter")
+    expect(page.locator("#about")).to_contain_text(f"namespace {name}")
+    expect(page.locator("#document-list li")).to_contain_text("tides")
+    page.reload()
+    expect(page.locator("#about")).to_contain_text(f"namespace {name}")
+    page.get_by_role("button", name="Key and namespace").click()
+    dialog.get_by_label("Namespace").fill("nobody has written here")
+    page.keyboard.press("Enter")
+    expect(page.locator("#welcome-next")).to_contain_text("There are no documents yet")
+    page.get_by_role("button", name="Key and namespace").click()
+    dialog.get_by_role("button", name="Forget both").click()
+    expect(page.locator("#document-list")).to_have_text(own, use_inner_text=True)
+    assert page.evaluate("sessionStorage.length") == 0
 
 
 def _key(path: Path, name: str, rights: str) -> str:

@@ -2,6 +2,7 @@
 import { events } from "./sse.js";
 
 const KEY = "compllm-rag-key";
+const NAMESPACE = "compllm-rag-namespace";
 
 /** What went wrong; `code` is the server's, or one of words.js. */
 export class ApiError extends Error {
@@ -13,31 +14,52 @@ export class ApiError extends Error {
   }
 }
 
-let withoutStorage = ""; // some browsers refuse sessionStorage; the key then lives as long as the page
+const withoutStorage = {}; // some browsers refuse sessionStorage; what is kept then lives as long as the page
 
-/** The API key of this tab, or an empty text. */
-export function apiKey() {
+function kept(name) {
   try {
-    return sessionStorage.getItem(KEY) ?? withoutStorage;
+    return sessionStorage.getItem(name) ?? withoutStorage[name] ?? "";
   } catch {
-    return withoutStorage;
+    return withoutStorage[name] ?? "";
   }
 }
 
-/** Keep a key for this tab; an empty one forgets it. */
-export function useKey(key) {
-  withoutStorage = key;
+function keep(name, value) {
+  withoutStorage[name] = value;
   try {
-    if (key) sessionStorage.setItem(KEY, key);
-    else sessionStorage.removeItem(KEY);
+    if (value) sessionStorage.setItem(name, value);
+    else sessionStorage.removeItem(name);
   } catch {
     // it is kept above
   }
 }
 
+/** The API key of this tab, or an empty text. */
+export function apiKey() {
+  return kept(KEY);
+}
+
+/** The namespace that this tab named, or an empty text: then it is the key's, or the storage's own. */
+export function namespace() {
+  return kept(NAMESPACE);
+}
+
+/** Keep a key and a namespace for this tab; empty ones are forgotten. */
+export function useAccess(key, name) {
+  keep(KEY, key);
+  keep(NAMESPACE, name);
+}
+
+/** UTF-8 as a header can carry it: a character for each byte. */
+function bytesOf(text) {
+  return String.fromCharCode(...new TextEncoder().encode(text));
+}
+
 function headers(more = {}) {
-  const key = apiKey();
-  return key ? { ...more, Authorization: `Bearer ${key}` } : more;
+  const all = { ...more };
+  if (apiKey()) all.Authorization = `Bearer ${apiKey()}`;
+  if (namespace()) all["X-Namespace"] = bytesOf(namespace());
+  return all;
 }
 
 /** An error response as an error; bodies that are not the server's are not shown. */
