@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import journal_of, parsed, parser, part, progress, written
+from benchmarks.common import dtype_of, journal_of, parsed, parser, part, progress, written
 from benchmarks.quality.domain_texts import DOMAINS, Piece, pieces, questions_of
 from compllm_rag.compression.loading import load_compressor_for
 from compllm_rag.compression.spec import ConceptCompressor
@@ -138,7 +138,7 @@ def measure(compressor: ConceptCompressor, name: str, args: Any) -> dict[str, An
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run it."""
-    options = parser("domains", __doc__, "llm rates codec batch-size", batch_size=12)
+    options = parser("domains", __doc__, "llm rates codec dtype batch-size", batch_size=12)
     options.add_argument("--data-dir", type=Path, required=True, help="holds eval/*.jsonl.gz and text/*.jsonl.gz")
     options.add_argument("--domains", nargs="+", choices=list(DOMAINS), default=list(DOMAINS))
     options.add_argument("--limit", type=int, default=60, help="passages of each kind")
@@ -147,9 +147,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--questions", type=int, default=60, help="of each kind that has any; 0 asks none")
     options.add_argument("--longest", type=int, default=300, help="most source tokens of a passage asked about")
     args = parsed(options, argv)
-    compressor = load_compressor_for(args.llm, codec=args.codec)
+    compressor = load_compressor_for(args.llm, codec=args.codec, dtype=args.dtype)
     names = ("limit", "context", "length", "questions", "longest", "rates")
-    same = {"llm": args.llm, "fingerprint": compressor.fingerprint} | {name: getattr(args, name) for name in names}
+    same = {"llm": args.llm, "fingerprint": compressor.fingerprint, "dtype": dtype_of(compressor)}
+    same |= {name: getattr(args, name) for name in names}
     journal = journal_of(args.json, same)
     done = {name: part(journal, name, partial(measure, compressor, name, args)) for name in args.domains}
     return written(args, {**same, "domains": done})

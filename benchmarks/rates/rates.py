@@ -18,9 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Tenths, journal_of, parsed, parser, part, progress, written
+from benchmarks.common import Tenths, any_compressor_of, dtype_of, journal_of, parsed, parser, part, progress, written
 from benchmarks.rates.bodies import ChosenBodies, priced
-from compllm_rag.compression.loading import load_compressor_for
 from compllm_rag.compression.rate_policies.choosing import RateChooser, best_losses, chooser_of, rates_within
 from compllm_rag.compression.rate_policies.measures import TextMeasures
 from compllm_rag.compression.rate_policies.policies import PricedRate
@@ -153,9 +152,8 @@ def measure(compressor: ConceptCompressor, name: str, args: Any, journal: Any) -
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run it."""
-    options = parser(
-        "rates", __doc__, "llm reader compressor rates codec entry-layer batch-size limit", batch_size=8, limit=150
-    )
+    shared = "llm reader compressor rates codec entry-layer dtype batch-size limit"
+    options = parser("rates", __doc__, shared, batch_size=8, limit=150)
     options.add_argument("--data-dir", type=Path, required=True, help="holds eval/*.jsonl.gz")
     options.add_argument("--sets", nargs="+", default=list(SETS), help="of eval/")
     options.add_argument(
@@ -167,16 +165,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--max-new-tokens", type=int, default=32)
     options.set_defaults(rates=[1.0, 1.5, 2.0, 3.0, 4.0])
     args = parsed(options, argv)
-    compressor = load_compressor_for(
-        args.llm,
-        reader=None if args.reader == "none" else args.reader,
-        compressor=None if args.compressor == "none" else args.compressor,
-        codec=args.codec,
-        entry_layer=args.entry_layer,
-    )
+    compressor = any_compressor_of(args)
     names = ("limit", "rates", "losses", "shares", "max_new_tokens")
     predictor = None if compressor.losses is None else compressor.losses.model_dump_json()
     same = {"llm": args.llm, "fingerprint": compressor.fingerprint, "losses_learned": predictor}
+    same |= {"dtype": dtype_of(compressor)}
     same |= {name: getattr(args, name) for name in names}
     journal = journal_of(args.json, same)
     done = {name: measure(compressor, name, args, journal) for name in args.sets}
