@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.cells import apart, difference, number, source, table, with_interval
 from benchmarks.quality.quality import SETS
+from compllm_rag.config import DEFAULT_LLM
 
 
 def tables(record: dict[str, Any]) -> list[str]:
@@ -17,7 +18,8 @@ def tables(record: dict[str, Any]) -> list[str]:
     sets = [name for name in SETS if name in record]
     lines = [line for name in sets for line in _section(record[name])]
     over, name = ("prefill cost", "quality_deep") if _deep(record) else ("the achieved rate", "quality")
-    lines += [f"![Recovered over {over}]({name}.png)", ""] if sets else []
+    # A single set is no comparison; and pages may hold several records of one, beside those with a plot.
+    lines += [f"![Recovered over {over}]({name}.png)", ""] if len(sets) > 1 else []
     return lines + (_probes(record["probes"]) if "probes" in record else [])
 
 
@@ -41,8 +43,8 @@ def _section(record: dict[str, Any]) -> list[str]:
             cells += [_with(row, "accuracy"), _paired(row, "accuracy")]
         rows.append(cells)
     asked = f"{record['results'][0]['n']} questions; {source(record)}."
-    title = f"Deep concepts, {record['title']}" if deep else f"Concepts at the input embeddings, {record['title']}"
-    return [f"## {title}", "", asked, "", *table(head, rows)]
+    kind = f"Deep concepts{_other(record)}" if deep else "Concepts at the input embeddings"
+    return [f"## {kind}, {record['title']}", "", asked, "", *table(head, rows)]
 
 
 def _probes(record: dict[str, Any]) -> list[str]:
@@ -61,6 +63,14 @@ def _probes(record: dict[str, Any]) -> list[str]:
         "",
         *table(["kind", "n", *names], rows),
     ]
+
+
+def _other(record: dict[str, Any]) -> str:
+    """What sets deep concepts apart from those that ship: another LLM, or an upper half that was not trained."""
+    made, llm = record["compressor"], record["llm"]
+    named = "" if llm == DEFAULT_LLM else f" of {llm}"
+    alone = made.get("entry_layer") and made["lora_rank"] and not made.get("read_rank")
+    return named + (", the upper half frozen" if alone else "")
 
 
 def _deep(record: dict[str, Any]) -> bool:
