@@ -73,7 +73,7 @@ def settings(
             for cost in (positions, full or positions)
         }
         made += [("concepts", rate, k) for k in sorted(equal | (set(text_ks) & set(ks)))]
-        for rival in rivals:
+        for rival in rivals if rate > 1 else ():  # at rate 1 nothing is dropped: they are text, and concepts
             own = positions if rival == "pruned" or full is None else full  # tokens pass all layers
             near = {min(ks, key=lambda k: abs(np.log(own[rate, k] / own[None, t]))) for t in text_ks}
             made += [(rival, rate, k) for k in sorted(near)]
