@@ -42,4 +42,8 @@ def _verdict(rows: dict[str, Row]) -> list[str]:
         low, high = over["interval"]
         how = "better than" if low > 0 else "worse than" if high < 0 else "not told apart from"
         said.append(f"{_TITLES[name]} is {how} BM25 ({difference(over)})")
-    return [f"By the first sentence, {', and '.join(said)}. BM25 stays the default of the budgeted policy.", ""]
+    return [
+        f"By the first sentence, {', and '.join(said)}. BM25 stays the default of the budgeted policy: it takes no "
+        "pass of the LLM, and this compares no answers.",
+        "",
+    ]

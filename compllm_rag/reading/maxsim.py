@@ -38,7 +38,7 @@ def cosines(question: torch.Tensor, passages: Sequence[torch.Tensor]) -> list[to
     spread[spread == 0] = 1.0  # a single state: nothing varies
     asked = F.normalize((question.float() - mean) / spread, dim=-1)  # (n_tokens, hidden_size)
     found = F.normalize((every - mean) / spread, dim=-1)  # (n_concepts of all, hidden_size)
-    return list((asked @ found.T).split([len(states) for states in passages], 1))
+    return list(torch.split(asked @ found.T, [len(states) for states in passages], 1))
 
 
 def of_sentences(near: torch.Tensor, places: torch.Tensor, sentences: Sequence[Sentence]) -> list[float | None]:
