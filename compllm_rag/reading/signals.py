@@ -104,7 +104,7 @@ class MaxSim:
         begun = time.perf_counter()
         asked = spec.states.of_question(query)  # (n_tokens, hidden_size)
         took = time.perf_counter() - begun
-        stored = [spec.states.of_passage(node) for node in nodes]
+        stored = [spec.states.of_passage(node) if len(asked) else "the question has no token" for node in nodes]
         spec.told["relevance"] = {
             "signal": self.name,
             "question_tokens": len(asked),
@@ -114,7 +114,7 @@ class MaxSim:
         with_states = [i for i, found in enumerate(stored) if not isinstance(found, str)]
         own = [found for found in stored if not isinstance(found, str)]
         judged: list[Judged | None] = [None] * len(nodes)
-        if len(asked) and sum(len(found.states) for found in own):
+        if own:
             for i, made in zip(with_states, _by_states(asked, [nodes[i] for i in with_states], own), strict=True):
                 judged[i] = made
         return judged, Words().judge(query, nodes, spec)

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from compllm_rag.compression.rate_policies.choosing import chooser_of
+from compllm_rag.compression.rate_policies.measures import TextMeasures
+from compllm_rag.config import IngestConfig
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.reading.budget import ReadBudget
 from compllm_rag.reading.budgeted import BudgetedReadPolicy
 from compllm_rag.reading.choice import Candidate, Reading, ReadSpec
 from compllm_rag.reading.maxsim import cosines, max_sim, of_sentences
-from compllm_rag.reading.passages import PassageReading
+from compllm_rag.reading.passages import PassageReading, Retrieved
 from compllm_rag.reading.sentences import Sentence
 from compllm_rag.reading.signals import SIGNALS, Fused, Judged, MaxSim, Words, signal_named
 from compllm_rag.reading.states import question_states
@@ -133,6 +136,27 @@ def test_passages_without_concepts_are_judged_by_their_words_and_nothing_is_made
     assert told["by_words"] == {"n1": "its concepts are in the making"}
     assert found[1] == words[1] and found[0] != words[0]
     assert judged(library(), MaxSim(), mode="text")[1]["by_words"] == {}, "what is stored can be compared all the same"
+
+
+def test_what_a_guard_keeps_as_text_is_judged_by_its_words() -> None:
+    made, numbers = compressor("deep"), "17 38 42 91 5 66 7 81 3 19 27 44 58 60 72 83 95 12 34 56."
+    chooser = chooser_of(
+        IngestConfig(rate=1.0, guard="exact"),
+        measures=TextMeasures(lambda: made),
+        longest_unit=made.config.longest_unit,
+    )
+    of = ConceptLibrary(made, MemoryStore(made.spec.width), rate=chooser)
+    of.ensure([*PARTS, numbers])
+    found = PassageReading(of, BudgetedReadPolicy(relevance="maxsim"), ReadBudget(positions=90)).read(
+        QUESTION, [Retrieved("table", numbers), *retrieved()], 30
+    )
+    assert found.told["relevance"]["by_words"] == {"table": "kept as text by the guard"}
+
+
+def test_a_question_without_tokens_compares_nothing() -> None:
+    found, told = judged(library(), MaxSim(), "")
+    assert set(told["by_words"].values()) == {"the question has no token"} and told["question_tokens"] == 0
+    assert found == judged(library(), Words(), "")[0]
 
 
 def test_fusion_goes_by_ranks() -> None:
