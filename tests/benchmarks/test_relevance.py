@@ -98,4 +98,9 @@ def test_it_runs_and_has_its_section(data: Path, toy_folder: Path, tmp_path: Pat
     assert record["rows"]["bm25"]["recall@1 over BM25"]["difference"] == 0
     page = "\n".join(relevance_page.tables(record))
     assert "| max-sim |" in page and "| BM25 and max-sim |" in page and "max-sim of int4 states" in page
-    assert "By the first sentence, max-sim is" in page
+    assert "* max-sim: recall@1 " in page and "* BM25 and max-sim: recall@1 " in page
+    apart = {f"{column} over BM25": {"difference": 9.0, "interval": [2.0, 16.0]} for column in COLUMNS}
+    page = "\n".join(
+        relevance_page.tables({**record, "rows": {**record["rows"], "maxsim": record["rows"]["bm25"] | apart}})
+    )
+    assert "recall@1 better than BM25's (+9.0 [+2.0, +16.0])" in page
