@@ -22,7 +22,7 @@ FOLDERS = {
     "storage": ("storage_size", "storage_quality", "store_read", "commits"),
     "rivals": ("rivals", "alike"),
     "rates": ("rates",),
-    "planner": ("planner",),
+    "planner": ("planner", "relevance"),
 }
 
 

@@ -32,6 +32,7 @@ BENCHMARKS = {
     "alike": "Rivals that are trained, on the same reader, data and minutes of CPU as deep concepts.",
     "rates": "Rates that follow the text against fixed ones, at the same cost.",
     "planner": "Read policies at a quarter and an eighth of text's prefill cost, against their rivals.",
+    "relevance": "Rank, BM25, max-sim: which finds the sentence with the answer; needs the training data.",
     "domains": "What is lost in other kinds of text.",
     "anchors": "Which tokens concepts should start from; needs the training data.",
     "ablations": "What each choice in the compressor brings; trains small ones.",

@@ -17,6 +17,7 @@ from compllm_rag.cli.reading import (
     PositionBudget,
     PrefillBudget,
     ReadRate,
+    RelevanceName,
     TtftBudget,
     read_options,
     size_of,
@@ -53,6 +54,7 @@ def chat(
     ] = None,
     rate: ReadRate = None,
     read_policy: PolicyName = None,
+    relevance: RelevanceName = None,
     position_budget: PositionBudget = None,
     prefill_budget: PrefillBudget = None,
     ttft_budget: TtftBudget = None,
@@ -70,7 +72,7 @@ def chat(
     """
     if mode not in ("concepts", "text"):
         raise ConfigurationError("unknown mode", got=mode, expected="concepts or text", next_step="pass one of them")
-    reading = read_options(rate, read_policy, position_budget, prefill_budget, ttft_budget, missing)
+    reading = read_options(rate, read_policy, position_budget, prefill_budget, ttft_budget, missing, relevance)
     given = {name: value for name, value in reading.items() if value not in (None, "recompress")}
     from compllm_rag.config import GenerationConfig
     from compllm_rag.llamaindex.index import ConceptIndex

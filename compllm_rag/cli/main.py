@@ -42,6 +42,7 @@ from compllm_rag.cli.reading import (
     PositionBudget,
     PrefillBudget,
     ReadRate,
+    RelevanceName,
     TtftBudget,
     explained,
     read_options,
@@ -95,6 +96,7 @@ def query(
     namespace: TenantName = None,
     rate: ReadRate = None,
     read_policy: PolicyName = None,
+    relevance: RelevanceName = None,
     position_budget: PositionBudget = None,
     prefill_budget: PrefillBudget = None,
     ttft_budget: TtftBudget = None,
@@ -128,7 +130,7 @@ def query(
             "unknown way of retrieval", got=retrieval, expected="vector, bm25 or hybrid", next_step="pass one of them"
         )
     filters = parse_filters(filter_)
-    reading = read_options(rate, read_policy, position_budget, prefill_budget, ttft_budget, missing)
+    reading = read_options(rate, read_policy, position_budget, prefill_budget, ttft_budget, missing, relevance)
     from compllm_rag.config import GenerationConfig
     from compllm_rag.llamaindex.answer import answer
 

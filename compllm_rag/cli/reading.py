@@ -23,6 +23,14 @@ PolicyName = Annotated[
         "budget, sentence by sentence. Default: budgeted where there is a budget.",
     ),
 ]
+RelevanceName = Annotated[
+    str | None,
+    typer.Option(
+        "--relevance",
+        help="By what the budgeted policy judges sentences: `bm25` (words), `maxsim` (states of the question beside "
+        "the stored concepts) or `bm25+maxsim`. Default: bm25.",
+    ),
+]
 PositionBudget = Annotated[
     int | None, typer.Option("--position-budget", min=1, help="Most prompt positions of all passages.")
 ]
@@ -49,14 +57,16 @@ def read_options(
     prefill_budget: float | None,
     ttft_budget: float | None,
     missing: str,
+    relevance: str | None = None,
 ) -> dict[str, Any]:
     """The options as `answer` takes them.
 
     Raises:
-        ConfigurationError: There is no such policy; said here, before anything is loaded.
+        ConfigurationError: There is no such policy or relevance; said here, before anything is loaded.
     """
     for given, known, what in (
         (read_policy, (None, "fixed", "budgeted"), "read policy"),
+        (relevance, (None, "bm25", "maxsim", "bm25+maxsim"), "relevance"),
         (missing, ("recompress", "text", "error", "auto"), "policy for missing concepts"),
     ):
         if given not in known:
@@ -65,6 +75,7 @@ def read_options(
     return {
         "rate": rate,
         "read_policy": read_policy,
+        "relevance": relevance,
         "position_budget": position_budget,
         "prefill_budget": prefill_budget,
         "ttft_budget_s": ttft_budget,
@@ -94,6 +105,9 @@ def explained(found: dict[str, Any], segmenter: Segmenter) -> list[str]:
             out.append(f"left out: {gone['title'] or name}{_because(gone['why'])}")
         taken = ", ".join(f"{name} {policy['taken'][name]:.4g} of {most:g}" for name, most in policy["budget"].items())
         out.append(f"read policy {policy['name']}" + (f": {taken}" if taken else ", without a budget"))
+        titles = {source["node_id"]: source["title"] for source in found["sources"]}
+        titles |= {name: gone["title"] for name, gone in policy["left_out"].items()}
+        out += _judged(policy.get("relevance"), titles)
     if found["prefill_cost"] is not None:
         out.append(f"the prompt takes {found['prefill_cost']:.2f} of the prefill that the same passages take as text")
     return out
@@ -111,6 +125,18 @@ def size_of(source: dict[str, Any]) -> str:
     told += [f"{sizes['concepts']} as {source['n_concepts']} concepts"] if sizes["concepts"] else []
     told += [f"{n - sum(sizes.values())} left out"] if sum(sizes.values()) < n else []
     return f"{n} tokens, {', '.join(told)}"
+
+
+def _judged(relevance: dict[str, Any] | None, titles: dict[str, str]) -> list[str]:
+    """By what sentences were judged, what that took, and where something else stood in."""
+    if not relevance:
+        return []
+    line = f"sentences judged by {relevance['signal']}"
+    if "question_s" in relevance:
+        line += f": the question's {relevance['question_tokens']} tokens through the lower layers alone, "
+        line += f"{relevance['question_s']:.2f} s"
+    instead = relevance.get("by_words", {})
+    return [line, *(f"by its words: {titles.get(name) or name}{_because(why)}" for name, why in instead.items())]
 
 
 def _because(why: str | None) -> str:

@@ -89,7 +89,7 @@ class QuestionBodies:
         own = len(self._prompt.opening) + len(self._prompt.suffix(question.question))
         budget = ReadBudget(prefill=max(1.0, self.budget(question)))
         try:
-            made, _ = self._reading.read(question.question, retrieved, own, budget=budget)
+            made = self._reading.read(question.question, retrieved, own, budget=budget).passages
         except ReadBudgetError:
             return []
         pairs = zip(retrieved, made, strict=True)

@@ -13,8 +13,9 @@ from compllm_rag.reading.budget import NAMES, ReadBudget
 from compllm_rag.reading.budgeted import BudgetedReadPolicy
 from compllm_rag.reading.choice import FixedReadPolicy, ReadPolicy
 from compllm_rag.reading.passages import PassageReading
+from compllm_rag.reading.signals import Signal
 
-READ_OPTIONS = ("rate", "read_policy", "position_budget", "prefill_budget", "ttft_budget_s", "costs")
+READ_OPTIONS = ("rate", "read_policy", "relevance", "position_budget", "prefill_budget", "ttft_budget_s", "costs")
 _POLICIES: dict[str, type[FixedReadPolicy] | type[BudgetedReadPolicy]] = {
     "fixed": FixedReadPolicy,
     "budgeted": BudgetedReadPolicy,
@@ -26,6 +27,7 @@ class ReadOptions(TypedDict, total=False):
 
     rate: float | None
     read_policy: ReadPolicy | str | None
+    relevance: Signal | str | None
     position_budget: int | None
     prefill_budget: float | None
     ttft_budget_s: float | None
@@ -52,6 +54,28 @@ def policy_named(given: object) -> ReadPolicy | None:
     return given  # type: ignore[return-value]
 
 
+def policy_of(given: object, relevance: Signal | str | None) -> ReadPolicy | None:
+    """The read policy that two options name together; None where they name none.
+
+    Args:
+        given: See `policy_named`.
+        relevance: By what the budgeted policy judges sentences; None leaves it as it is.
+
+    Raises:
+        ConfigurationError: There is no such policy or relevance, or the policy judges by none.
+    """
+    if relevance is None:
+        return policy_named(given)
+    if given is not None and given != "budgeted":
+        raise ConfigurationError(
+            "relevance belongs to the budgeted read policy",
+            got=f"relevance, and read_policy {given if isinstance(given, str) else type(given).__name__}",
+            expected="read_policy budgeted, or none",
+            next_step="leave one out, or give it to `BudgetedReadPolicy` itself",
+        )
+    return BudgetedReadPolicy(relevance=relevance)
+
+
 def passage_reading(
     library: ConceptLibrary, *, mode: Mode, missing: MissingChoice, decides_otherwise: bool, options: ReadOptions
 ) -> PassageReading | None:
@@ -63,13 +87,15 @@ def passage_reading(
         missing: See `PassageReading`.
         decides_otherwise: Whether something else decides for each node (`choose`).
         options: `rate`: source tokens per concept, where it is not that of the library. `read_policy`: `fixed`,
-            `budgeted`, or one of your own; None is `budgeted` where there is a budget. `position_budget`: most prompt
+            `budgeted`, or one of your own; None is `budgeted` where there is a budget. `relevance`: by what `budgeted`
+            judges sentences; see `BudgetedReadPolicy`. `position_budget`: most prompt
             positions of all passages, their titles included. `prefill_budget`: most that they take at prefill, in text
             tokens. `ttft_budget_s`: most seconds to the first token. `costs`: of this machine; None takes what
             `compllm-rag calibrate` found.
 
     Raises:
-        ConfigurationError: There is no such policy, a budget makes no sense, or two options contradict each other.
+        ConfigurationError: There is no such policy or relevance, a budget makes no sense, two options contradict each
+            other, or states are to be compared and there are none.
         NotCalibratedError: A time is asked for, and nothing was measured.
         RateOutOfReachError: See `FixedRate`.
     """
@@ -85,7 +111,7 @@ def passage_reading(
     limits: dict[str, Any] = {
         field: options.get(name) for field, name in NAMES.items() if options.get(name) is not None
     }
-    policy = policy_named(options.get("read_policy"))
+    policy = policy_of(options.get("read_policy"), options.get("relevance"))
     if policy is None and not limits:
         return None
     if decides_otherwise:

@@ -95,8 +95,8 @@ def read_nodes(
         )
         for number, node in enumerate(nodes, 1)
     ]
-    made, taken = reading.read(query, retrieved, prompt_tokens, queued)
-    pairs = list(zip(nodes, made, strict=True))
+    decided = reading.read(query, retrieved, prompt_tokens, queued)
+    pairs = list(zip(nodes, decided.passages, strict=True))
     read = [(node, one) for node, one in pairs if not one.reading.left_out]
     if not read:
         raise ReadBudgetError(
@@ -122,8 +122,9 @@ def read_nodes(
     account = {
         "name": reading.policy.name,
         "budget": dict(reading.budget.limits),
-        "taken": taken,
+        "taken": decided.taken,
         "left_out": {name: {"why": gone.why, "parts": told(gone)} for name, gone in left_out},
+        **decided.told,
     }
     return ReadNodes([node for node, _ in read], bodies, account)
 

@@ -88,6 +88,15 @@ class Meter:
         self.budget, self._prompt_tokens, self._beside_s = budget, prompt_tokens, beside_s
         self._layers = {"entry_layer": spec.config.entry_layer, "depth": spec.depth}
 
+    def spend_beside(self, tokens: int) -> None:
+        """Set aside the time of tokens that run through the LLM's lower half before the prompt does.
+
+        Args:
+            tokens: How many.
+        """
+        if self.budget.costs is not None and self.budget.costs.lower is not None:
+            self._beside_s += self.budget.costs.lower(tokens)
+
     def taken(self, tokens: int, concepts: int) -> dict[str, float]:
         """What passages take, by the names of the limits.
 

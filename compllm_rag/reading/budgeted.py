@@ -15,6 +15,7 @@ from compllm_rag.errors import ConfigurationError
 from compllm_rag.reading.choice import Candidate, Part, Reading, ReadSpec, Used
 from compllm_rag.reading.kept import DEEP, INPUT, checked_table, kept_at
 from compllm_rag.reading.relevance import Weights, relevance
+from compllm_rag.reading.signals import Signal, signal_named
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,10 @@ _NOTHING = _Option("left out", None, 0, 0, 0.0)
 class BudgetedReadPolicy:
     """Reads what a budget allows, the likeliest to matter first.
 
-    Every sentence of the retrieved passages has a value: how likely it matters (its words and its neighbours' beside
-    the question's by BM25, its passage's words and rank) times the share of it that is kept (1 as text; concepts by the
-    table of their rate). The budget is spent step by step on whatever adds most value for what it takes: a sentence
-    more, or one at a lower rate, or as text. What is not reached is left out.
+    Every sentence of the retrieved passages has a value: how likely it matters (it, its neighbours and its passage
+    beside the question by a signal, BM25 unless another is named, and its passage's rank) times the share of it that is
+    kept (1 as text; concepts by the table of their rate). The budget is spent step by step on whatever adds most value
+    for what it takes: a sentence more, or one at a lower rate, or as text. What is not reached is left out.
 
     Args:
         rates: Rates of concepts to choose from; None takes those at which the storage keeps the passage. Others are
@@ -47,15 +48,19 @@ class BudgetedReadPolicy:
         kept: The share of what text gives that concepts keep, by rate; None takes what was measured with the shipped
             compressors (`compllm_rag.reading.kept`).
         weights: What makes a sentence likely to matter.
+        relevance: The signal: `bm25`, `maxsim` (late interaction of the question's states with the stored concepts, for
+            one pass of the LLM's lower half over the question), `bm25+maxsim` (both, by their ranks), or one of your
+            own (`compllm_rag.reading.signals.Signal`).
 
     Raises:
-        ConfigurationError: A rate or the table makes no sense.
+        ConfigurationError: A rate, the table or the signal makes no sense.
     """
 
     rates: Sequence[float] | None = None
     text: bool = True
     kept: Mapping[float, float] | None = None
     weights: Weights = field(default_factory=Weights)
+    relevance: str | Signal = "bm25"
     name: str = field(default="budgeted", init=False)
 
     def __post_init__(self) -> None:
@@ -63,6 +68,12 @@ class BudgetedReadPolicy:
             raise ConfigurationError("rates make no sense", got=list(self.rates), expected="numbers of at least 1")
         if self.kept is not None:
             checked_table(self.kept)
+        signal_named(self.relevance)
+
+    @property
+    def needs_states(self) -> bool:
+        """Whether it compares states in front of an entry layer, which only deep concepts have."""
+        return signal_named(self.relevance).needs_states
 
     def choose(self, query: str, nodes: Sequence[Candidate], spec: ReadSpec) -> list[Reading]:
         """See `ReadPolicy.choose`.
@@ -77,7 +88,9 @@ class BudgetedReadPolicy:
                 expected="position_budget, prefill_budget or ttft_budget_s",
                 next_step="set one of them, or leave the read policy out",
             )
-        scores = relevance(query, nodes, self.weights)
+        signal = signal_named(self.relevance)
+        spec.told["relevance"] = {"signal": signal.name}
+        scores = relevance(nodes, signal.judge(query, nodes, spec), self.weights)
         options = [self._options(node, spec) for node in nodes]
         spent = _Spending(nodes, options, [[score.value for score in row] for row in scores], spec)
         chosen = spent.chosen()

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from compllm_rag.compression.spec import ConceptSpec
 from compllm_rag.config import Mode
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.reading.budget import Meter
 from compllm_rag.reading.sentences import Sentence
+
+if TYPE_CHECKING:
+    import torch
 
 Used = Literal["text", "concepts", "left out"]
 
@@ -86,6 +89,38 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class PassageStates:
+    """Deep concepts of a passage, as relevance compares them.
+
+    Attributes:
+        states: (n_concepts, hidden_size), the residual stream in front of the entry layer.
+        places: The token of the passage that each stands for, (n_concepts,), increasing.
+    """
+
+    states: torch.Tensor
+    places: torch.Tensor
+
+
+class States(Protocol):
+    """States in front of the entry layer: of the question, and of passages as far as they are stored."""
+
+    def of_question(self, query: str) -> torch.Tensor:
+        """The residual stream (n_tokens, hidden_size) in front of the entry layer at the question's tokens.
+
+        Asked for the first time, it takes a forward of the LLM's lower half over the question alone, which a time as
+        budget pays for.
+
+        Raises:
+            ConfigurationError: Concepts enter at the input embeddings: there is no layer below to run.
+        """
+        ...
+
+    def of_passage(self, node: Candidate) -> PassageStates | str:
+        """What is stored of a passage, at the first of its rates that is; or why nothing is, in plain words."""
+        ...
+
+
+@dataclass(frozen=True)
 class ReadSpec:
     """What a policy may choose from, and what that takes.
 
@@ -97,6 +132,8 @@ class ReadSpec:
         at_hand: Whether concepts of a passage can be read at a rate without a wait (None: at `rate`): they are stored,
             or nobody minds that they are made now.
         n_concepts: How many concepts stand for the tokens from `start` to `end` of a passage at a rate.
+        states: What late interaction compares. Nothing is compressed for it.
+        told: A policy puts in here, as plain values by name, what accounts should tell of its decision.
     """
 
     concepts: ConceptSpec
@@ -105,6 +142,8 @@ class ReadSpec:
     meter: Meter
     at_hand: Callable[[Candidate, float | None], bool]
     n_concepts: Callable[[Candidate, int, int, float | None], int]
+    states: States
+    told: dict[str, Any] = field(default_factory=dict)
 
 
 class ReadPolicy(Protocol):

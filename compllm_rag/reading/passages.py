@@ -6,6 +6,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -14,9 +15,18 @@ from compllm_rag.errors import ConfigurationError
 from compllm_rag.library import ConceptLibrary, Fetched, Passage
 from compllm_rag.prompt import ConceptSpan, Span, TextSpan
 from compllm_rag.reading.budget import ReadBudget
-from compllm_rag.reading.choice import Candidate, Part, Reading, ReadPolicy, ReadSpec, checked_readings
+from compllm_rag.reading.choice import (
+    Candidate,
+    Part,
+    PassageStates,
+    Reading,
+    ReadPolicy,
+    ReadSpec,
+    checked_readings,
+)
 from compllm_rag.reading.crossover import crossover
 from compllm_rag.reading.sentences import sentence_cutter
+from compllm_rag.reading.states import StatesAtHand, refuse_without_states
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,21 @@ class ReadPassage:
     bypassed: bool = False
 
 
+@dataclass(frozen=True)
+class Decision:
+    """What a policy decided for one question.
+
+    Attributes:
+        passages: One entry per passage, in their order.
+        taken: What they take of the budget, by the names of its limits.
+        told: What else the policy wants told, plain values.
+    """
+
+    passages: list[ReadPassage]
+    taken: dict[str, float]
+    told: dict[str, Any]
+
+
 class PassageReading:
     """Has a policy decide, and gives the spans for it.
 
@@ -72,6 +97,9 @@ class PassageReading:
         missing: What to do about concepts at the fixed rate that are not stored; those at other rates are never made.
             With a time as budget, `recompress` is `auto`: nothing is compressed in line that text is sooner than.
         rate: Source tokens per concept of the fixed choice; None takes the library's own.
+
+    Raises:
+        ConfigurationError: The policy compares states, and concepts of the library are none.
     """
 
     def __init__(
@@ -85,6 +113,8 @@ class PassageReading:
         rate: float | None = None,
     ) -> None:
         self.library, self.policy, self.budget, self.mode, self.rate = library, policy, budget, mode, rate
+        if getattr(policy, "needs_states", False):
+            refuse_without_states(library)
         timed = budget.ttft_s is not None and missing == "recompress"
         self.missing: MissingChoice = "auto" if timed else missing
         self._sentences = sentence_cutter(library.spec.segmenter)
@@ -96,7 +126,7 @@ class PassageReading:
         prompt_tokens: int,
         queued: Collection[str] = (),
         budget: ReadBudget | None = None,
-    ) -> tuple[list[ReadPassage], dict[str, float]]:
+    ) -> Decision:
         """Decide what passages are read as.
 
         Args:
@@ -105,9 +135,6 @@ class PassageReading:
             prompt_tokens: The prompt's own, without any passage.
             queued: Ids of those whose concepts are in the making; they are read as text.
             budget: For this question; None takes the one given before.
-
-        Returns:
-            One entry per passage, in their order, and what they take of the budget, by the names of its limits.
 
         Raises:
             ReadBudgetError: Nothing fits the budget.
@@ -149,14 +176,13 @@ class _OneQuestion:
         self._bypassed: set[str] = set()
         self._in_line_s = 0.0
 
-    def read(
-        self, query: str, passages: Sequence[Retrieved], prompt_tokens: int
-    ) -> tuple[list[ReadPassage], dict[str, float]]:
+    def read(self, query: str, passages: Sequence[Retrieved], prompt_tokens: int) -> Decision:
         candidates = [self._of.candidate(rank, passage) for rank, passage in enumerate(passages)]
         for candidate in candidates:
             self._look_up(candidate)
         meter = self._budget.meter(self._library.spec, prompt_tokens, beside_s=self._in_line_s)
-        spec = ReadSpec(self._library.spec, self._of.mode, self._own, meter, self._at_hand, self._n_concepts)
+        states = StatesAtHand(self._library, self._stored, meter.spend_beside)
+        spec = ReadSpec(self._library.spec, self._of.mode, self._own, meter, self._at_hand, self._n_concepts, states)
         policy = self._of.policy
         readings = checked_readings(policy, candidates, policy.choose(query, candidates, spec))
         out = [self._read(number, *pair) for number, pair in enumerate(zip(candidates, readings, strict=True))]
@@ -172,7 +198,7 @@ class _OneQuestion:
                 expected=", ".join(f"at most {most:g}" for most in meter.budget.limits.values()),
                 next_step="ask `spec.meter.fits` before choosing",
             )
-        return out, taken
+        return Decision(out, taken, spec.told)
 
     def _look_up(self, candidate: Candidate) -> None:
         """Find out whether concepts at the fixed rate can be read."""
@@ -209,6 +235,20 @@ class _OneQuestion:
         if n == candidate.n_tokens:
             return end - start  # every token has one
         return int(_within(self._fetch(candidate, rate), start, end).sum())
+
+    def _stored(self, candidate: Candidate) -> PassageStates | str:
+        """States of a passage as far as they are stored, or were made for a question of before."""
+        if candidate.id in self._queued:
+            return "its concepts are in the making"
+        reason = self._own_library.passage(candidate.text).reason
+        if reason is not None:
+            return f"kept as text by the {reason}"
+        for rate in candidate.rates:
+            if candidate.n_tokens and all(self._library.at_rate(rate).at_hand(candidate.text)):
+                fetched = self._fetch(candidate, self._own if rate is None else rate)
+                if fetched.concepts is not None and fetched.places is not None:
+                    return PassageStates(fetched.concepts, fetched.places)
+        return "its concepts are not stored" if candidate.n_tokens else "it has no text"
 
     def _fetch(self, candidate: Candidate, rate: float | None) -> Fetched:
         known = candidate.text, rate

@@ -1,4 +1,4 @@
-"""How likely each sentence of the retrieved passages matters to a question; without any LLM."""
+"""How likely each sentence of the retrieved passages matters to a question, by what a signal says of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compllm_rag.reading.choice import Candidate
-from compllm_rag.reading.sentences import word_matches
+from compllm_rag.reading.signals import Judged
 
 
 @dataclass(frozen=True)
@@ -14,13 +14,14 @@ class Weights:
     """What counts how much; every part lies between 0 and 1 before it is weighed.
 
     The defaults were chosen by how much of the sentences with the answer is read, on training questions of HotpotQA,
-    MuSiQue and SQuAD, at a quarter and an eighth of text's prefill; no LLM answered for that.
+    MuSiQue and SQuAD, at a quarter and an eighth of text's prefill, by BM25; no LLM answered for that.
 
     Attributes:
         base: Of every sentence.
-        sentence: BM25 of the sentence, by the best one of all passages.
+        sentence: What the signal says of the sentence (BM25, unless another is asked for), by the best one of all
+            passages.
         beside: The same of the better of its two neighbours.
-        passage: BM25 of the passage with its title, by the best passage.
+        passage: What it says of the passage, by the best passage; BM25 reads the title, too.
         rank: Falls with the retriever's rank r as 1 / (1 + r).
         length: What all of it is multiplied by is the sentence's tokens to this power: a long one says more.
     """
@@ -46,36 +47,29 @@ class Relevance:
     why: str
 
 
-def relevance(query: str, nodes: Sequence[Candidate], weights: Weights) -> list[list[Relevance]]:
+def relevance(nodes: Sequence[Candidate], judged: Sequence[Judged], weights: Weights) -> list[list[Relevance]]:
     """The relevance of every sentence of every passage.
 
     Args:
-        query: What is asked.
         nodes: Passages, best first.
+        judged: How well each answers to the question, by a signal.
         weights: See `Weights`.
     """
-    matches = word_matches(query, [sentence.text for node in nodes for sentence in node.sentences])
-    whole = word_matches(query, [f"{node.title}\n{node.text}" for node in nodes])
-    most = max((match.score for match in matches), default=0.0) or 1.0
-    most_whole = max((match.score for match in whole), default=0.0) or 1.0
     out: list[list[Relevance]] = []
-    at = 0
-    for node, passage in zip(nodes, whole, strict=True):
-        own = matches[at : at + len(node.sentences)]
-        at += len(own)
-        shares = [match.score / most for match in own]
-        fixed = weights.base + weights.passage * passage.score / most_whole + weights.rank / (1 + node.rank)
+    for node, found in zip(nodes, judged, strict=True):
+        shares = found.sentences
+        fixed = weights.base + weights.passage * found.passage + weights.rank / (1 + node.rank)
         row = []
-        for i, match in enumerate(own):
+        for i, sentence in enumerate(node.sentences):
             beside = max([0.0, *shares[max(0, i - 1) : i], *shares[i + 1 : i + 2]])
             value = fixed + weights.sentence * shares[i] + weights.beside * beside
-            value *= len(node.sentences[i]) ** weights.length
-            row.append(Relevance(value, _why(match.words, beside, node.rank)))
+            value *= len(sentence) ** weights.length
+            row.append(Relevance(value, _why(found.whys[i], beside, node.rank)))
         out.append(row)
     return out
 
 
-def _why(words: Sequence[str], beside: float, rank: int) -> str:
-    if words:
-        return f"says {', '.join(words[:4])}"
+def _why(said: str, beside: float, rank: int) -> str:
+    if said:
+        return said
     return "beside a sentence with words of the question" if beside else f"of passage {rank + 1} by retrieval"

@@ -55,6 +55,21 @@ def test_explain_tells_each_passage_in_plain_words(storage: Path) -> None:
     assert "does not fit the budget beside the passages before it" in fixed
 
 
+def test_relevance_by_states_is_told(storage: Path) -> None:
+    budget = ("--prefill-budget", 50)
+    assert asked(storage, *budget)["read_policy"]["relevance"] == {"signal": "bm25"}
+    for name in ("maxsim", "bm25+maxsim"):
+        found = asked(storage, *budget, "--relevance", name)["read_policy"]
+        told = found["relevance"]
+        assert told["signal"] == name and told["question_tokens"] > 3 and told["question_s"] > 0
+        assert told["by_words"] == {} and found["taken"]["prefill_budget"] <= 50
+    told_in_words = run(
+        "query", QUESTION, "--storage", storage, *budget, "--relevance", "maxsim", "--rate", 3, "--explain", *SHORT
+    ).stdout
+    assert "sentences judged by maxsim: the question's" in told_in_words
+    assert "by its words: Part 0 (its concepts are not stored)" in told_in_words
+
+
 def test_a_time_wants_a_calibration_and_then_is_kept(storage: Path) -> None:
     said = refused("query", QUESTION, "--storage", storage, "--ttft-budget", 9)
     assert "nobody has measured how fast this machine reads" in said and "compllm-rag calibrate" in said
@@ -80,6 +95,9 @@ def test_a_calibration_without_a_storage(toy_folder: Path) -> None:
         (("--prefill-budget", 0.25), "it is no share"),
         (("--read-policy", "clever"), "unknown read policy: got clever, expected fixed, budgeted"),
         (("--read-policy", "budgeted"), "nothing to spend"),
+        (("--relevance", "maxsim"), "nothing to spend"),
+        (("--relevance", "colbert"), "unknown relevance: got colbert, expected bm25, maxsim, bm25+maxsim"),
+        (("--relevance", "maxsim", "--read-policy", "fixed"), "relevance belongs to the budgeted read policy"),
         (("--missing", "guess"), "expected recompress, text, error, auto"),
         (("--rate", 2, "--mode", "text"), "text has no compression rate"),
         (("--rate", 0.1), "at least 1"),

@@ -121,6 +121,29 @@ async def test_asked_streamed_and_asynchronous_it_decides_the_same(index: Concep
     assert cited["read_policy"]["taken"]["prefill_budget"] <= 60
 
 
+def test_relevance_by_states_is_an_option_of_engines(index: ConceptIndex) -> None:
+    options = {"similarity_top_k": 4, "prefill_budget": 60, "relevance": "maxsim"}
+    account = index.as_query_engine(**options).query(QUESTION).metadata["compllm"]
+    json.dumps(account)
+    told = account["read_policy"]["relevance"]
+    assert told["signal"] == "maxsim" and told["by_words"] == {} and told["question_s"] > 0
+    named = BudgetedReadPolicy(relevance="maxsim")
+    same = index.as_query_engine(similarity_top_k=4, prefill_budget=60, read_policy=named).query(QUESTION)
+    assert same.metadata["compllm"]["nodes"] == account["nodes"]
+    turn = index.as_chat_engine("context", **options).chat(QUESTION)
+    assert turn.metadata["compllm"]["read_policy"]["relevance"]["signal"] == "maxsim"
+
+
+def test_relevance_by_states_wants_states(library: ConceptLibrary) -> None:
+    reading = {"prefill_budget": 60, "relevance": "bm25+maxsim"}
+    if library.spec.config.deep:
+        account = Planner(library, reading=reading).plan(QUESTION, nodes(), 2000).account()
+        assert account["read_policy"]["relevance"]["signal"] == "bm25+maxsim"
+        return
+    with pytest.raises(ConfigurationError, match="max-sim compares states.*concepts at the input embeddings"):
+        Planner(library, reading=reading)
+
+
 def test_a_policy_of_ones_own_decides(library: ConceptLibrary) -> None:
     class FirstAsText:
         name = "first as text"
@@ -204,6 +227,8 @@ def test_in_a_chat_a_budget_holds_for_the_passages_of_a_turn(index: ConceptIndex
         ({"read_policy": "clever"}, ConfigurationError, "no such read policy.*fixed, budgeted"),
         ({"read_policy": BudgetedReadPolicy}, ConfigurationError, "no such read policy"),
         ({"read_policy": 3}, ConfigurationError, "no such read policy"),
+        ({"relevance": "colbert", "prefill_budget": 60}, ConfigurationError, "no such relevance"),
+        ({"relevance": "maxsim", "read_policy": "fixed"}, ConfigurationError, "belongs to the budgeted"),
         ({"position_budget": 0}, ConfigurationError, "position_budget makes no sense"),
         ({"prefill_budget": 0.25}, ConfigurationError, "it is no share"),
         ({"ttft_budget_s": 0.5}, NotCalibratedError, "compllm-rag calibrate"),
@@ -227,6 +252,8 @@ def test_what_makes_no_sense_is_refused(
 def test_what_is_found_out_with_the_question(index: ConceptIndex) -> None:
     with pytest.raises(ConfigurationError, match="nothing to spend"):
         index.as_query_engine(read_policy="budgeted").query(QUESTION)
+    with pytest.raises(ConfigurationError, match="nothing to spend"):
+        index.as_query_engine(relevance="maxsim").query(QUESTION)
     with pytest.raises(ReadBudgetError, match="position_budget of at least") as caught:
         index.as_query_engine(position_budget=3).query(QUESTION)
     assert isinstance(caught.value, PromptTooLongError)

@@ -10,7 +10,7 @@ from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.reading.budget import ReadBudget
 from compllm_rag.reading.choice import ReadPolicy
-from compllm_rag.reading.passages import PassageReading, ReadPassage, Retrieved
+from compllm_rag.reading.passages import Decision, PassageReading, ReadPassage, Retrieved
 from compllm_rag.store.memory import MemoryStore
 from trained import trained, trained_deep
 
@@ -44,4 +44,10 @@ def read(
     of: ConceptLibrary, policy: ReadPolicy, limits: dict[str, Any] | None = None, **options: Any
 ) -> tuple[list[ReadPassage], dict[str, float]]:
     """What a policy decides of the parts, within limits by the fields of `ReadBudget`."""
+    made = decided(of, policy, limits, **options)
+    return made.passages, made.taken
+
+
+def decided(of: ConceptLibrary, policy: ReadPolicy, limits: dict[str, Any] | None = None, **options: Any) -> Decision:
+    """The same, with what the policy wants told."""
     return PassageReading(of, policy, ReadBudget(**limits or {}), **options).read(QUESTION, retrieved(), 30)

@@ -141,7 +141,8 @@ def test_the_fixed_choice_leaves_out_what_does_not_fit() -> None:
     order = [retrieved()[i] for i in (0, 2, 1)]
     assert sizes[2] > sizes[1]
     budget = ReadBudget(positions=sizes[0] + sizes[1])
-    made, taken = PassageReading(of, FixedReadPolicy(), budget).read(QUESTION, order, 30)
+    found = PassageReading(of, FixedReadPolicy(), budget).read(QUESTION, order, 30)
+    made, taken = found.passages, found.taken
     assert [p.reading.left_out for p in made] == [False, True, False]
     assert "does not fit the budget" in made[1].reading.why and made[1].spans == []
     assert taken == {"position_budget": sizes[0] + sizes[1]}
@@ -171,12 +172,12 @@ def test_missing_concepts(missing: Any) -> None:
 
 def test_concepts_in_the_making_are_not_waited_for() -> None:
     reading = PassageReading(library(), FixedReadPolicy(), ReadBudget())
-    made, _ = reading.read(QUESTION, retrieved(), 30, queued={"n1"})
+    made = reading.read(QUESTION, retrieved(), 30, queued={"n1"}).passages
     assert [type(p.spans[0]) for p in made] == [ConceptSpan, TextSpan, ConceptSpan]
     assert made[1].reading.why == "its concepts are in the making"
 
 
 def test_empty_passages_are_left_out() -> None:
     nodes = [replace(retrieved()[0], text=""), retrieved()[1]]
-    made, _ = PassageReading(library(), FixedReadPolicy(), ReadBudget(positions=500)).read("?", nodes, 3)
+    made = PassageReading(library(), FixedReadPolicy(), ReadBudget(positions=500)).read("?", nodes, 3).passages
     assert [(p.reading.left_out, p.reading.why) for p in made] == [(True, "it has no text"), (False, "")]
