@@ -1,0 +1,122 @@
+"""Deep concepts as an engine could read them that runs every position of a prompt through every layer.
+
+Each concept stands for a token that was kept. Such an engine runs that token through the layers below the entry layer
+L, a *placeholder*, and in front of L its hidden state gives way to the concept's stored one. What the prompt's own
+tokens do with placeholders below L is the engine's matter: they see them, or a mask hides them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from compllm_rag.compression.spec import ConceptCompressor
+from compllm_rag.config import GenerationConfig
+from compllm_rag.evaluation.bodies import Bodies, Segmented, Setting
+from compllm_rag.evaluation.scoring import ScoringGenerator
+from compllm_rag.generation.forward import Forward
+from compllm_rag.generation.halves import SplitForward, split_rows
+from compllm_rag.models.halves import Halves
+from compllm_rag.prompt import ConceptSpan, PromptPlan, Span, TextSpan
+
+# How concepts stand: one behind the other, or so and with their tokens as placeholders below the entry layer.
+Way = Literal["contiguous", "masked", "seen"]
+
+
+@dataclass(frozen=True)
+class PlaceholderSpan(ConceptSpan):
+    """Deep concepts with the tokens that they stand for.
+
+    Attributes:
+        ids: Token id of each concept, (n_concepts,).
+    """
+
+    ids: tuple[int, ...] = ()
+
+
+class WayBodies(Bodies):
+    """Deep concepts without gaps between their positions.
+
+    Args:
+        compressor: Of deep concepts.
+        rate: Source tokens per concept.
+        way: With their tokens as placeholders, or without.
+        segmented: Shared by the settings of a run.
+
+    Raises:
+        ConfigurationError, RateOutOfReachError: The rate cannot be kept.
+    """
+
+    def __init__(self, compressor: ConceptCompressor, rate: float, way: Way, segmented: Segmented) -> None:
+        super().__init__(compressor, Setting("concepts", rate), segmented)
+        self._way, self._tokens = way, segmented
+
+    def spans(self, text: str, passage: int) -> list[Span]:
+        """The span of a passage that was prepared."""
+        return [self._span(text, span) for span in super().spans(text, passage) if isinstance(span, ConceptSpan)]
+
+    def _span(self, text: str, span: ConceptSpan) -> ConceptSpan:
+        closed = replace(span, places=torch.arange(len(span)), n_tokens=len(span))
+        if self._way == "contiguous" or span.places is None:
+            return closed
+        tokens = [token for unit in self._tokens(text) for token in unit]
+        ids = tuple(tokens[place] for place in span.places.tolist())
+        return PlaceholderSpan(closed.concepts, closed.passage, closed.places, closed.n_tokens, ids)
+
+
+class PlaceholderForward(SplitForward):
+    """A batch of prompts whose concepts have placeholders below the entry layer, all at the positions they have above.
+
+    Args:
+        halves: The LLM in two halves.
+        plans: Their concepts are `PlaceholderSpan`s.
+        seen: Whether other tokens see placeholders below the entry layer.
+
+    Raises:
+        ConfigurationError, InvalidConceptsError: See `SplitForward`.
+    """
+
+    def __init__(self, halves: Halves, plans: Sequence[PromptPlan], *, seen: bool) -> None:
+        super().__init__(halves, split_rows(plans))
+        ids = [
+            [token for span in plan.spans if isinstance(span, TextSpan | PlaceholderSpan) for token in span.ids]
+            for plan in plans
+        ]
+        # Below as above, (batch, most slots): what is masked there has slots of its own that nothing looks at.
+        self._ids, _ = self._padded(ids)
+        self._low_positions = self._positions
+        self._low_mask = self._mask if seen else self._mask * self._is_token
+
+    @torch.inference_mode()
+    def _joined(self, hidden: torch.Tensor, tokens: int, slots: int) -> torch.Tensor:
+        """What came through the lower half, (batch, most slots, hidden_size), concepts in place of placeholders."""
+        joined = hidden.clone()
+        if self._states is not None:
+            joined[self._mask.bool() & ~self._is_token] = self._states
+        return joined
+
+
+class PlaceholderGenerator(ScoringGenerator):
+    """A generator that reads plans with placeholders as such an engine would, and all others as ever.
+
+    Args:
+        compressor: Of deep concepts.
+        config: Limits of an answer.
+        halves: Those of the compressor, merged.
+        seen: Whether other tokens see placeholders below the entry layer.
+    """
+
+    def __init__(self, compressor: ConceptCompressor, config: GenerationConfig, halves: Halves, *, seen: bool) -> None:
+        super().__init__(compressor.llm, config, halves=halves)
+        self._seen = seen
+
+    def lay_out(self, plans: Sequence[PromptPlan]) -> Forward:
+        """See `LocalGenerator.lay_out`."""
+        placed = any(isinstance(span, PlaceholderSpan) for plan in plans for span in plan.spans)
+        if self.halves is None or not placed:
+            return super().lay_out(plans)
+        with self._room_for(plans):
+            return PlaceholderForward(self.halves, plans, seen=self._seen)
