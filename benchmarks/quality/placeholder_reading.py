@@ -15,15 +15,16 @@ import torch
 
 from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.config import GenerationConfig
-from compllm_rag.evaluation.bodies import Bodies, Segmented, Setting
+from compllm_rag.evaluation.bodies import Bodies, Segmented
 from compllm_rag.evaluation.scoring import ScoringGenerator
 from compllm_rag.generation.forward import Forward
 from compllm_rag.generation.halves import SplitForward, split_rows
 from compllm_rag.models.halves import Halves
 from compllm_rag.prompt import ConceptSpan, PromptPlan, Span, TextSpan
 
-# How concepts stand: one behind the other, or so and with their tokens as placeholders below the entry layer.
-Way = Literal["contiguous", "masked", "seen"]
+# How the tokens that were kept are read: as concepts with gaps where others were dropped, or without gaps; so, with
+# themselves as placeholders below the entry layer, which others see or not; as text.
+Way = Literal["gaps", "no gaps", "seen", "masked", "pruned"]
 
 
 @dataclass(frozen=True)
@@ -37,34 +38,35 @@ class PlaceholderSpan(ConceptSpan):
     ids: tuple[int, ...] = ()
 
 
-class WayBodies(Bodies):
-    """Deep concepts without gaps between their positions.
+class WayBodies:
+    """Passages in one of the ways to read them.
 
     Args:
-        compressor: Of deep concepts.
-        rate: Source tokens per concept.
-        way: With their tokens as placeholders, or without.
-        segmented: Shared by the settings of a run.
-
-    Raises:
-        ConfigurationError, RateOutOfReachError: The rate cannot be kept.
+        concepts: Makes the concepts, for all ways alike.
+        way: Which one.
+        tokens: Shared by the settings of a run.
     """
 
-    def __init__(self, compressor: ConceptCompressor, rate: float, way: Way, segmented: Segmented) -> None:
-        super().__init__(compressor, Setting("concepts", rate), segmented)
-        self._way, self._tokens = way, segmented
+    def __init__(self, concepts: Bodies, way: Way, tokens: Segmented) -> None:
+        self._concepts, self._way, self._tokens = concepts, way, tokens
+        self.size, self.prepare = concepts.size, concepts.prepare
 
     def spans(self, text: str, passage: int) -> list[Span]:
         """The span of a passage that was prepared."""
-        return [self._span(text, span) for span in super().spans(text, passage) if isinstance(span, ConceptSpan)]
+        made = self._concepts.spans(text, passage)
+        return [self._span(text, span) if isinstance(span, ConceptSpan) else span for span in made]
 
-    def _span(self, text: str, span: ConceptSpan) -> ConceptSpan:
-        closed = replace(span, places=torch.arange(len(span)), n_tokens=len(span))
-        if self._way == "contiguous" or span.places is None:
-            return closed
+    def _span(self, text: str, span: ConceptSpan) -> Span:
+        if self._way == "gaps" or span.places is None:
+            return span
+        places, n = torch.arange(len(span)), len(span)
+        if self._way == "no gaps":
+            return replace(span, places=places, n_tokens=n)
         tokens = [token for unit in self._tokens(text) for token in unit]
         ids = tuple(tokens[place] for place in span.places.tolist())
-        return PlaceholderSpan(closed.concepts, closed.passage, closed.places, closed.n_tokens, ids)
+        if self._way == "pruned":
+            return TextSpan(ids, span.passage)
+        return PlaceholderSpan(span.concepts, span.passage, places, n, ids)
 
 
 class PlaceholderForward(SplitForward):

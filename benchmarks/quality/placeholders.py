@@ -39,7 +39,7 @@ from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.config import GenerationConfig
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.evaluation.asking import Asker
-from compllm_rag.evaluation.bodies import Segmented, Setting
+from compllm_rag.evaluation.bodies import Bodies, Segmented, Setting
 from compllm_rag.evaluation.journal import Journal
 from compllm_rag.evaluation.questions import Question, read_questions
 from compllm_rag.evaluation.runner import in_seeded_order
@@ -55,29 +55,27 @@ class Read:
     """A way to read passages at a rate.
 
     Attributes:
-        mode: Of the setting.
-        way: Of deep concepts without gaps; None reads what the mode says.
-        everywhere: Whether it differs from another at rate 1, where nothing is dropped and no gap is left.
+        title: For people.
+        way: What is measured.
+        every_layer: Whether a passage runs the layers below the entry layer, too.
+        from_rate: Below this rate it is the same as another.
     """
 
-    mode: str
-    way: Way | None = None
-    everywhere: bool = True
-
-    def cost(self, compressor: ConceptCompressor, rate: float) -> float:
-        """What a source token costs at prefill, text = 1."""
-        every_layer = self.mode == "pruned" or self.way in ("seen", "masked")
-        return 1 / rate if every_layer else compressor.spec.prefill_cost(rate)
+    title: str
+    way: Way
+    every_layer: bool
+    from_rate: float = 1.0
 
 
-AS_THEY_ARE = "deep concepts"
-READS = {
-    AS_THEY_ARE: Read("concepts"),
-    "without gaps": Read("concepts", "contiguous", everywhere=False),
-    "placeholders, masked": Read("concepts", "masked"),
-    "placeholders, seen": Read("concepts", "seen"),
-    "pruned": Read("pruned", everywhere=False),
-}
+DEEP = Read("deep concepts", "gaps", every_layer=False)
+READS = (
+    DEEP,
+    Read("without gaps", "no gaps", every_layer=False, from_rate=1.01),  # where nothing is dropped there are none
+    # What is masked below the entry layer and replaced there leaves nothing behind: the same measurement, at its cost.
+    Read("placeholders, masked", "no gaps", every_layer=True),
+    Read("placeholders, seen", "seen", every_layer=True),
+    Read("pruned", "pruned", every_layer=True, from_rate=1.01),
+)
 
 
 class Asking:
@@ -103,21 +101,19 @@ class Asking:
         self._compressor, self._halves = compressor, halves
         self._questions, self._batch_size, self._answer = questions, batch_size, answer
         self._segmented, self._config = Segmented(compressor), GenerationConfig(max_new_tokens=_ANSWER_TOKENS)
+        self._made: dict[float, Bodies] = {}  # concepts by rate, for all ways alike
 
     def __call__(self, name: str, setting: Setting, way: Way | None = None) -> list[dict[str, Any]]:
-        """Records of one way."""
-        bodies = None if way is None or setting.rate is None else self._bodies(setting.rate, way)
-        generator = None
-        if way in ("seen", "masked"):
-            generator = PlaceholderGenerator(self._compressor, self._config, self._halves, seen=way == "seen")
+        """Records of one way; `name` is for the progress."""
+        seen = PlaceholderGenerator(self._compressor, self._config, self._halves, seen=True)
         asker = Asker(
             self._compressor,
             setting,
             self._segmented,
             self._config,
-            bodies,
+            None if way is None else WayBodies(self._concepts(setting), way, self._segmented),
             halves=self._halves,
-            generator=generator,
+            generator=seen if way == "seen" else None,
         )
         show, n = Tenths(), len(self._questions)
         done = asker.ask(
@@ -128,8 +124,10 @@ class Asking:
         )
         return [record.to_dict() for record in done]
 
-    def _bodies(self, rate: float, way: Way) -> WayBodies:
-        return WayBodies(self._compressor, rate, way, self._segmented)
+    def _concepts(self, setting: Setting) -> Bodies:
+        if setting.rate not in self._made:
+            self._made = {setting.rate or 1.0: Bodies(self._compressor, setting, self._segmented)}
+        return self._made[setting.rate or 1.0]
 
 
 def questions_of(name: str, data_dir: Path, compressor: ConceptCompressor, limit: int | None) -> list[Question]:
@@ -179,23 +177,26 @@ def measure(compressor: ConceptCompressor, halves: Halves, name: str, args: Any,
 
     def ask(title: str, setting: Setting, way: Way | None = None) -> list[Asked]:
         label = f"{name}: {title}" + (f" at rate {setting.rate:g}" if setting.rate else "")
-        found = part(journal, label, partial(asking, label, setting, way))
+        found = part(journal, f"{name}, {way or title}, {setting}", partial(asking, label, setting, way))
         return [Asked.from_dict(record) for record in found]
 
     text, none = (ask(mode, Setting.of(mode)) for mode in ("text", "none"))
     rows = [row_of("text", None, 1.0, text, text, none)]
     for rate in args.rates:
-        as_they_are = None
-        for title, read in READS.items():
-            if rate == 1 and not read.everywhere:
+        deep = ask(DEEP.title, Setting("concepts", rate), DEEP.way)
+        known = {DEEP.way: deep} | ({"no gaps": deep} if rate == 1 else {})
+        for read in READS:
+            if rate < read.from_rate:
                 continue
-            mine = ask(title, Setting.of(read.mode, rate), read.way)
-            as_they_are = as_they_are or mine
-            row = row_of(title, rate, 0.0, mine, text, none)
-            row["prefill_cost"] = read.cost(compressor, row["achieved_rate"] or rate)
-            row["to_deep"] = None if mine is as_they_are else differences(mine, as_they_are, text, none)
+            if read.way not in known:
+                known[read.way] = ask(read.title, Setting("concepts", rate), read.way)
+            mine = known[read.way]
+            row = row_of(read.title, rate, 0.0, mine, text, none)
+            achieved = row["achieved_rate"] or rate
+            row["prefill_cost"] = 1 / achieved if read.every_layer else compressor.spec.prefill_cost(achieved)
+            row["to_deep"] = None if mine is deep else differences(mine, deep, text, none)
             rows.append(row)
-            progress(f"{name}, {title} at rate {rate:g}: recovered {row['recovered']}, F1 {row['f1']}")
+            progress(f"{name}, {read.title} at rate {rate:g}: recovered {row['recovered']}, F1 {row['f1']}")
     rows.append(row_of("nothing", None, 0.0, none, text, none))
     return {"n": len(questions), "rows": rows}
 
