@@ -8,7 +8,7 @@ tokens do with placeholders below L is the engine's matter: they see them, or a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -25,17 +25,6 @@ from compllm_rag.prompt import ConceptSpan, PromptPlan, Span, TextSpan
 # How the tokens that were kept are read: as concepts with gaps where others were dropped, or without gaps; so, with
 # themselves as placeholders below the entry layer, which others see or not; as text.
 Way = Literal["gaps", "no gaps", "seen", "masked", "pruned"]
-
-
-@dataclass(frozen=True)
-class PlaceholderSpan(ConceptSpan):
-    """Deep concepts with the tokens that they stand for.
-
-    Attributes:
-        ids: Token id of each concept, (n_concepts,).
-    """
-
-    ids: tuple[int, ...] = ()
 
 
 class WayBodies:
@@ -66,7 +55,7 @@ class WayBodies:
         ids = tuple(tokens[place] for place in span.places.tolist())
         if self._way == "pruned":
             return TextSpan(ids, span.passage)
-        return PlaceholderSpan(span.concepts, span.passage, places, n, ids)
+        return replace(span, places=places, n_tokens=n, ids=ids)
 
 
 class PlaceholderForward(SplitForward):
@@ -74,7 +63,7 @@ class PlaceholderForward(SplitForward):
 
     Args:
         halves: The LLM in two halves.
-        plans: Their concepts are `PlaceholderSpan`s.
+        plans: Their deep concepts say which tokens they stand for (`ids`), and leave no gaps.
         seen: Whether other tokens see placeholders below the entry layer.
 
     Raises:
@@ -83,10 +72,7 @@ class PlaceholderForward(SplitForward):
 
     def __init__(self, halves: Halves, plans: Sequence[PromptPlan], *, seen: bool) -> None:
         super().__init__(halves, split_rows(plans))
-        ids = [
-            [token for span in plan.spans if isinstance(span, TextSpan | PlaceholderSpan) for token in span.ids]
-            for plan in plans
-        ]
+        ids = [[token for span in plan.spans for token in span.ids] for plan in plans]
         # Below as above, (batch, most slots): what is masked there has slots of its own that nothing looks at.
         self._ids, _ = self._padded(ids)
         self._low_positions = self._positions
@@ -102,7 +88,7 @@ class PlaceholderForward(SplitForward):
 
 
 class PlaceholderGenerator(ScoringGenerator):
-    """A generator that reads plans with placeholders as such an engine would, and all others as ever.
+    """A generator that reads deep concepts as such an engine would, and all else as ever.
 
     Args:
         compressor: Of deep concepts.
@@ -117,8 +103,7 @@ class PlaceholderGenerator(ScoringGenerator):
 
     def lay_out(self, plans: Sequence[PromptPlan]) -> Forward:
         """See `LocalGenerator.lay_out`."""
-        placed = any(isinstance(span, PlaceholderSpan) for plan in plans for span in plan.spans)
-        if self.halves is None or not placed:
+        if self.halves is None or not any(plan.deep for plan in plans):
             return super().lay_out(plans)
         with self._room_for(plans):
             return PlaceholderForward(self.halves, plans, seen=self._seen)
