@@ -43,7 +43,8 @@ def main(folder: Path, layer: int) -> None:
     generator = VLLMEngineGenerator(engine, llm, limit, halves=Halves(llm, layer))
     plans, expected = plans_of(folder), json.loads((folder / "expected.json").read_text())
     for _ in range(2):  # the second time from the prefix cache
-        assert [one.token_ids for one in generator.generate(plans)] == expected
+        found = [one.token_ids for one in generator.generate(plans)]
+        assert found == expected, (found, expected)
     for plan, want in zip(plans, expected, strict=True):
         assert generator.generate([plan])[0].token_ids == want
     assert generator.generate([plans[-1]])[0].reused_positions == 128  # it fills a block

@@ -27,14 +27,16 @@ from compllm_rag.errors import (
     UnsupportedModelError,
 )
 from compllm_rag.generation.address import generator_at
+from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.generation.vllm import VLLMGenerator
 from compllm_rag.generation.vllm.deep_checkpoint import SERVED, write_deep_checkpoint
 from compllm_rag.generation.vllm.deep_rows import RowLayout, deep_rows
 from compllm_rag.generation.vllm.plugin import ARCHITECTURES
 from compllm_rag.models.halves import Halves
+from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import ConceptSpan, PromptPlan, TextSpan
 from tests.vllm_environment import engine_environment, installed
-from tests.vllm_servers import FakeVLLM, token
+from tests.vllm_servers import FakeVLLM, VLLMProcess, token
 from trained import trained_deep
 
 LIMIT = GenerationConfig(max_new_tokens=16)
@@ -113,7 +115,8 @@ def test_the_engine_reads_deep_concepts_as_placeholders(tmp_path: Path) -> None:
         layer.load_state_dict(read.state_dict())
     merged.save_pretrained(tmp_path / "merged")
     compressor.llm.tokenizer.save_pretrained(tmp_path / "merged")
-    expected = [made.generate([plan])[0].token_ids for plan in closed]
+    text = LocalGenerator(TargetLLM(merged, compressor.llm.tokenizer), LIMIT)
+    expected = [(made if plan.deep else text).generate([plan])[0].token_ids for plan in closed]
     (tmp_path / "expected.json").write_text(json.dumps(expected))
     states, told = {}, []
     for plan in plans:
@@ -133,6 +136,25 @@ def test_the_engine_reads_deep_concepts_as_placeholders(tmp_path: Path) -> None:
     words = [str(python), str(ROOT / "tests" / "vllm_deep_in_process.py"), str(tmp_path), str(LAYER)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=2300, check=False)
     assert done.returncode == 0 and done.stdout.endswith("equal\n"), done.stdout[-1000:] + done.stderr[-4000:]
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(1500)
+def test_a_real_server_reads_deep_concepts_as_placeholders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python, compressor = installed(), compressor_of()
+    plans = [plan for plan in plans_for(compressor) if plan.deep]
+    made = PlaceholderGenerator(compressor, LIMIT, compressor.halves.merged(), seen=True)
+    expected = [made.generate([PromptPlan(tuple(map(without_gaps, plan.spans)))])[0].token_ids for plan in plans]
+    folder = write_deep_checkpoint(tmp_path / "deep", compressor.halves)
+    monkeypatch.setenv("PYTHONPATH", f"{plugins(tmp_path)}{os.pathsep}{ROOT}")
+    with VLLMProcess(python, folder, tmp_path / "vllm.log") as server:
+        generator = generator_at(f"vllm-deep:{server.url}", compressor.llm, LIMIT, halves=compressor.halves)
+        for _ in range(2):
+            assert [one.token_ids for one in generator.generate(plans)] == expected
+        assert generator.generate(plans[-1:])[0].reused_positions == 128  # states are part of what the cache goes by
+        generator.close()
+        with pytest.raises(GeneratorMismatchError):
+            VLLMGenerator(server.url, compressor.llm, LIMIT).generate([PromptPlan((TextSpan((5, 6, 7)),))])
 
 
 def without_gaps(span: TextSpan | ConceptSpan) -> TextSpan | ConceptSpan:
