@@ -262,8 +262,16 @@ def tables(record: Record) -> list[str]:
             ]
             cells.append(with_interval(row["recovered"], apart(row["intervals"]["recovered"])))
             cells.append(difference((row.get("to_deep") or {}).get("recovered"), ends=0))
-            cells.append(with_interval(row["f1"], apart(row["intervals"]["f1"])))
-            rows.append(cells)
-        head = ["read", "rate", "prefill cost", "NLL", "recovered", "Δ recovered", "F1"]
+            f1 = [with_interval(row["f1"], apart(row["intervals"]["f1"]))] if record["answers"] else []
+            rows.append([*cells, *f1])
+        head = [
+            "read",
+            "rate",
+            "prefill cost",
+            "NLL",
+            "recovered",
+            "Δ recovered",
+            *(["F1"] if record["answers"] else []),
+        ]
         lines += [f"### {SETS[name].title}, {found['n']} questions", "", *table(head, rows)]
     return lines
