@@ -21,7 +21,7 @@ from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0})
-class DeepLlamaModel(LlamaModel):
+class DeepLlamaModel(LlamaModel):  # type: ignore[misc]  # vLLM lies in an environment of its own
     """The decoder, over rows in place of embeddings."""
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -31,7 +31,7 @@ class DeepLlamaModel(LlamaModel):
 
     def forward(
         self,
-        input_ids: torch.Tensor | None,
+        input_ids: Any,
         positions: torch.Tensor,
         intermediate_tensors: Any,
         inputs_embeds: torch.Tensor | None = None,
@@ -46,11 +46,11 @@ class DeepLlamaModel(LlamaModel):
                 stream = hidden if residual is None else hidden + residual
                 hidden, residual = torch.where(has_state, states, stream), None
             hidden, residual = layer(positions, hidden, residual)
-        hidden, _ = self.norm(hidden, residual)
-        return hidden
+        normed: torch.Tensor = self.norm(hidden, residual)[0]
+        return normed
 
 
-class DeepLlamaForCausalLM(LlamaForCausalLM):
+class DeepLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     """The LLM."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "", layer_type: type = LlamaDecoderLayer) -> None:
