@@ -330,7 +330,8 @@ class ConceptLibrary(ProcessBound):
         if not self.spec.config.deep:
             return Fetched(rows, hits, misses, compress_s)
         states, places = unpacked(rows, passage.segments, passage.n_concepts)
-        return Fetched(states, hits, misses, compress_s, places, len(passage.ids))
+        ids = tuple(passage.ids[place] for place in places.tolist())
+        return Fetched(states, hits, misses, compress_s, places, len(passage.ids), ids=ids)
 
     def _check_scale(self, concepts: torch.Tensor) -> None:
         """Refuse concepts (n, width) that would drown everything else in a prompt."""

@@ -81,6 +81,7 @@ class Fetched:
         places: Of deep concepts: the token of the passage that each stands for, (n_concepts,), increasing.
         n_tokens: Tokens of the passage.
         reason: Why the passage stays text, where that was decided when it was ingested.
+        ids: Of deep concepts: the id of the token that each stands for.
     """
 
     concepts: torch.Tensor | None
@@ -90,6 +91,7 @@ class Fetched:
     places: torch.Tensor | None = None
     n_tokens: int = 0
     reason: str | None = None
+    ids: tuple[int, ...] = ()
 
     def span(self, passage: int) -> ConceptSpan:
         """The concepts as a span of a prompt.
@@ -104,7 +106,7 @@ class Fetched:
             raise MissingConceptsError(
                 "there are no concepts to read", expected="a passage that has some", next_step="read it as text"
             )
-        return ConceptSpan(self.concepts, passage, self.places, self.n_tokens)
+        return ConceptSpan(self.concepts, passage, self.places, self.n_tokens, self.ids)
 
 
 class Took:

@@ -51,12 +51,14 @@ class ConceptSpan:
         places: Of deep concepts: the token that each stands for, (n_concepts,), counted within the span and increasing.
             None for concepts at the input embeddings, which follow one another.
         n_tokens: Of deep concepts: how many tokens of text the span stands for.
+        ids: Of deep concepts: the id of the token that each stands for, (n_concepts,); empty where nobody asks for it.
     """
 
     concepts: torch.Tensor
     passage: int
     places: torch.Tensor | None = None
     n_tokens: int = 0
+    ids: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return int(self.concepts.shape[0])

@@ -38,8 +38,8 @@ GeneratorAddress = Annotated[
     typer.Option(
         "--generator",
         envvar=GENERATOR_VARIABLE,
-        help="A server that runs the LLM: vllm:http://HOST:PORT, for text and concepts of --codec input. Default: this "
-        "process runs it.",
+        help="A server that runs the LLM: vllm:http://HOST:PORT, for text and concepts of --codec input; "
+        "vllm-deep:http://HOST:PORT, for deep concepts. Default: this process runs it.",
     ),
 ]
 EntryLayer = Annotated[

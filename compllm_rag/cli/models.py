@@ -9,6 +9,7 @@ import typer
 
 from compllm_rag.cli.base import AsJson, print_json, progress_show, reported
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
+from compllm_rag.errors import ConfigurationError
 
 models_app = typer.Typer(no_args_is_help=True, help="The models that answer to an alias: list them, fetch them.")
 Llm = Annotated[str, typer.Option(help="Target LLM: alias, folder or org/name@revision.")]
@@ -66,22 +67,33 @@ def export_model(
         str, typer.Option("--reader", help="Folder of a reader adapter; auto: the shipped one; none.")
     ] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    deep: Annotated[
+        bool, typer.Option("--deep", help="So that vLLM reads deep concepts, with this package installed beside it.")
+    ] = False,
+    compressor: Annotated[
+        str, typer.Option(help="With --deep: folder of their compressor; auto: the shipped one; none: untrained.")
+    ] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Write the LLM with its reader merged as an ordinary checkpoint, for vLLM and the like.
 
     Example: compllm-rag models export smollm2-with-reader
     """
-    from compllm_rag.training.exporting import export_checkpoint
+    from compllm_rag.training.exporting import export_checkpoint, export_deep_checkpoint
 
-    with progress_show(as_json) as show:
-        path = export_checkpoint(
-            folder,
-            llm,
-            reader=None if reader_adapter == "none" else reader_adapter,
-            dtype=dtype,
-            progress=show.fetching,
+    if compressor != "auto" and not deep:
+        raise ConfigurationError(
+            "an ordinary checkpoint has no compressor", got=f"--compressor {compressor}", next_step="add --deep"
         )
+    reader = None if reader_adapter == "none" else reader_adapter
+    with progress_show(as_json) as show:
+        if deep:
+            own = None if compressor == "none" else compressor
+            path = export_deep_checkpoint(
+                folder, llm, reader=reader, compressor=own, dtype=dtype, progress=show.fetching
+            )
+        else:
+            path = export_checkpoint(folder, llm, reader=reader, dtype=dtype, progress=show.fetching)
     if as_json:
         print_json({"path": str(path)})
         return

@@ -32,7 +32,8 @@ class Asker:
             positions are counted as those of concepts are. None follows the setting.
         prompt: Lays out passages and question; None takes the default prompt.
         halves: Those of the compressor, merged already, so that several settings share them; None merges them here.
-        generator: Makes the answers; it must run the same LLM. Likelihoods are taken in this process all the same.
+        generator: Makes the answers; it must run the same LLM. Likelihoods are taken in this process all the same: by a
+            `ScoringGenerator` that is given, else by one of its own.
 
     Raises:
         ConfigurationError, RateOutOfReachError: The rate cannot be kept.
@@ -50,7 +51,11 @@ class Asker:
         generator: Generator | None = None,
     ) -> None:
         self._llm, self._setting, self._segmented = compressor.llm, setting, segmented
-        self._generator = ScoringGenerator(compressor.llm, generation, halves=halves or compressor.halves)
+        self._generator = (
+            generator
+            if isinstance(generator, ScoringGenerator)
+            else ScoringGenerator(compressor.llm, generation, halves=halves or compressor.halves)
+        )
         self._answers = generator or self._generator
         self._prompt = prompt or QAPrompt(compressor.llm.tokenizer)
         self._counted = bodies is not None or setting.mode in COMPRESSED

@@ -8,16 +8,18 @@ from compllm_rag.config import GenerationConfig
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.generation.base import Generator
 from compllm_rag.generation.vllm import VLLMGenerator, VLLMSettings
+from compllm_rag.models.halves import Halves
 from compllm_rag.models.llm import TargetLLM
 
-_VLLM = "vllm:"
+_KINDS = ("vllm", "vllm-deep")
 
 
 def check_address(address: str) -> str:
     """An address that may be one, before anything is loaded.
 
     Args:
-        address: `vllm:http://HOST:PORT`, with `#NAME` of the model where the server serves several.
+        address: `vllm:http://HOST:PORT`, with `#NAME` of the model where the server serves several; `vllm-deep:` where
+            it serves what `models export --deep` wrote.
 
     Returns:
         The same.
@@ -28,7 +30,7 @@ def check_address(address: str) -> str:
     kind, _, url = address.partition(":")
     try:
         parts = urlsplit(url)
-        sound = kind == "vllm" and parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query
+        sound = kind in _KINDS and parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query
         _ = parts.port
     except ValueError:
         sound = False
@@ -36,7 +38,8 @@ def check_address(address: str) -> str:
         raise ConfigurationError(
             "there is no such generator",
             got=ascii(address)[:200],
-            expected="vllm:http://HOST:PORT, with #NAME where the server serves several models",
+            expected="vllm:http://HOST:PORT or vllm-deep:http://HOST:PORT, with #NAME where the server serves several "
+            "models",
             next_step="start `vllm serve MODEL --enable-prompt-embeds`, and give its address; or leave it out",
         )
     if "@" in parts.netloc:
@@ -59,18 +62,30 @@ def check_generator(generator: Generator | str | None) -> None:
         check_address(generator)
 
 
-def generator_at(address: str, llm: TargetLLM, config: GenerationConfig | None = None) -> VLLMGenerator:
+def generator_at(
+    address: str, llm: TargetLLM, config: GenerationConfig | None = None, *, halves: Halves | None = None
+) -> VLLMGenerator:
     """The generator behind an address.
 
     Args:
         address: See `check_address`.
         llm: The target LLM, with its reader: prompts are made for it.
         config: Used where a call gives none.
+        halves: Of deep concepts: the LLM in two halves, as it reads them.
 
     Raises:
-        ConfigurationError: See `check_address`.
+        ConfigurationError: See `check_address`; or the address is one for deep concepts, and there are none.
         MissingExtraError: The extra that it needs is not installed.
     """
-    url, _, model = check_address(address).removeprefix(_VLLM).partition("#")
+    kind, _, place = check_address(address).partition(":")
+    url, _, model = place.partition("#")
+    deep = kind == "vllm-deep"
+    if deep and halves is None:
+        raise ConfigurationError(
+            "this storage has no deep concepts",
+            got="a vllm-deep: address for concepts at the input embeddings",
+            expected="a storage of --codec deep",
+            next_step="serve the LLM as it is, and give vllm: in place of vllm-deep:",
+        )
     settings = VLLMSettings.from_environment(model=model or None)
-    return VLLMGenerator(url, llm, config, settings=settings)
+    return VLLMGenerator(url, llm, config, settings=settings, halves=halves if deep else None)

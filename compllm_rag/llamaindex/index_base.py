@@ -70,7 +70,9 @@ class IndexBase(ProcessBound, VectorStoreIndex):
         self.library = library_of(compressor, store, self.config, self.accounts.choices)
         # What was given as an address is ours to close.
         self._own_generator = (
-            generator_at(generator, compressor.llm, generation) if isinstance(generator, str) else None
+            generator_at(generator, compressor.llm, generation, halves=compressor.halves)
+            if isinstance(generator, str)
+            else None
         )
         generator = self._own_generator if isinstance(generator, str) else generator
         self.generator: Generator = generator or LocalGenerator(

@@ -206,7 +206,7 @@ class Planner:
         """A node as a function of a template sees it: as it would stand in the prompt."""
         before, after = node_spans(self.template, number, node.node, [])
         decode = self.template.tokenizer.decode
-        return f"{decode(list(before.ids))}{text_of_node(node.node)}{decode(list(after.ids))}"  # type: ignore[union-attr]
+        return f"{decode(list(before.ids))}{text_of_node(node.node)}{decode(list(after.ids))}"
 
     def messages(self, query: str, *, existing: str | None = None, passages: str | None = None) -> list[Message]:
         """The turns of the prompt; a planner of your own may add earlier turns.

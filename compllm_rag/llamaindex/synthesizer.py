@@ -41,6 +41,7 @@ from compllm_rag.llamaindex.streams import aiter_once, in_thread, in_worker, ite
 from compllm_rag.llamaindex.structured import instructions_for, parsed, refuse_stream, schema_of
 from compllm_rag.llamaindex.templates import DEFAULT_REFINE_TEMPLATE, DEFAULT_TEMPLATE, checked_templates
 from compllm_rag.llamaindex.tracing import LLMCall
+from compllm_rag.prompt import TextSpan
 
 dispatcher = get_dispatcher(__name__)
 
@@ -320,10 +321,9 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
     def _readable(self, planned: PlannedPrompt) -> str:
         """What instrumentation shows: text as text, concepts as a note of their number."""
         decode = self._planner.template.tokenizer.decode
-        ids = (getattr(span, "ids", None) for span in planned.plan.spans)
         return "".join(
-            decode(list(i)) if i is not None else f"<{len(span)} concepts>"
-            for i, span in zip(ids, planned.plan.spans, strict=True)
+            decode(list(span.ids)) if isinstance(span, TextSpan) else f"<{len(span)} concepts>"
+            for span in planned.plan.spans
         )
 
 

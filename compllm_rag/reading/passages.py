@@ -299,7 +299,9 @@ class _OneQuestion:
             return []
         if not places:
             return [ConceptSpan(torch.cat(rows), number)]
-        return [ConceptSpan(torch.cat(rows), number, torch.cat(places), end - start)]
+        within, tokens = torch.cat(places), self._library.passage(candidate.text).ids[start:end]
+        ids = tuple(tokens[place] for place in within.tolist())
+        return [ConceptSpan(torch.cat(rows), number, within, end - start, ids)]
 
     def _rows_of(self, candidate: Candidate, part: Part, rate: float | None) -> slice:
         """Rows of the concepts of whole segments."""

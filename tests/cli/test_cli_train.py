@@ -134,6 +134,19 @@ def test_exported_checkpoint_is_an_ordinary_one(toy_folder: Path, reader: Path, 
     assert "not empty" in run("models", "export", tmp_path / "out", "--llm", toy_folder, code=2).stderr
 
 
+def test_exported_for_deep_concepts_on_vllm(toy_folder: Path, tmp_path: Path) -> None:
+    words = ["models", "export", tmp_path / "deep", "--llm", toy_folder, "--reader", "none"]
+    run(*words, "--deep", "--compressor", "none")
+    config = json.loads((tmp_path / "deep/config.json").read_text())
+    assert (config["compllm_hidden_size"], config["compllm_entry_layer"], config["hidden_size"]) == (32, 1, 68)
+    assert "not empty" in run(*words, "--deep", code=2).stderr
+    words[2] = tmp_path / "other"
+    assert "add --deep" in run(*words, "--compressor", "none", code=2).stderr
+    shallow = Compressor(TargetLLM.from_pretrained(toy_folder)).save_pretrained(tmp_path / "input")
+    assert "no compressor of deep concepts" in run(*words, "--deep", "--compressor", shallow, code=2).stderr
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_reader_trained_along_is_exported_with_its_compressor(
     world: Path, toy_folder: Path, reader: Path, tmp_path: Path
 ) -> None:

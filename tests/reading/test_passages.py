@@ -44,6 +44,8 @@ def test_a_whole_passage_is_what_the_library_fetches(codec: str, rate: float) ->
             assert span.extent == fetched.span(0).extent
             if codec == "deep":
                 assert torch.equal(span.places, fetched.places)
+                assert list(span.ids) == [of.passage(text).ids[place] for place in span.places.tolist()]
+                assert fetched.span(0).ids == span.ids
             assert passage.hits == len(of.passage(text).keys) and not passage.misses
     for passage, text in zip(read(of, FixedReadPolicy("text"))[0], PARTS, strict=True):
         assert passage.spans == [TextSpan(of.passage(text).ids, passage.spans[0].passage)]
@@ -62,6 +64,7 @@ def test_deep_concepts_of_sentences_keep_their_places(rate: float) -> None:
         assert torch.equal(span.concepts, fetched.concepts[within])
         assert torch.equal(span.places, fetched.places[within])
         assert span.extent == len(of.passage(text).ids)
+        assert list(span.ids) == [of.passage(text).ids[place] for place in span.places.tolist()]
 
 
 def test_concepts_at_the_input_embeddings_are_read_by_whole_segments() -> None:
@@ -89,6 +92,7 @@ def test_text_concepts_and_several_rates_mix_within_a_passage() -> None:
         half.concepts[(half.places >= third.start) & (half.places < third.end)],
     ]
     assert torch.equal(concepts.concepts, torch.cat(rows))
+    assert list(concepts.ids) == [of.passage(PARTS[0]).ids[second.start + at] for at in concepts.places.tolist()]
     assert int(concepts.places[0]) == 0 and concepts.extent == third.end - second.start
     tokens = sum(len(s) for p in made for s in p.spans if isinstance(s, TextSpan)) + 5 * len(made)
     n = sum(len(s) for p in made for s in p.spans if isinstance(s, ConceptSpan))

@@ -16,9 +16,11 @@ from compllm_rag.config import GenerationConfig
 from compllm_rag.errors import GeneratorMismatchError, PromptTooLongError
 from compllm_rag.generation.base import FinishReason, Generation
 from compllm_rag.generation.text import Detokenizer
+from compllm_rag.generation.vllm.deep_rows import RowLayout, deep_rows
 from compllm_rag.generation.vllm.matching import probe, refuse_another
 from compllm_rag.generation.vllm.wire import is_text, refuse_deep, sampling_fields
 from compllm_rag.handles import ProcessBound
+from compllm_rag.models.halves import Halves
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import PromptPlan, TextSpan, embed_spans
 
@@ -34,6 +36,9 @@ class VLLMEngineGenerator(ProcessBound):
             the check.
         config: Used where a call gives none.
         tolerance: See `VLLMSettings`.
+        halves: `halves` of the compressor or of the library, for an engine of a checkpoint that
+            `write_deep_checkpoint` wrote, which reads deep concepts (see `deep_rows`). It reads text by the reading
+            half, too.
 
     Raises:
         GeneratorMismatchError: The engine runs another LLM, or was made without `enable_prompt_embeds`.
@@ -42,17 +47,33 @@ class VLLMEngineGenerator(ProcessBound):
     _opened_by = "make one there, over an engine of that process"
 
     def __init__(
-        self, engine: Any, llm: TargetLLM, config: GenerationConfig | None = None, *, tolerance: float = 0.1
+        self,
+        engine: Any,
+        llm: TargetLLM,
+        config: GenerationConfig | None = None,
+        *,
+        tolerance: float = 0.1,
+        halves: Halves | None = None,
     ) -> None:
         self.engine, self.llm, self._config = engine, llm, config or GenerationConfig()
         self.stop_ids = sorted(llm.stop_ids())
         self._turn, self._names = threading.Lock(), itertools.count()
         settings = engine.llm_engine.model_config
         self._window = min(llm.window, int(settings.max_model_len))
-        if not settings.enable_prompt_embeds or settings.get_hidden_size() != llm.hidden_size:
+        self._layout = RowLayout.served(settings.hf_config)
+        width = self._layout.hidden_size if self._layout else settings.get_hidden_size()
+        if self._layout and (halves is None or halves.layer != self._layout.entry_layer):
+            raise GeneratorMismatchError(
+                "this engine reads deep concepts of another entry layer",
+                got=f"entry layer {self._layout.entry_layer} in the engine, "
+                + (f"{halves.layer} here" if halves else "no halves here"),
+                expected="the same",
+                next_step="pass `halves` of the compressor that the checkpoint was written for",
+            )
+        if not settings.enable_prompt_embeds or width != llm.hidden_size:
             raise GeneratorMismatchError(
                 "this engine does not read concepts",
-                got=f"enable_prompt_embeds={settings.enable_prompt_embeds}, width {settings.get_hidden_size()}",
+                got=f"enable_prompt_embeds={settings.enable_prompt_embeds}, width {width}",
                 expected=f"enable_prompt_embeds=True, width {llm.hidden_size}",
                 next_step="make it by vllm.LLM(MODEL, enable_prompt_embeds=True), with the LLM of the storage",
             )
@@ -61,7 +82,7 @@ class VLLMEngineGenerator(ProcessBound):
             [{"prompt_token_ids": ids}], self._sampling(max_tokens=1, prompt_logprobs=0), use_tqdm=False
         )
         theirs = [float(at[token].logprob) for at, token in zip(found.prompt_logprobs[1:], ids[1:], strict=True)]
-        refuse_another(theirs, ids, llm, tolerance)
+        refuse_another(theirs, ids, llm, tolerance, halves if self._layout else None)
 
     @property
     def name(self) -> str:
@@ -140,6 +161,8 @@ class VLLMEngineGenerator(ProcessBound):
     def _prompt(self, plan: PromptPlan) -> dict[str, Any]:
         if is_text(plan):
             return {"prompt_token_ids": [i for span in plan.spans if isinstance(span, TextSpan) for i in span.ids]}
+        if self._layout:
+            return {"prompt_embeds": deep_rows(plan, self.llm, self._layout)}
         return {"prompt_embeds": embed_spans(plan.spans, self.llm.embedding, self.llm.device).cpu()}
 
     def _sampling(self, **fields: Any) -> Any:
@@ -152,12 +175,13 @@ class VLLMEngineGenerator(ProcessBound):
         return SamplingParams(**{"temperature": 0.0, "detokenize": False, "output_kind": kind, **fields})
 
     def _check(self, plan: PromptPlan, config: GenerationConfig) -> None:
-        refuse_deep(plan)
+        if self._layout is None:
+            refuse_deep(plan)
         sampling_fields(config, self.stop_ids)
-        if plan.extent + config.max_new_tokens > self.window:
+        if plan.positions + config.max_new_tokens > self.window:  # gaps are closed here
             raise PromptTooLongError(
                 "prompt does not fit the window of the LLM",
-                got=f"{plan.extent} positions and {config.max_new_tokens} new tokens",
+                got=f"{plan.positions} positions and {config.max_new_tokens} new tokens",
                 expected=f"at most {self.window} together",
                 next_step="retrieve fewer chunks, raise the compression rate, or make the engine with a larger "
                 "max_model_len",

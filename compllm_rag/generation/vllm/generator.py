@@ -12,19 +12,21 @@ from compllm_rag.errors import ConfigurationError, GeneratorRefusedError, Prompt
 from compllm_rag.generation.base import FinishReason, Generation
 from compllm_rag.generation.text import Detokenizer
 from compllm_rag.generation.vllm.client import Running, VLLMClient
+from compllm_rag.generation.vllm.deep_rows import RowLayout
 from compllm_rag.generation.vllm.matching import check_embeddings, check_model, served_model
 from compllm_rag.generation.vllm.responses import too_large
 from compllm_rag.generation.vllm.settings import VLLMSettings
 from compllm_rag.generation.vllm.wire import is_text, payload_bytes, prompt_fields, refuse_deep, sampling_fields
 from compllm_rag.handles import ProcessBound
-from compllm_rag.models.llm import TargetLLM
+from compllm_rag.models.halves import Halves
+from compllm_rag.models.llm import TargetLLM, decoder_of
 from compllm_rag.prompt import PromptPlan
 
 _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
 class VLLMGenerator(ProcessBound):
-    """Runs prompts on a vLLM server: text, and concepts at the input embeddings.
+    """Runs prompts on a vLLM server: text and concepts at the input embeddings, or, with `halves`, deep concepts.
 
     Greedy answers are those of `LocalGenerator`, as far as the server computes alike; what is drawn at random is drawn
     by the server, so that a seed gives other answers there. Nothing is asked of the server before the first prompt;
@@ -36,6 +38,9 @@ class VLLMGenerator(ProcessBound):
             the check.
         config: Used where a call gives none.
         settings: How the server is asked; None takes the API key from the environment (`COMPLLM_VLLM_API_KEY`).
+        halves: `halves` of the compressor or of the library, for a server of what `models export --deep` wrote. It
+            reads deep concepts in another way than `LocalGenerator` (see `deep_rows`), and all else by the reading
+            half.
 
     Raises:
         ConfigurationError: The address is none.
@@ -51,6 +56,7 @@ class VLLMGenerator(ProcessBound):
         config: GenerationConfig | None = None,
         *,
         settings: VLLMSettings | None = None,
+        halves: Halves | None = None,
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ConfigurationError(
@@ -58,6 +64,8 @@ class VLLMGenerator(ProcessBound):
             )
         self.llm, self._config = llm, config or GenerationConfig()
         self.client = VLLMClient(url, settings or VLLMSettings.from_environment())
+        self._halves = halves
+        self._layout = None if halves is None else RowLayout.of(decoder_of(llm.model).config, halves.layer)
         self.stop_ids = sorted(llm.stop_ids())
         self._lock = threading.Lock()
         self._served: tuple[str, int] | None = None
@@ -144,17 +152,18 @@ class VLLMGenerator(ProcessBound):
             return self._served
 
     def _check(self, plan: PromptPlan, config: GenerationConfig) -> None:
-        refuse_deep(plan)
+        if self._layout is None:
+            refuse_deep(plan)
         sampling_fields(config, self.stop_ids)
-        if plan.extent + config.max_new_tokens > self.window:
+        if plan.positions + config.max_new_tokens > self.window:  # the server knows no gaps
             raise PromptTooLongError(
                 "prompt does not fit the window of the LLM",
-                got=f"{plan.extent} positions and {config.max_new_tokens} new tokens",
+                got=f"{plan.positions} positions and {config.max_new_tokens} new tokens",
                 expected=f"at most {self.window} together",
                 next_step="retrieve fewer chunks, raise the compression rate, shorten the question, or start vLLM with "
                 "a larger --max-model-len",
             )
-        if (size := payload_bytes(plan, self.llm)) > self.client.settings.max_payload_bytes:
+        if (size := payload_bytes(plan, self.llm, self._layout)) > self.client.settings.max_payload_bytes:
             raise too_large(size, self.client.settings)
         self._match(is_text(plan))
 
@@ -164,7 +173,7 @@ class VLLMGenerator(ProcessBound):
         with self._lock:
             for name, check, due in (("model", check_model, True), ("embeddings", check_embeddings, not text)):
                 if due and name not in self._checked:
-                    check(self.client, model, self.llm)
+                    check(self.client, model, self.llm, self._halves)
                     self._checked.add(name)
 
     def fields(self, plan: PromptPlan, config: GenerationConfig) -> dict[str, Any]:
@@ -172,7 +181,7 @@ class VLLMGenerator(ProcessBound):
         salt = self.client.settings.cache_salt
         return {
             "model": self._model()[0],
-            **prompt_fields(plan, self.llm),
+            **prompt_fields(plan, self.llm, self._layout),
             **sampling_fields(config, self.stop_ids),
             **({} if salt is None else {"cache_salt": salt}),
             "stream": True,

@@ -13,9 +13,12 @@ import torch
 
 from compllm_rag.errors import GeneratorMismatchError, GeneratorRefusedError
 from compllm_rag.generation.vllm.client import VLLMClient
+from compllm_rag.generation.vllm.deep_rows import RowLayout, deep_rows
 from compllm_rag.generation.vllm.wire import encoded
-from compllm_rag.models.llm import TargetLLM
+from compllm_rag.models.halves import Halves
+from compllm_rag.models.llm import TargetLLM, decoder_of
 from compllm_rag.models.plaintext import encode_plain
+from compllm_rag.prompt import ConceptSpan, PromptPlan
 
 _TEXT = (
     "The lighthouse on Gull Rock was built in 1871 by Ada Marsh. It stands 42 metres tall, and its lamp turned for "
@@ -56,8 +59,8 @@ def served_model(client: VLLMClient) -> tuple[str, int]:
     return asked, windows[asked]
 
 
-def check_model(client: VLLMClient, model: str, llm: TargetLLM) -> None:
-    """Refuse a server whose LLM finds a text otherwise likely than ours does.
+def check_model(client: VLLMClient, model: str, llm: TargetLLM, halves: Halves | None = None) -> None:
+    """Refuse a server whose LLM finds a text otherwise likely than ours does, by its halves where they are given.
 
     Raises:
         GeneratorMismatchError: It does, or its vocabulary is another.
@@ -68,10 +71,12 @@ def check_model(client: VLLMClient, model: str, llm: TargetLLM) -> None:
         "/v1/completions",
         {"model": model, "prompt": ids, "add_special_tokens": False, "prompt_logprobs": 0, **_GREEDY},
     )
-    refuse_another(_logprobs(found, ids), ids, llm, client.settings.tolerance)
+    refuse_another(_logprobs(found, ids), ids, llm, client.settings.tolerance, halves)
 
 
-def refuse_another(theirs: list[float], ids: list[int], llm: TargetLLM, tolerance: float) -> None:
+def refuse_another(
+    theirs: list[float], ids: list[int], llm: TargetLLM, tolerance: float, halves: Halves | None = None
+) -> None:
     """Refuse an LLM that finds a text otherwise likely than ours does.
 
     Args:
@@ -79,12 +84,15 @@ def refuse_another(theirs: list[float], ids: list[int], llm: TargetLLM, toleranc
         ids: The tokens.
         llm: Ours.
         tolerance: Most mean difference.
+        halves: Ours as it reads deep concepts, where it should be that.
 
     Raises:
         GeneratorMismatchError: It does.
     """
     with torch.inference_mode():
-        logits = llm.model(input_ids=torch.tensor([ids], device=llm.device)).logits[0, :-1].float().cpu()
+        rows = torch.tensor([ids], device=llm.device)
+        logits = llm.model(input_ids=rows).logits if halves is None else _by_halves(halves, rows)
+        logits = logits[0, :-1].float().cpu()  # (n_tokens - 1, vocab_size)
     ours = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]  # (n_tokens - 1,)
     apart = float((torch.tensor(theirs) - ours).abs().mean())
     if not apart <= tolerance:
@@ -97,8 +105,24 @@ def refuse_another(theirs: list[float], ids: list[int], llm: TargetLLM, toleranc
         )
 
 
-def check_embeddings(client: VLLMClient, model: str, llm: TargetLLM) -> None:
+@torch.inference_mode()
+def _rows_of_themselves(halves: Halves, ids: list[int]) -> torch.Tensor:
+    rows = torch.tensor([ids], device=halves.llm.device)
+    mask, positions = torch.ones_like(rows), torch.arange(len(ids), device=rows.device)
+    states = halves.below(halves.llm.embedding(rows), mask, positions[None])[0]  # (n_tokens, hidden_size)
+    span = ConceptSpan(states, 0, positions, len(ids), tuple(ids))
+    return deep_rows(PromptPlan((span,)), halves.llm, RowLayout.of(decoder_of(halves.llm.model).config, halves.layer))
+
+
+def _by_halves(halves: Halves, ids: torch.Tensor) -> torch.Tensor:
+    mask, positions = torch.ones_like(ids), torch.arange(ids.shape[1], device=ids.device)[None]
+    return halves.above(halves.below(halves.llm.embedding(ids), mask, positions), mask, positions)
+
+
+def check_embeddings(client: VLLMClient, model: str, llm: TargetLLM, halves: Halves | None = None) -> None:
     """Refuse a server that takes no embeddings, or reads ours otherwise than its own.
+
+    With halves, tokens are sent as deep concepts of themselves: what stands in front of the entry layer anyway.
 
     Raises:
         GeneratorMismatchError: It does.
@@ -106,15 +130,17 @@ def check_embeddings(client: VLLMClient, model: str, llm: TargetLLM) -> None:
     """
     ids = probe(llm)
     asked = {"model": model, "logprobs": 1, "return_tokens_as_token_ids": True, **_GREEDY}
+    embeddings = llm.embed(ids) if halves is None else _rows_of_themselves(halves, ids)
     try:
-        found = client.post("/v1/completions", {**asked, "prompt_embeds": encoded(llm.embed(ids))})
+        found = client.post("/v1/completions", {**asked, "prompt_embeds": encoded(embeddings)})
     except GeneratorRefusedError as error:
         raise GeneratorMismatchError(
             "the vLLM server does not read concepts",
             got=error.got,
-            expected=f"a server that takes prompt embeddings of width {llm.hidden_size}",
-            next_step="start it by `vllm serve MODEL --enable-prompt-embeds`, with the LLM of the storage; or ask with "
-            "mode text",
+            expected=f"a server that takes prompt embeddings of width {embeddings.shape[1]}",
+            next_step="start it by `vllm serve MODEL --enable-prompt-embeds`, with the LLM of the storage"
+            + ("" if halves is None else " as `models export --deep` writes it")
+            + "; or ask with mode text",
         ) from error
     same = client.post("/v1/completions", {**asked, "prompt": ids, "add_special_tokens": False})
     apart = abs(_first(found) - _first(same))

@@ -22,6 +22,7 @@ import torch
 
 from compllm_rag.config import GenerationConfig
 from compllm_rag.errors import ConfigurationError, GeneratorRefusedError
+from compllm_rag.generation.vllm.deep_rows import RowLayout, deep_rows
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import PromptPlan, TextSpan, embed_spans
 
@@ -59,24 +60,29 @@ def refuse_deep(plan: PromptPlan) -> None:
         raise ConfigurationError(
             "vLLM cannot read deep concepts",
             got="a prompt with concepts that enter the LLM at a middle layer",
-            expected="text, or concepts at the input embeddings, which is all that vLLM takes in place of a prompt",
-            next_step="ask with mode text, make the storage with `--codec input`, or use the generator of this process",
+            expected="text, or concepts at the input embeddings, which is all that an ordinary vLLM takes",
+            next_step="ask with mode text, make the storage with `--codec input`, use the generator of this process, "
+            "or serve what `models export --deep` writes and give vllm-deep: in place of vllm:",
         )
 
 
-def prompt_fields(plan: PromptPlan, llm: TargetLLM) -> dict[str, Any]:
+def prompt_fields(plan: PromptPlan, llm: TargetLLM, layout: RowLayout | None = None) -> dict[str, Any]:
     """A prompt as fields of a request to `/v1/completions`.
 
     Args:
-        plan: Text, and concepts at the input embeddings.
+        plan: Text and concepts; deep ones where there is a `layout`.
         llm: Whose embedding module turns token ids into what stands beside concepts.
+        layout: Of the rows that a server of a deep checkpoint takes.
 
     Raises:
-        InvalidConceptsError: Concepts are deep, or of another width.
+        InvalidConceptsError: Concepts are deep without a layout, or of another width.
+        ConfigurationError: See `deep_rows`.
     """
     if is_text(plan):
         ids = [token for span in plan.spans if isinstance(span, TextSpan) for token in span.ids]
         return {"prompt": ids, "add_special_tokens": False}
+    if layout is not None:
+        return {"prompt_embeds": encoded(deep_rows(plan, llm, layout))}
     return {"prompt_embeds": encoded(embed_spans(plan.spans, llm.embedding, llm.device))}
 
 
@@ -91,11 +97,12 @@ def encoded(embeddings: torch.Tensor) -> str:
     return base64.b64encode(file.getbuffer()).decode("ascii")
 
 
-def payload_bytes(plan: PromptPlan, llm: TargetLLM) -> int:
+def payload_bytes(plan: PromptPlan, llm: TargetLLM, layout: RowLayout | None = None) -> int:
     """Bytes of a request, about, without making it: 4 a digit-coded token of text, or embeddings in base64."""
     if is_text(plan):
         return _FRAME + 8 * plan.positions
-    return _FRAME + (plan.positions * llm.hidden_size * llm.dtype.itemsize * 4 + 2) // 3
+    width = llm.hidden_size if layout is None else layout.row_width
+    return _FRAME + (plan.positions * width * llm.dtype.itemsize * 4 + 2) // 3
 
 
 def sampling_fields(config: GenerationConfig, stop_ids: Sequence[int]) -> dict[str, Any]:
