@@ -203,6 +203,38 @@ class IngestConfig(Frozen):
         return self
 
 
+class Narrowing(Frozen):
+    """From a layer on, only those of a prompt's deep concepts are read that the question attends to most.
+
+    It is chosen when a question is asked; nothing that is stored depends on it.
+    """
+
+    layer: int = Field(ge=1, description="T, the first layer that does without the others")
+    share: float = Field(default=0.1, gt=0.0, le=1.0, description="of a prompt's concepts, read from T on")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From `LAYER` or `LAYER:SHARE`, such as `24:0.1`.
+
+        Raises:
+            ConfigurationError: It is neither, or a value is out of bounds.
+        """
+        layer, _, share = text.partition(":")
+        try:
+            fields = {"layer": int(layer), **({"share": float(share)} if share else {})}
+        except ValueError:
+            raise ConfigurationError(
+                "narrowing is not understood",
+                got=text,
+                expected="auto, LAYER or LAYER:SHARE",
+                next_step="use auto, or a layer and the share of concepts that is read from it on, such as 24:0.1",
+            ) from None
+        return checked(cls, **fields)
+
+    def __str__(self) -> str:
+        return f"{self.layer}:{self.share:g}"
+
+
 class GenerationConfig(Frozen):
     """How an answer is decoded: until a stop token, a stop text or `max_new_tokens`; greedily at temperature 0."""
 

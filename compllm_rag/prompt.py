@@ -22,6 +22,7 @@ from compllm_rag.models.plaintext import encode_plain
 from compllm_rag.unicode_text import whole
 
 if TYPE_CHECKING:
+    from compllm_rag.config import Narrowing
     from compllm_rag.models.llm import TargetLLM
 
 
@@ -105,9 +106,15 @@ def qa_messages(request: str, system: str = SYSTEM) -> list[Message]:
 
 @dataclass(frozen=True)
 class PromptPlan:
-    """The ordered spans of one prompt."""
+    """The ordered spans of one prompt.
+
+    Attributes:
+        spans: What stands in it.
+        narrowing: Of a prompt with deep concepts: from which layer on the LLM reads but a share of them.
+    """
 
     spans: tuple[Span, ...]
+    narrowing: Narrowing | None = None
 
     @property
     def positions(self) -> int:
@@ -123,6 +130,16 @@ class PromptPlan:
     def deep(self) -> bool:
         """Whether there are deep concepts in it, so that it is read by the LLM's two halves."""
         return any(isinstance(span, ConceptSpan) and span.deep for span in self.spans)
+
+    @property
+    def asking(self) -> int:
+        """Tokens behind the last passage: the question, and what the template puts around it."""
+        n = 0
+        for span in reversed(self.spans):
+            if span.passage is not None:
+                break
+            n += len(span)
+        return n
 
     @property
     def passages(self) -> list[tuple[int, int, int]]:

@@ -29,7 +29,8 @@ from benchmarks.common import (
 )
 from compllm_rag.compression.rates import max_rate
 from compllm_rag.compression.spec import ConceptCompressor
-from compllm_rag.config import CompressorConfig
+from compllm_rag.config import CompressorConfig, Narrowing
+from compllm_rag.evaluation.bodies import Setting
 from compllm_rag.evaluation.journal import Journal
 from compllm_rag.evaluation.probes import probe_file
 from compllm_rag.evaluation.questions import read_questions, read_rows
@@ -58,15 +59,18 @@ SETS = {
 }
 
 
-def settings(config: CompressorConfig, rates: list[float], rivals: list[str]) -> list[tuple[str, float | None]]:
-    """Text, concepts and their rivals at each rate within reach, nothing.
+def settings(
+    config: CompressorConfig, rates: list[float], rivals: list[str], narrowings: Sequence[Narrowing] = ()
+) -> list[Setting]:
+    """Text, concepts and their rivals at each rate within reach, concepts narrowed in each way, nothing.
 
     At rate 1 nothing is left out that chance or pruning could choose; chance is a rival of deep concepts only.
     """
     reached = [rate for rate in rates if rate <= max_rate(config.longest_unit)]
-    made: list[tuple[str, float | None]] = [("text", None), *(("concepts", rate) for rate in reached)]
-    made += [(name, r) for name in rivals for r in reached if r > 1 and (config.deep or name != "random")]
-    return [*made, ("none", None)]
+    made = [Setting("text"), *(Setting.of("concepts", rate) for rate in reached)]
+    made += [Setting.of(name, r) for name in rivals for r in reached if r > 1 and (config.deep or name != "random")]
+    made += [Setting.of("concepts", rate, narrowing=each) for each in narrowings for rate in reached]
+    return [*made, Setting("none")]
 
 
 def main(argv: Sequence[str] | None = None) -> Record:
@@ -76,6 +80,9 @@ def main(argv: Sequence[str] | None = None) -> Record:
     )
     options.add_argument("--out", type=Path, default=Path("quality"), help="folder for the results, a file a set")
     options.add_argument("--rivals", nargs="*", choices=["random", "pruned", "budgeted"], default=["random", "pruned"])
+    options.add_argument(
+        "--narrow", nargs="*", type=Narrowing.parse, default=[], metavar="LAYER:SHARE", help="narrow concepts, too"
+    )
     options.add_argument("--sets", nargs="+", choices=[*SETS, "probes"], default=["probes", *SETS])
     args = parsed(options, argv)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -91,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> Record:
             target, {"fingerprint": compressor.fingerprint, "limit": limit, "dtype": dtype_of(compressor)}
         )
         make = partial(_one, name, limit, compressor, args, journal)
-        made[name] = part(journal, name, make, rates=args.rates)
+        narrowed = {"narrow": list(map(str, args.narrow))} if args.narrow else {}
+        made[name] = part(journal, name, make, rates=args.rates, **narrowed)
         target.write_text(json.dumps(made[name], indent=1) + "\n", encoding="utf-8")
     if args.json is not None:
         args.json.write_text(json.dumps(made) + "\n", encoding="utf-8")
@@ -105,13 +113,14 @@ def _one(name: str, limit: int | None, compressor: ConceptCompressor, args: Name
     results = evaluate_many(
         compressor,
         read_questions(path),
-        settings(compressor.config, args.rates, args.rivals),
+        settings(compressor.config, args.rates, args.rivals, args.narrow),
         config=config,
         data=path.name,
         progress=Tenths(),
         journal=journal,
     )
-    progress(f"{name}: " + ", ".join(f"{r.mode}@{r.rate or 1:g} f1 {r.f1} recovered {r.recovered}" for r in results))
+    shown = (f"{r.mode}@{r.rate or 1:g} {r.narrowing or ''} f1 {r.f1} recovered {r.recovered}" for r in results)
+    progress(f"{name}: " + ", ".join(shown))
     record = {
         "fingerprint": compressor.fingerprint,
         "dtype": dtype_of(compressor),

@@ -13,6 +13,7 @@ import typer
 from compllm_rag.cli.base import GeneratorAddress, Offline, Storage, progress_show, reported
 from compllm_rag.cli.reading import (
     MissingName,
+    NarrowingName,
     PolicyName,
     PositionBudget,
     PrefillBudget,
@@ -53,6 +54,7 @@ def chat(
         str | None, typer.Option("--namespace", help="Tenant, one of several in this folder that share nothing.")
     ] = None,
     rate: ReadRate = None,
+    narrow: NarrowingName = None,
     read_policy: PolicyName = None,
     relevance: RelevanceName = None,
     position_budget: PositionBudget = None,
@@ -72,7 +74,7 @@ def chat(
     """
     if mode not in ("concepts", "text"):
         raise ConfigurationError("unknown mode", got=mode, expected="concepts or text", next_step="pass one of them")
-    reading = read_options(rate, read_policy, position_budget, prefill_budget, ttft_budget, missing, relevance)
+    reading = read_options(rate, read_policy, position_budget, prefill_budget, ttft_budget, missing, relevance, narrow)
     given = {name: value for name, value in reading.items() if value not in (None, "recompress")}
     from compllm_rag.config import GenerationConfig
     from compllm_rag.llamaindex.index import ConceptIndex

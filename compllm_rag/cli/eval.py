@@ -20,7 +20,7 @@ from compllm_rag.cli.base import (
     progress_show,
     reported,
 )
-from compllm_rag.config import DEFAULT_LLM, DEFAULT_RATES
+from compllm_rag.config import DEFAULT_LLM, DEFAULT_RATES, Narrowing
 from compllm_rag.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -46,6 +46,10 @@ Reader = Annotated[str, typer.Option(help="Folder of a reader adapter, `auto` fo
 Adapter = Annotated[
     str,
     typer.Option("--compressor", help="Folder of a compressor, `auto` for the shipped one, `none` for an untrained."),
+]
+EvalNarrowing = Annotated[
+    str | None,
+    typer.Option("--narrow", help="Read but a SHARE of deep concepts from a LAYER on, LAYER:SHARE, such as 24:0.1."),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Questions of one batch.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
@@ -75,6 +79,7 @@ def eval_command(
     compressor: Adapter = "auto",
     codec: CodecName = None,
     entry_layer: EntryLayer = None,
+    narrow: EvalNarrowing = None,
     batch_size: BatchSize = 16,
     max_new_tokens: MaxNewTokens = 24,
     no_generate: Annotated[bool, typer.Option("--no-generate", help="Likelihoods only: no answers, no F1.")] = False,
@@ -98,7 +103,8 @@ def eval_command(
     from compllm_rag.evaluation.results import EvalConfig, record_lines
     from compllm_rag.evaluation.runner import evaluate
 
-    Setting.of(mode, 1.0 if rate is None else rate)  # whatever is wrong is said before anything is loaded
+    narrowing = None if narrow is None else Narrowing.parse(narrow)
+    Setting.of(mode, 1.0 if rate is None else rate, narrowing=narrowing)  # what is wrong is said before all loading
     config = EvalConfig(
         limit=limit,
         seed=seed,
@@ -122,6 +128,7 @@ def eval_command(
             data=data.name,
             progress=show.fetching,
             journal=kept,
+            narrowing=narrowing,
         )
     _write(records, record_lines([result]))
     if as_json:

@@ -38,6 +38,7 @@ from compllm_rag.cli.doctor import show_version
 from compllm_rag.cli.filters import Filters, parse_filters
 from compllm_rag.cli.reading import (
     MissingName,
+    NarrowingName,
     PolicyName,
     PositionBudget,
     PrefillBudget,
@@ -95,6 +96,7 @@ def query(
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it is made.")] = False,
     namespace: TenantName = None,
     rate: ReadRate = None,
+    narrow: NarrowingName = None,
     read_policy: PolicyName = None,
     relevance: RelevanceName = None,
     position_budget: PositionBudget = None,
@@ -130,7 +132,7 @@ def query(
             "unknown way of retrieval", got=retrieval, expected="vector, bm25 or hybrid", next_step="pass one of them"
         )
     filters = parse_filters(filter_)
-    reading = read_options(rate, read_policy, position_budget, prefill_budget, ttft_budget, missing, relevance)
+    reading = read_options(rate, read_policy, position_budget, prefill_budget, ttft_budget, missing, relevance, narrow)
     from compllm_rag.config import GenerationConfig
     from compllm_rag.llamaindex.answer import answer
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compllm_rag.config import Narrowing
 from compllm_rag.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -14,6 +15,14 @@ if TYPE_CHECKING:
 ReadRate = Annotated[
     float | None,
     typer.Option("--rate", help="Read concepts at this rate (source tokens per concept), not at the storage's."),
+]
+NarrowingName = Annotated[
+    str | None,
+    typer.Option(
+        "--narrow",
+        help="From a layer on read only the share of the concepts that the question attends to most: LAYER:SHARE, or "
+        "`auto` (a tenth, from four fifths of the layers on). Default: read all of them.",
+    ),
 ]
 PolicyName = Annotated[
     str | None,
@@ -58,12 +67,16 @@ def read_options(
     ttft_budget: float | None,
     missing: str,
     relevance: str | None = None,
+    narrowing: str | None = None,
 ) -> dict[str, Any]:
     """The options as `answer` takes them.
 
     Raises:
-        ConfigurationError: There is no such policy or relevance; said here, before anything is loaded.
+        ConfigurationError: There is no such policy or relevance, or narrowing is not understood; said here, before
+            anything is loaded.
     """
+    if narrowing not in (None, "auto"):
+        Narrowing.parse(str(narrowing))
     for given, known, what in (
         (read_policy, (None, "fixed", "budgeted"), "read policy"),
         (relevance, (None, "bm25", "maxsim", "bm25+maxsim"), "relevance"),
@@ -74,6 +87,7 @@ def read_options(
             raise ConfigurationError(f"unknown {what}", got=given, expected=names, next_step="pass one of them")
     return {
         "rate": rate,
+        "narrowing": narrowing,
         "read_policy": read_policy,
         "relevance": relevance,
         "position_budget": position_budget,
@@ -108,6 +122,8 @@ def explained(found: dict[str, Any], segmenter: Segmenter) -> list[str]:
         titles = {source["node_id"]: source["title"] for source in found["sources"]}
         titles |= {name: gone["title"] for name, gone in policy["left_out"].items()}
         out += _judged(policy.get("relevance"), titles)
+    if narrowed := found["narrowing"]:
+        out.append(f"from layer {narrowed['layer']} on {narrowed['concepts']} of the concepts are read")
     if found["prefill_cost"] is not None:
         out.append(f"the prompt takes {found['prefill_cost']:.2f} of the prefill that the same passages take as text")
     return out

@@ -15,7 +15,7 @@ import torch
 
 from compllm_rag.compression.rate_policies.losses import LossPredictor
 from compllm_rag.compression.segmentation import Segmenter, units_of
-from compllm_rag.config import CompressorConfig
+from compllm_rag.config import CompressorConfig, Narrowing
 from compllm_rag.errors import FingerprintMismatchError
 from compllm_rag.models.adapters import inject_lora, load_lora_state
 from compllm_rag.models.halves import Halves, lower_half
@@ -46,15 +46,20 @@ class ConceptSpec:
     scale: float
     depth: int
 
-    def prefill_cost(self, rate: float) -> float:
+    def prefill_cost(self, rate: float, narrowing: Narrowing | None = None) -> float:
         """What one token of a passage costs at prefill, and in the KV cache, as a share of a token of text.
 
-        A concept passes the layers from the entry layer L on: (D - L) / (D C).
+        A concept passes the layers from the entry layer L on: (D - L) / (D C). With narrowing all of them pass those
+        up to layer T, and a share s those from T on: (T - L + s (D - T)) / (D C).
 
         Args:
             rate: C, achieved source tokens per concept.
+            narrowing: T and s.
         """
-        return (self.depth - self.config.entry_layer) / (self.depth * rate)
+        passed: float = self.depth - self.config.entry_layer
+        if narrowing is not None:
+            passed -= (1 - narrowing.share) * (self.depth - narrowing.layer)
+        return passed / (self.depth * rate)
 
     @property
     def width(self) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.config import GenerationConfig
+from compllm_rag.errors import ConfigurationError
 from compllm_rag.evaluation.bodies import COMPRESSED, Bodies, PassageBodies, Segmented, Setting
 from compllm_rag.evaluation.metrics import exact_match, f1, subspan_match
 from compllm_rag.evaluation.questions import Question
@@ -13,6 +15,7 @@ from compllm_rag.evaluation.read_policies import QuestionBodies
 from compllm_rag.evaluation.scoring import PrefilledParts, ScoringGenerator
 from compllm_rag.evaluation.statistics import Record
 from compllm_rag.generation.base import Generator
+from compllm_rag.generation.local import kind_of
 from compllm_rag.models.halves import Halves
 from compllm_rag.prompt import ConceptSpan, PromptPlan, QAPrompt
 
@@ -36,7 +39,7 @@ class Asker:
             `ScoringGenerator` that is given, else by one of its own.
 
     Raises:
-        ConfigurationError, RateOutOfReachError: The rate cannot be kept.
+        ConfigurationError, RateOutOfReachError: The rate cannot be kept, or there are no deep concepts to narrow.
     """
 
     def __init__(
@@ -50,6 +53,13 @@ class Asker:
         halves: Halves | None = None,
         generator: Generator | None = None,
     ) -> None:
+        if setting.narrowing is not None and compressor.halves is None:
+            raise ConfigurationError(
+                "only deep concepts can be narrowed",
+                got=f"{setting} and concepts at the input embeddings",
+                expected="a compressor of deep concepts",
+                next_step="leave narrowing out",
+            )
         self._llm, self._setting, self._segmented = compressor.llm, setting, segmented
         self._generator = (
             generator
@@ -62,8 +72,7 @@ class Asker:
         if bodies is None and setting.mode == "budgeted":
             bodies = QuestionBodies(compressor, rate=setting.rate, prompt=self._prompt)
         self._bodies: PassageBodies = bodies or Bodies(compressor, setting, segmented)
-        spec = compressor.spec
-        self._concept_cost = (spec.depth - spec.config.entry_layer) / spec.depth
+        self._concept_cost = compressor.spec.prefill_cost(1.0, setting.narrowing)
         self._end = int(compressor.llm.tokenizer.eos_token_id)
 
     @property
@@ -100,8 +109,9 @@ class Asker:
             plans = [(i, self._plan(questions[i])) for i in indices]
             limit = BATCH_POSITIONS["cpu" if self._llm.device.type == "cpu" else "cuda"]
             # A read policy may choose text alone for one question and concepts for the next: these are read apart.
-            kinds = [[(i, plan) for i, plan in plans if plan.deep == deep] for deep in (False, True)]
-            for batch in (batch for kind in kinds if kind for batch in _cut(kind, limit)):
+            found = dict.fromkeys(kind_of(plan) for _, plan in plans)
+            kinds = [[(i, plan) for i, plan in plans if kind_of(plan) == kind] for kind in found]
+            for batch in (batch for kind in kinds for batch in _cut(kind, limit)):
                 asked = [questions[i] for i, _ in batch]
                 made = self._batch(asked, [plan for _, plan in batch], answer=answer)
                 records |= {i: record for (i, _), record in zip(batch, made, strict=True)}
@@ -173,10 +183,12 @@ class Asker:
 
     def _plan(self, question: Question) -> PromptPlan:
         if isinstance(self._bodies, QuestionBodies):
-            return self._prompt.plan(question.question, self._bodies.read(question))
-        shown = () if self._setting.mode == "none" else question.passages
-        bodies = [(passage.title, self._bodies.spans(passage.text, i)) for i, passage in enumerate(shown)]
-        return self._prompt.plan(question.question, bodies)
+            made = self._prompt.plan(question.question, self._bodies.read(question))
+        else:
+            shown = () if self._setting.mode == "none" else question.passages
+            bodies = [(passage.title, self._bodies.spans(passage.text, i)) for i, passage in enumerate(shown)]
+            made = self._prompt.plan(question.question, bodies)
+        return replace(made, narrowing=self._setting.narrowing) if made.deep else made
 
     def _length(self, question: Question) -> tuple[int, list[str], int]:
         texts = self._texts(question)

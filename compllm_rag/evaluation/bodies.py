@@ -12,6 +12,7 @@ from compllm_rag.compression.deep import DeepCompressor
 from compllm_rag.compression.rates import FixedRate
 from compllm_rag.compression.selection import best_positions, random_scores
 from compllm_rag.compression.spec import ConceptCompressor
+from compllm_rag.config import Narrowing
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.library import unpacked
 from compllm_rag.prompt import ConceptSpan, Span, TextSpan
@@ -36,23 +37,34 @@ class Setting:
         rate: Source tokens per concept, None for text and none. Of `budgeted`, the rate at which concepts of all
             passages would take its budget.
         encoding: Give concepts the precision of a storage with this encoding; None reads them as they are made.
+        narrowing: Of deep concepts: from which layer on but a share of them is read.
     """
 
     mode: EvalMode
     rate: float | None = None
     encoding: str | None = None
+    narrowing: Narrowing | None = None
 
     @classmethod
-    def of(cls, mode: str, rate: float | None = None, encoding: str | None = None) -> Setting:
+    def of(
+        cls, mode: str, rate: float | None = None, encoding: str | None = None, narrowing: Narrowing | None = None
+    ) -> Setting:
         """The setting of a mode's name.
 
         Raises:
-            ConfigurationError: No such mode, or a rate is missing.
+            ConfigurationError: No such mode, a rate is missing, or nothing is read that could be narrowed.
         """
         found = next((known for known in MODES if known == mode), None)
         if found is None:
             raise ConfigurationError(
                 "unknown mode", got=mode, expected=", ".join(MODES), next_step="pass one of these modes"
+            )
+        if narrowing is not None and found not in ("concepts", "random", "budgeted"):
+            raise ConfigurationError(
+                f"mode {found} reads nothing that can be narrowed",
+                got=f"narrowing {narrowing}",
+                expected="mode concepts, random or budgeted",
+                next_step="leave narrowing out",
             )
         if found not in COMPRESSED:
             return cls(found)
@@ -60,11 +72,12 @@ class Setting:
             raise ConfigurationError(
                 f"mode {found} needs a rate", got=None, expected="source tokens per concept", next_step="use 2 or 4"
             )
-        return cls(found, float(rate), encoding if found == "concepts" else None)
+        return cls(found, float(rate), encoding if found == "concepts" else None, narrowing)
 
     def __str__(self) -> str:
         text = self.mode if self.rate is None else f"{self.mode} at rate {self.rate:g}"
-        return text if self.encoding is None else f"{text} in {self.encoding}"
+        text = text if self.encoding is None else f"{text} in {self.encoding}"
+        return text if self.narrowing is None else f"{text}, narrowed {self.narrowing}"
 
 
 class Segmented:

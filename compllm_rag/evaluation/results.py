@@ -34,6 +34,7 @@ class EvalResult:
         data: Where the questions came from.
         mode: See `Setting`.
         rate: See `Setting`.
+        narrowing: See `Setting`, as `LAYER:SHARE`.
         llm: Source of the target LLM.
         seed: Of order and bootstrap.
         n: Questions asked.
@@ -57,6 +58,7 @@ class EvalResult:
     data: str
     mode: str
     rate: float | None
+    narrowing: str | None
     llm: str
     seed: int
     n: int

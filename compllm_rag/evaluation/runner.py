@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from compllm_rag import __version__
 from compllm_rag.compression.spec import ConceptCompressor
-from compllm_rag.config import GenerationConfig
+from compllm_rag.config import GenerationConfig, Narrowing
 from compllm_rag.errors import ConfigurationError, PromptTooLongError
 from compllm_rag.evaluation.asking import Asker
 from compllm_rag.evaluation.bodies import Segmented, Setting
@@ -46,6 +46,7 @@ def evaluate(
     journal: Journal | None = None,
     generator: Generator | None = None,
     read_policy: ReadPolicy | None = None,
+    narrowing: Narrowing | None = None,
 ) -> EvalResult:
     """Ask questions in one setting, and in text and none for comparison.
 
@@ -61,16 +62,17 @@ def evaluate(
             asking are not asked again.
         generator: Makes the answers; it must run the compressor's LLM. None runs it in this process.
         read_policy: What `budgeted` asks; None is a `BudgetedReadPolicy`.
+        narrowing: From which layer on the LLM reads but a share of a prompt's deep concepts.
 
     Raises:
-        ConfigurationError: Unknown mode, no question left.
+        ConfigurationError: Unknown mode, no question left, or nothing that can be narrowed.
         RateOutOfReachError: The compressor's segments are too short for the rate.
         PromptTooLongError: No question fits the window of the LLM.
     """
     return evaluate_many(
         compressor,
         questions,
-        [(mode, rate)],
+        [Setting.of(mode, rate, narrowing=narrowing)],
         config=config,
         data=data,
         progress=progress,
@@ -83,7 +85,7 @@ def evaluate(
 def evaluate_many(
     compressor: ConceptCompressor,
     questions: Sequence[Question] | QuestionFile,
-    settings: Sequence[tuple[str, float | None] | tuple[str, float | None, str]],
+    settings: Sequence[Setting | tuple[str, float | None] | tuple[str, float | None, str]],
     *,
     config: EvalConfig | None = None,
     data: str = "",
@@ -97,7 +99,7 @@ def evaluate_many(
     Args:
         compressor: See `evaluate`.
         questions: See `evaluate`.
-        settings: Mode and rate of each, and if wanted the encoding that concepts go through.
+        settings: Each, or its mode and rate, and if wanted the encoding that concepts go through.
         config: See `evaluate`.
         data: See `evaluate`.
         progress: See `evaluate`.
@@ -112,7 +114,7 @@ def evaluate_many(
         ConfigurationError, RateOutOfReachError, PromptTooLongError: See `evaluate`.
     """
     config = config or EvalConfig()
-    asked = [Setting.of(*setting) for setting in settings]
+    asked = [setting if isinstance(setting, Setting) else Setting.of(*setting) for setting in settings]
     segmented = Segmented(compressor)
     halves = compressor.halves.merged() if compressor.halves else None
     askers = {
@@ -142,7 +144,7 @@ def evaluate_many(
     runs: dict[Setting, tuple[list[Record], float]] = {}
     for setting, asker in askers.items():
         answer = config.generate and (setting in asked or setting == TEXT)
-        what = run | {"setting": asdict(setting), "answer": answer}
+        what = run | {"setting": _named(setting), "answer": answer}
         if setting.mode == "budgeted":
             what["read_policy"] = repr(read_policy or BudgetedReadPolicy())
         known = journal.get(what)
@@ -164,6 +166,7 @@ def evaluate_many(
                 data=data,
                 mode=setting.mode,
                 rate=setting.rate,
+                narrowing=None if setting.narrowing is None else str(setting.narrowing),
                 llm=compressor.llm.source,
                 seed=config.seed,
                 n=len(records),
@@ -191,7 +194,16 @@ def _prefill_cost(
         return sum(record.cost or 0.0 for record in records) / max(1, sum(record.source_tokens for record in records))
     if achieved_rate is None:
         return 1.0
-    return compressor.spec.prefill_cost(achieved_rate) if setting.mode in ("concepts", "random") else 1 / achieved_rate
+    if setting.mode not in ("concepts", "random"):
+        return 1 / achieved_rate
+    return compressor.spec.prefill_cost(achieved_rate, setting.narrowing)
+
+
+def _named(setting: Setting) -> dict[str, Any]:
+    """A setting as a journal keeps it; what came later is not named while it is off, so that older ones still fit."""
+    made = asdict(replace(setting, narrowing=None))
+    del made["narrowing"]
+    return made if setting.narrowing is None else made | {"narrowing": str(setting.narrowing)}
 
 
 def in_seeded_order(questions: Sequence[T], *, seed: int = 0, limit: int | None = None) -> list[T]:

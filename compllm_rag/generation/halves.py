@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -217,6 +217,12 @@ class SplitForward:
         Raises:
             ConfigurationError: There was no prefill, or there are not as many rows as prompts.
         """
+        at = self._next(ids)  # (batch, n)
+        hidden = self.halves.below(self.halves.llm.embedding(ids), self._low_seen, at, self.lower_cache)
+        return self.halves.above(hidden, self._seen, at, self.upper_cache)  # (batch, n, vocab_size)
+
+    def _next(self, ids: torch.Tensor) -> torch.Tensor:
+        """Count tokens (batch, n) that follow; their positions (batch, n)."""
         if self._at is None or len(ids) != len(self._mask):
             raise ConfigurationError(
                 "what follows a prompt needs its prefill and a row for each prompt",
@@ -227,17 +233,15 @@ class SplitForward:
         ones, n = torch.ones_like(ids), ids.shape[1]
         self._low_seen, self._seen = torch.cat([self._low_seen, ones], 1), torch.cat([self._seen, ones], 1)
         at = self._at + torch.arange(n, device=ids.device)  # (batch, n)
-        hidden = self.halves.below(self.halves.llm.embedding(ids), self._low_seen, at, self.lower_cache)
-        logits = self.halves.above(hidden, self._seen, at, self.upper_cache)  # (batch, n, vocab_size)
         self._at = self._at + n
-        return logits
+        return at
 
     def step(self, tokens: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """`extend` by one token of each row, (batch,); logits (batch, vocab_size) of the token behind it."""
         ids = torch.as_tensor(tokens, device=self.halves.llm.device).reshape(-1, 1)  # (batch, 1)
         return self.extend(ids)[:, -1]
 
-    def fork(self) -> SplitForward:
+    def fork(self) -> Self:
         """The same prompts as they were read, to be gone on with in another way."""
         forked = copy.copy(self)
         forked.lower_cache, forked.upper_cache = fork_cache(self.lower_cache), fork_cache(self.upper_cache)

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from compllm_rag.config import GenerationConfig
+from compllm_rag.config import GenerationConfig, Narrowing
 from compllm_rag.errors import ConfigurationError, DeviceMemoryError, PromptTooLongError
 from compllm_rag.generation.base import FinishReason, Generation
 from compllm_rag.generation.forward import Forward, WholeForward, as_rows
 from compllm_rag.generation.halves import SplitForward, split_rows
+from compllm_rag.generation.narrowed import NarrowedForward
 from compllm_rag.generation.reuse import PrefixCache, ReusingForward, reused_of
 from compllm_rag.generation.sampling import Choice
 from compllm_rag.generation.structured import SchemaConstraint
@@ -28,6 +29,7 @@ from compllm_rag.handles import ProcessBound
 from compllm_rag.models.device_memory import room_for
 from compllm_rag.models.halves import Halves
 from compllm_rag.models.llm import TargetLLM
+from compllm_rag.models.narrowing import NarrowedHalves
 from compllm_rag.prompt import PromptInputs, PromptPlan, lay_out
 
 
@@ -55,11 +57,27 @@ class LocalGenerator(ProcessBound):
     ) -> None:
         self.llm, self._config, self._halves = llm, config or GenerationConfig(), halves
         self.prefixes = prefixes
+        self._parts: NarrowedHalves | None = None
+        self._lock = threading.Lock()
 
     @functools.cached_property
     def halves(self) -> Halves | None:
         """The LLM in two halves; merged at the first prompt with deep concepts: who only ingests has no need of it."""
         return None if self._halves is None else self._halves.merged()
+
+    def _narrowed(self, narrowing: Narrowing) -> NarrowedHalves:
+        """The LLM in its parts; the trees of the last one are kept."""
+        with self._lock:
+            if self._parts is None or self._parts.narrowing != narrowing:
+                if self.halves is None:
+                    raise ConfigurationError(
+                        "this generator cannot read deep concepts",
+                        got="a narrowed plan",
+                        expected="a generator with the LLM's halves",
+                        next_step="pass `halves` of the compressor or of the library",
+                    )
+                self._parts = NarrowedHalves(self.halves, narrowing)
+            return self._parts
 
     @property
     def name(self) -> str:
@@ -113,11 +131,11 @@ class LocalGenerator(ProcessBound):
             self._check(plan, config)
         if not plans:
             return []
-        kinds = [plan.deep for plan in plans]
+        kinds = [kind_of(plan) for plan in plans]
         if len(set(kinds)) > 1:  # text is read by the LLM as it is, deep concepts by its halves
             answers = {
                 i: made
-                for kind in (False, True)
+                for kind in dict.fromkeys(kinds)
                 for chosen in [[i for i, own in enumerate(kinds) if own == kind]]
                 for i, made in zip(chosen, self.generate([plans[i] for i in chosen], config), strict=True)
             }
@@ -175,6 +193,8 @@ class LocalGenerator(ProcessBound):
                 expected="a generator with the LLM's halves",
                 next_step="pass `halves` of the compressor or of the library",
             )
+        if plan.deep and plan.narrowing is not None:
+            self._narrowed(plan.narrowing)  # whatever is wrong with it is said now
         if plan.extent + config.max_new_tokens > self.window:
             raise PromptTooLongError(
                 "prompt does not fit the window of the LLM",
@@ -184,16 +204,21 @@ class LocalGenerator(ProcessBound):
             )
 
     def lay_out(self, plans: Sequence[PromptPlan]) -> Forward:
-        """Prompts of one kind as a batch that is ready to be read: all with deep concepts, or none of them.
+        """Prompts of one kind (`kind_of`) as a batch that is ready to be read.
 
-        Text alone is read by the LLM as it is, without anything that was trained for concepts.
+        Text alone is read by the LLM as it is, without anything that was trained for concepts. A narrowed prompt is
+        read from its start: which concepts are read from layer T on depends on all of it.
 
         Raises:
             DeviceMemoryError: There is no memory for them.
         """
         with self._room_for(plans):
             made: WholeForward | SplitForward
-            if any(plan.deep for plan in plans) and self.halves is not None:
+            deep, narrowing = kind_of(plans[0])
+            if deep and self.halves is not None:
+                if narrowing is not None:
+                    asking = [plan.asking for plan in plans]
+                    return NarrowedForward(self._narrowed(narrowing), split_rows(plans), asking)
                 made = SplitForward(self.halves, split_rows(plans))
             else:
                 made = WholeForward(self.llm, lay_out(plans, self.llm))
@@ -236,6 +261,11 @@ class LocalGenerator(ProcessBound):
         )
         positions = max(plan.positions for plan in plans)
         return room_for(f"answer a prompt of {positions} positions", self.llm.device, next_step)
+
+
+def kind_of(plan: PromptPlan) -> tuple[bool, Narrowing | None]:
+    """What prompts of one batch have in common: whether there are deep concepts, and how they are narrowed."""
+    return plan.deep, plan.narrowing if plan.deep else None
 
 
 class LocalStream:

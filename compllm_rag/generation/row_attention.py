@@ -4,24 +4,21 @@ Decoding reads every weight of the LLM for each step; rows that share a step sha
 row has its keys and values to itself (`row_cache`), so it is computed row by row by the very function that computes it
 for a prompt alone, without padding and without a mask.
 
-transformers takes attention functions by name from a table that anybody may add to. The name stands in the config of a
-module tree, so this is done on a second tree over the same tensors, and the LLM itself does not notice.
+It is an attention function of its own in a second tree over the same tensors; see `models.attention`.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from compllm_rag.generation.row_cache import RowCache
+from compllm_rag.models.attention import KNOWN, attention_function, known_attention, name_attention
 from compllm_rag.models.halves import second_tree
 
 _NAME = "compllm_rows"
-# Of attention: those that take a query of one row without a mask. Others are not known to.
-_KNOWN = ("sdpa", "eager")
 _GROWING = ("dynamic", "longrope")  # RoPE that turns all rows by the longest of them
 
 
@@ -37,9 +34,7 @@ def row_tree(model: Any) -> Any:
     Raises:
         TypeError: Its attention is of a kind that is not known to work row by row.
     """
-    inner = str(model.config._attn_implementation)
-    if inner not in _KNOWN:
-        raise TypeError(f"attention of the kind {inner}")
+    inner = known_attention(model)
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
@@ -47,9 +42,7 @@ def row_tree(model: Any) -> Any:
                 raise TypeError(f"positions of the kind {kind}, which depend on the longest row")
     _register()
     tree = second_tree(model)
-    configs = {id(found): found for module in tree.modules() if (found := getattr(module, "config", None)) is not None}
-    for config in configs.values():
-        config._attn_implementation = f"{_NAME}_{inner}"
+    name_attention(tree, f"{_NAME}_{inner}")
     return tree
 
 
@@ -86,7 +79,7 @@ def _register() -> None:
     """Add attention by rows to the table of transformers; again is harmless."""
     from transformers import AttentionInterface
 
-    for inner in _KNOWN:
+    for inner in KNOWN:
         AttentionInterface.register(f"{_NAME}_{inner}", _attend_by(inner))
 
 
@@ -100,7 +93,7 @@ def _attend_by(inner: str) -> Callable[..., tuple[torch.Tensor, None]]:
         **options: Any,
     ) -> tuple[torch.Tensor, None]:
         """Attention of one slot of each row: query (rows, heads, 1, head_dim)."""
-        function = _function(inner, module)
+        function = attention_function(inner, module)
         out = [
             function(module, query[i : i + 1], row_keys, row_values, None, **options)[0]
             for i, (row_keys, row_values) in enumerate(zip(keys, values, strict=True))
@@ -108,14 +101,3 @@ def _attend_by(inner: str) -> Callable[..., tuple[torch.Tensor, None]]:
         return torch.cat(out), None  # (rows, 1, heads, head_dim)
 
     return attend
-
-
-def _function(inner: str, module: Any) -> Callable[..., tuple[torch.Tensor, Any]]:
-    """The attention function of that name; that of plain PyTorch is each architecture's own."""
-    if inner == "eager":
-        found: Any = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined, unused-ignore]
-        return found  # type: ignore[no-any-return]
-    from transformers import AttentionInterface
-
-    table: Any = AttentionInterface
-    return table()[inner]  # type: ignore[no-any-return]

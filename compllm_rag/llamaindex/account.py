@@ -10,6 +10,7 @@ from llama_index.core.schema import NodeWithScore
 
 from compllm_rag.config import Mode
 from compllm_rag.library import ConceptLibrary
+from compllm_rag.models.narrowing import kept_concepts
 from compllm_rag.prompt import PromptPlan, Span
 from compllm_rag.reading.choice import Reading as NodeReading
 
@@ -64,11 +65,13 @@ class PromptCost:
         passed: Positions times the layers they pass.
         as_text: The same for the same prompt as text.
         kv_bytes: Bytes of its KV cache.
+        kept: Where it is narrowed: concepts that are read from layer T on.
     """
 
     passed: int
     as_text: int
     kv_bytes: int
+    kept: int | None = None
 
     @property
     def prefill(self) -> float:
@@ -77,12 +80,16 @@ class PromptCost:
 
     @classmethod
     def of(cls, plan: PromptPlan, facts: Sequence[NodeFacts], library: ConceptLibrary) -> PromptCost:
-        """The cost of a plan; concepts pass the layers from the entry layer on, text all of them."""
+        """The cost of a plan; concepts pass the layers from the entry layer on, or up to layer T, text all of them."""
         concepts = sum(fact.n_concepts for fact in facts)
         replaced = sum(fact.n_tokens - fact.read_as_text for fact in facts)  # as concepts, or left out of what is read
         depth, upper = library.spec.depth, library.spec.depth - library.spec.config.entry_layer
         passed = (plan.positions - concepts) * depth + concepts * upper  # positions times layers
-        return cls(passed, (plan.positions - concepts + replaced) * depth, passed * library.llm.kv_bytes)
+        kept = None
+        if plan.narrowing is not None:
+            kept = kept_concepts(concepts, plan.narrowing.share)
+            passed -= (concepts - kept) * (depth - plan.narrowing.layer)
+        return cls(passed, (plan.positions - concepts + replaced) * depth, passed * library.llm.kv_bytes, kept)
 
 
 @dataclass(frozen=True)
@@ -172,7 +179,13 @@ class PlannedPrompt:
             "store": {"hits": sum(f.hits for f in self.facts), "misses": sum(f.misses for f in self.facts)},
             "bypassed": sum(body.bypassed for body in self.bodies),
             **({} if self.read_policy is None else {"read_policy": self.read_policy}),
+            **self._narrowed(),
         }
+
+    def _narrowed(self) -> dict[str, Any]:
+        if self.plan.narrowing is None or self.cost.kept is None:
+            return {}
+        return {"narrowing": {**self.plan.narrowing.model_dump(), "concepts": self.cost.kept}}
 
 
 @dataclass(frozen=True)
@@ -231,6 +244,9 @@ def joined_account(prompts: Sequence[PlannedPrompt], dropped: Sequence[str]) -> 
         "dropped": list(dropped),
         "store": {name: sum(account["store"][name] for account in accounts) for name in ("hits", "misses")},
     }
+    narrowed = [account["narrowing"] for account in accounts if "narrowing" in account]
+    if narrowed:
+        out["narrowing"] = {**narrowed[0], "concepts": sum(each["concepts"] for each in narrowed)}
     for name in ("prompt_positions", "fetch_s", "compress_s", "layout_s", "bypassed"):
         out[name] = sum(account[name] for account in accounts)
     return out

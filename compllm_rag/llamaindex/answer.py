@@ -55,7 +55,7 @@ def answer(
         filters: On metadata.
         on_piece: Called with each piece of the answer as it is made.
         **reading: `missing`, and what `ConceptSynthesizer` takes to decide what passages are read as: `rate`,
-            `read_policy`, `relevance`, `position_budget`, `prefill_budget`, `ttft_budget_s`.
+            `narrowing`, `read_policy`, `relevance`, `position_budget`, `prefill_budget`, `ttft_budget_s`.
 
     Returns:
         The fields of `query --json` (docs/results.md); times in seconds, `used` per source.
@@ -86,6 +86,7 @@ def answer(
         "dropped": account["dropped"],
         "bypassed": account["bypassed"],
         "read_policy": _titled(account.get("read_policy"), found),
+        "narrowing": account.get("narrowing"),
         "finish_reason": account["finish_reason"],
     }
 
@@ -130,5 +131,6 @@ def _empty(mode: Mode, retrieval_s: float) -> dict[str, Any]:
         "dropped": [],
         "bypassed": 0,
         "read_policy": None,
+        "narrowing": None,
         "finish_reason": "stop",
     }

@@ -15,7 +15,7 @@ from compllm_rag.errors import ConfigurationError, PromptTooLongError
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.account import LaidOut, NodeBody, NodeFacts, PlannedPrompt, PromptCost
 from compllm_rag.llamaindex.node_text import node_spans, text_of_node
-from compllm_rag.llamaindex.read_options import ReadOptions, known_costs, passage_reading
+from compllm_rag.llamaindex.read_options import ReadOptions, known_costs, narrowing_of, passage_reading
 from compllm_rag.llamaindex.read_planning import fixed_body, read_nodes, told
 from compllm_rag.llamaindex.templates import (
     DEFAULT_REFINE_TEMPLATE,
@@ -50,11 +50,12 @@ class Planner:
         queued: Tells which of some node ids have concepts in the making; those are read as text meanwhile.
         refine_template: The same with `{context_msg}`, `{query_str}` and `{existing_answer}`, to refine an answer.
         instructions: Stand at the end of the request, such as the form of the answer.
-        reading: What decides in place of the fixed choice, and the rate of concepts; see `passage_reading`.
+        reading: What decides in place of the fixed choice, the rate of concepts, and how they are narrowed; see
+            `passage_reading` and `narrowing_of`.
 
     Raises:
         ConfigurationError: A setting is none that there is, a function of a template would have to see concepts, or
-            see `passage_reading`.
+            see `passage_reading` and `narrowing_of`.
         NotCalibratedError, RateOutOfReachError: See `passage_reading`.
     """
 
@@ -84,6 +85,7 @@ class Planner:
         self.reading = passage_reading(
             library, mode=mode, missing=missing, decides_otherwise=choose is not None, options=self.options
         )
+        self.narrowing = narrowing_of(library, mode=mode, decides_otherwise=choose is not None, options=self.options)
         self._at_rate = library.at_rate(self.options.get("rate"))
         self._costs = self.options.get("costs") or known_costs(library, missing)
         if not self._text_alone:
@@ -158,7 +160,7 @@ class Planner:
         self.check_dropped(prompt.nodes, dropped, budget, overflow)
         if bodies is not None:  # their time belongs to this answer, too
             begun -= fetch_s + compress_s
-        plan = PromptPlan(tuple(self.template.spans(messages, prompt.spans)))
+        plan = PromptPlan(tuple(self.template.spans(messages, prompt.spans)), self.narrowing)
         return replace(self._planned(plan, prompt, dropped, begun, fetch_s, compress_s), read_policy=policy)
 
     def unread(self, messages: list[Message]) -> list[Message]:

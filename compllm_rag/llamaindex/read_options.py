@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
-from compllm_rag.config import MissingChoice, Mode
+from compllm_rag.config import MissingChoice, Mode, Narrowing
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.generation.calibration import needed_costs, saved_costs
 from compllm_rag.generation.costs import CostModel
 from compllm_rag.library import ConceptLibrary
+from compllm_rag.models.narrowing import check_narrowing
 from compllm_rag.reading.budget import NAMES, ReadBudget
 from compllm_rag.reading.budgeted import BudgetedReadPolicy
 from compllm_rag.reading.choice import FixedReadPolicy, ReadPolicy
 from compllm_rag.reading.passages import PassageReading
 from compllm_rag.reading.signals import Signal
 
-READ_OPTIONS = ("rate", "read_policy", "relevance", "position_budget", "prefill_budget", "ttft_budget_s", "costs")
+READ_OPTIONS = (
+    "rate", "narrowing", "read_policy", "relevance", "position_budget", "prefill_budget", "ttft_budget_s", "costs",
+)  # fmt: skip
+_AUTO_DEPTH = 0.8  # of the LLM's layers; chosen on held-out rows (docs/quality.md, narrowing)
 _POLICIES: dict[str, type[FixedReadPolicy] | type[BudgetedReadPolicy]] = {
     "fixed": FixedReadPolicy,
     "budgeted": BudgetedReadPolicy,
@@ -26,6 +30,7 @@ class ReadOptions(TypedDict, total=False):
     """See `passage_reading`."""
 
     rate: float | None
+    narrowing: Narrowing | str | None
     read_policy: ReadPolicy | str | None
     relevance: Signal | str | None
     position_budget: int | None
@@ -127,6 +132,43 @@ def passage_reading(
         costs = needed_costs(library.llm, layer) if "ttft_s" in limits else known_costs(library, missing)
     budget = ReadBudget(**limits, costs=costs)
     return PassageReading(library, policy or BudgetedReadPolicy(), budget, mode=mode, missing=missing, rate=rate)
+
+
+def narrowing_of(
+    library: ConceptLibrary, *, mode: Mode, decides_otherwise: bool, options: ReadOptions
+) -> Narrowing | None:
+    """From which layer on the LLM reads but a share of a prompt's deep concepts; None where it reads all.
+
+    Args:
+        library: Says which layers there are.
+        mode: The fixed choice.
+        decides_otherwise: Whether something else decides for each node (`choose`).
+        options: `narrowing`: the layer and the share, `LAYER:SHARE`, or `auto`: a tenth from four fifths of the LLM's
+            layers on.
+
+    Raises:
+        ConfigurationError: There is nothing to narrow, no such layer, or a budget that reckons with all concepts.
+    """
+    given, spec = options.get("narrowing"), library.spec
+    if given is None:
+        return None
+    against = [name for name in ("prefill_budget", "ttft_budget_s") if options.get(name) is not None]
+    against += ["mode text"] if mode == "text" and not decides_otherwise else []
+    against += [] if spec.config.deep else ["concepts at the input embeddings"]
+    if against:
+        raise ConfigurationError(
+            "narrowing is of deep concepts, and no budget of computation reckons with it",
+            got=f"narrowing {given} and {', '.join(against)}",
+            expected="one of them",
+            next_step="leave narrowing out, or what stands against it",
+        )
+    if given == "auto":
+        layer = max(spec.config.entry_layer + 1, round(_AUTO_DEPTH * spec.depth))
+        made = Narrowing(layer=min(layer, max(1, spec.depth - 1)))
+    else:
+        made = given if isinstance(given, Narrowing) else Narrowing.parse(str(given))
+    check_narrowing(made, spec.config.entry_layer, spec.depth)
+    return made
 
 
 def known_costs(library: ConceptLibrary, missing: MissingChoice) -> CostModel | None:

@@ -74,8 +74,9 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
         refine_template: Any LlamaIndex template with `{context_msg}`, `{query_str}` and `{existing_answer}`.
         output_cls: A pydantic model; the answer is an object of it (`PydanticResponse`). Tokens that its schema does
             not allow are never chosen (extra `structured`). Not with `streaming`.
-        **reading: `rate`, `read_policy`, `relevance`, `position_budget`, `prefill_budget`, `ttft_budget_s`, `costs`:
-            what passages are read as, and how much they may take; see `llamaindex.read_options.passage_reading`.
+        **reading: `rate`, `narrowing`, `read_policy`, `relevance`, `position_budget`, `prefill_budget`,
+            `ttft_budget_s`, `costs`: what passages are read as, and how much they may take; see
+            `llamaindex.read_options.passage_reading` and `narrowing_of`.
 
     Raises:
         ConfigurationError: A setting is none that there is, a function of a template would have to see concepts, or a

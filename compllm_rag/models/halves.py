@@ -38,7 +38,7 @@ def lower_half(model: Any, layers: int | None) -> Any:
         stream behind its last layer.
     """
     tree = second_tree(decoder_of(model))
-    _keep(tree, tree, 0, len(tree.layers) if layers is None else layers)
+    keep_layers(tree, tree, 0, len(tree.layers) if layers is None else layers)
     tree.norm = nn.Identity()
     return tree
 
@@ -56,7 +56,7 @@ def upper_half(model: Any, first: int) -> Any:
     """
     tree = second_tree(model)
     decoder = decoder_of(tree)
-    _keep(tree, decoder, first, len(decoder.layers))
+    keep_layers(tree, decoder, first, len(decoder.layers))
     return tree
 
 
@@ -209,8 +209,15 @@ def second_tree(module: Any) -> Any:
     return copy.deepcopy(module, shared).requires_grad_(False).eval()
 
 
-def _keep(tree: Any, decoder: Any, first: int, last: int) -> None:
-    """Cut the decoder of one's own tree down to the layers [first, last), in place."""
+def keep_layers(tree: Any, decoder: Any, first: int, last: int) -> None:
+    """Cut the decoder of one's own tree down to the layers [first, last), in place.
+
+    Args:
+        tree: Of `second_tree`: its config changes, too.
+        decoder: The tree itself, or the decoder in it.
+        first: The first layer that stays.
+        last: The one behind the last that stays.
+    """
     depth = len(decoder.layers)
     decoder.layers = decoder.layers[first:last]
     for module in decoder.layers.modules():

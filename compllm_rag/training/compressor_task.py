@@ -15,6 +15,7 @@ from torch import nn
 from compllm_rag.compression.compressor import Compressor, batches
 from compllm_rag.compression.pretrained import save_compressor
 from compllm_rag.compression.rates import concepts_at, max_rate
+from compllm_rag.config import Narrowing
 from compllm_rag.training.examples import Example, pack, positions_of, targets_of, weight_of
 from compllm_rag.training.job_options import CompressorOptions, ObjectiveConfig, RatesConfig
 from compllm_rag.training.live_reader import LiveReader
@@ -38,10 +39,14 @@ _DEFAULT = CompressorOptions()
 
 @dataclass(frozen=True)
 class Drawn:
-    """An example and the K of each of its segments; `ks` is None where it is read as text."""
+    """An example and the K of each of its segments; `ks` is None where it is read as text.
+
+    `narrowing` is of deep concepts: from which layer on but a share of them is read.
+    """
 
     example: Example
     ks: list[list[int]] | None
+    narrowing: Narrowing | None = None
 
 
 class _Trained(nn.Module):

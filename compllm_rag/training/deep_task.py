@@ -7,7 +7,9 @@ that writes alone. The teacher is the same LLM with neither, reading the same pr
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +18,25 @@ from torch import nn
 
 from compllm_rag.compression.deep import DeepCompressor
 from compllm_rag.compression.rates import FixedRate
-from compllm_rag.config import CompressorConfig
+from compllm_rag.config import CompressorConfig, Narrowing
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.models.adapters import load_lora_state, lora_state
 from compllm_rag.models.llm import TargetLLM
+from compllm_rag.models.narrowing import NarrowedHalves
 from compllm_rag.prompt import ConceptSpan
 from compllm_rag.training.compressor_task import Drawn
 from compllm_rag.training.examples import Body, Example, pack, pack_deep, positions_of, targets_of, weight_of
 from compllm_rag.training.job_options import DeepOptions, ObjectiveConfig
 from compllm_rag.training.material import Material
+from compllm_rag.training.narrowed import narrowed_states, one_question
 from compllm_rag.training.objective import Loss, distillation_loss, last_hidden_state, nll_by_kind
 from compllm_rag.training.run_config import Progress, RunConfig
 
 # Below this many nats between no passages and text there is nothing to recover (docs/design.md section 7).
 _LEAST_GAIN = 0.3
 _DEFAULT = DeepOptions()
+# The LLM's parts for each way of narrowing.
+Parts = Mapping[Narrowing, NarrowedHalves]
 # Hidden states (n_predictions, hidden_size) after the final norm, of examples read in one way or another.
 _Read = Callable[[Sequence[Drawn]], torch.Tensor]
 
@@ -38,10 +44,10 @@ _Read = Callable[[Sequence[Drawn]], torch.Tensor]
 class _Trained(nn.Module):
     """Both halves with their LoRA; the forward is the whole loss, as data-parallel runs need it."""
 
-    def __init__(self, compressor: DeepCompressor, objective: ObjectiveConfig) -> None:
+    def __init__(self, compressor: DeepCompressor, objective: ObjectiveConfig, parts: Parts) -> None:
         super().__init__()
         self.decoder, self.upper = compressor.decoder, compressor.halves.upper
-        self.__dict__["compressor"], self.__dict__["objective"] = compressor, objective
+        self.__dict__["compressor"], self.__dict__["objective"], self.__dict__["parts"] = compressor, objective, parts
 
     def forward(self, items: Sequence[Drawn]) -> Loss:
         compressor: DeepCompressor = self.__dict__["compressor"]
@@ -49,7 +55,7 @@ class _Trained(nn.Module):
         targets = targets_of(examples, prompt_weight=0.0, kind_weights={}, device=llm.device)
         with torch.no_grad():
             teacher = last_hidden_state(llm, pack(examples, llm))
-        student = read_concepts(compressor, items)
+        student = read_concepts(compressor, items, self.__dict__["parts"])
         return distillation_loss(llm, [teacher], [student], targets, self.__dict__["objective"])
 
 
@@ -64,9 +70,11 @@ class DeepTask:
         kl: Weight of the KL divergence from the LLM that reads text; the cross-entropy of the gold answers counts 1.
         validation: Held-out groups of questions to look at.
         validation_rates: At which rates to look.
+        narrowings: Ways in which prompts are narrowed (`models.narrowing`); an example that is draws one.
+        narrowed: Share of examples that are.
 
     Raises:
-        ConfigurationError: There is no LoRA to train, or a rate makes no sense.
+        ConfigurationError: There is no LoRA to train, a rate makes no sense, or the LLM cannot be narrowed like that.
         RateOutOfReachError: Units are too short for a rate.
     """
 
@@ -81,6 +89,8 @@ class DeepTask:
         kl: float = _DEFAULT.kl,
         validation: int = _DEFAULT.validation,
         validation_rates: Sequence[float] = (1.0, 2.0),
+        narrowings: Sequence[Narrowing] = (),
+        narrowed: float = _DEFAULT.narrowed,
     ) -> None:
         config = compressor.config
         if not config.lora_rank:
@@ -92,7 +102,11 @@ class DeepTask:
             )
         self.compressor, self.material = compressor, material
         self.policies = [FixedRate(rate, config.unit_length) for rate in rates]
-        self.module: nn.Module = _Trained(compressor, ObjectiveConfig(hidden=0.0, kl=kl, ce=1.0, prompt=0.0))
+        # Trees over the same LoRA; made before it is said what of it learns.
+        self.parts = {each: NarrowedHalves(compressor.halves, each) for each in narrowings}
+        self.narrowed = narrowed if narrowings else 0.0
+        objective = ObjectiveConfig(hidden=0.0, kl=kl, ce=1.0, prompt=0.0)
+        self.module: nn.Module = _Trained(compressor, objective, self.parts)
         for name, parameter in self.module.named_parameters():
             parameter.requires_grad_(".lora_" in name)
         # The LLM reading its own states, which training has to beat; it shares all tensors.
@@ -111,8 +125,12 @@ class DeepTask:
         return [{"params": [p for p in self.module.parameters() if p.requires_grad], "times": 1.0}]
 
     def draw(self, rng: random.Random) -> Drawn:
-        """One example with its rate."""
-        return drawn_at(self.material.draw(rng), rng.choice(self.policies))
+        """One example with its rate; a narrowed one asks one question."""
+        example, policy = self.material.draw(rng), rng.choice(self.policies)
+        if not self.narrowed or rng.random() >= self.narrowed:
+            return drawn_at(example, policy)
+        example = one_question(example, rng.randrange(len(example.branches)))
+        return replace(drawn_at(example, policy), narrowing=rng.choice(list(self.parts)))
 
     def size(self, item: Drawn) -> int:
         """Positions the teacher reads."""
@@ -122,9 +140,9 @@ class DeepTask:
         """Its branches."""
         return weight_of(item.example, {})
 
-    def alike(self, item: Drawn) -> bool:
-        """All examples may share a forward."""
-        return True
+    def alike(self, item: Drawn) -> str:
+        """Examples that are narrowed alike may share a forward."""
+        return str(item.narrowing or "")
 
     def loss(self, module: nn.Module, items: Sequence[Drawn]) -> Loss:
         """Loss of one forward."""
@@ -135,14 +153,20 @@ class DeepTask:
     def validate(self, progress: Progress) -> dict[str, float]:
         """Recovered (docs/design.md section 7) on held-out rows, in percent, at each rate of `validation_rates`.
 
-        `concepts` by these weights, `untrained` without either LoRA, `pruned` by the same tokens read as text.
+        `concepts` by these weights, `narrowed` the same narrowed in each way that is trained, `untrained` without
+        either LoRA, `pruned` by the same tokens read as text.
         """
         if not self._fixed:
             self._fixed = self._without_training()
         found = dict(self._fixed)
         for rate in self.validation_rates:
             found |= self._look("concepts", rate, lambda items: read_concepts(self.compressor, items))
-        nlls = [found[f"nll_concepts@{rate:g}"] for rate in self.validation_rates]
+        names = [f"nll_concepts@{rate:g}" for rate in self.validation_rates]
+        for narrowing in self.parts:
+            for rate in self.validation_rates:
+                found |= self._look(f"narrowed {narrowing}", rate, partial(self._read_narrowed, narrowing))
+                names.append(f"nll_narrowed {narrowing}@{rate:g}")
+        nlls = [found[name] for name in names]
         return found | {"score": -sum(nlls) / len(nlls)}
 
     def _without_training(self) -> dict[str, float]:
@@ -171,6 +195,15 @@ class DeepTask:
     def _read_text(self, items: Sequence[Drawn]) -> torch.Tensor:
         llm = self.compressor.llm
         return last_hidden_state(llm, pack([item.example for item in items], llm))
+
+    def _read_narrowed(self, narrowing: Narrowing, items: Sequence[Drawn]) -> torch.Tensor:
+        """Every branch of every example for itself, in the order in which all of them have predictions."""
+        each = [
+            replace(item, example=one_question(item.example, number), narrowing=narrowing)
+            for item in items
+            for number in range(len(item.example.branches))
+        ]
+        return read_concepts(self.compressor, each, self.parts)
 
     def _nll(self, items: Sequence[Drawn], read: _Read) -> float:
         """Negative log-likelihood of the gold answers, nats per token."""
@@ -233,11 +266,19 @@ def drawn_at(example: Example, policy: FixedRate) -> Drawn:
     return Drawn(example, [policy.n_concepts(body.segments) for body in example.bodies])
 
 
-def read_concepts(compressor: DeepCompressor, items: Sequence[Drawn]) -> torch.Tensor:
-    """Hidden states (n_predictions, hidden_size) after the final norm, of the LLM that reads concepts."""
-    examples, halves = [item.example for item in items], compressor.halves
-    packed = pack_deep(examples, halves, concepts_of(compressor, items))
-    return last_hidden_state(compressor.llm, packed, halves.upper)
+def read_concepts(compressor: DeepCompressor, items: Sequence[Drawn], parts: Parts | None = None) -> torch.Tensor:
+    """Hidden states (n_predictions, hidden_size) after the final norm, of the LLM that reads concepts.
+
+    Args:
+        compressor: Makes the concepts.
+        items: At least one; all of them narrowed alike, or none.
+        parts: The LLM's parts for each way of narrowing.
+    """
+    examples, halves, narrowing = [item.example for item in items], compressor.halves, items[0].narrowing
+    concepts = concepts_of(compressor, items)
+    if parts and narrowing is not None:
+        return narrowed_states(parts[narrowing], examples, concepts)
+    return last_hidden_state(compressor.llm, pack_deep(examples, halves, concepts), halves.upper)
 
 
 def concepts_of(compressor: DeepCompressor, items: Sequence[Drawn]) -> list[list[ConceptSpan]]:

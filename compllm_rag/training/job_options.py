@@ -160,6 +160,11 @@ class DeepOptions(ConceptOptions):
         description="a rate to train at; may be repeated. Each example draws one, so one compressor serves them all",
     )
     kl: Weight = Field(default=1.0, description="weight of the KL divergence from the LLM that reads text")
+    narrow: tuple[str, ...] = Field(
+        default=(),
+        description="a way of narrowing prompts to train for, LAYER:SHARE (see `query --narrow`); may be repeated",
+    )
+    narrowed: Share = Field(default=0.5, description="share of examples that are narrowed, where a way is given")
 
 
 class CompressorOptions(ConceptOptions):

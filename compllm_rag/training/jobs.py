@@ -16,7 +16,7 @@ from compllm_rag.compression.information import information_for
 from compllm_rag.compression.loading import AUTO, shipped_adapter, untrained_deep
 from compllm_rag.compression.segmentation import Segmenter
 from compllm_rag.compression.spec import embedding_rms
-from compllm_rag.config import CompressorConfig
+from compllm_rag.config import CompressorConfig, Narrowing
 from compllm_rag.errors import ConfigurationError, FingerprintMismatchError
 from compllm_rag.models.adapters import read_adapter
 from compllm_rag.models.llm import TargetLLM
@@ -127,13 +127,15 @@ def train_deep(
         The last record of the run.
 
     Raises:
-        ConfigurationError: `init` is of another entry layer or has other LoRAs than `options` say.
+        ConfigurationError: `init` is of another entry layer or has other LoRAs than `options` say, or prompts cannot
+            be narrowed like that.
         FingerprintMismatchError: `init`, or the run in `out`, belongs to another LLM.
         UnsupportedModelError: The LLM cannot be cut in two; see `Halves`.
         DataFileError, EvaluationDataError: See `Material`.
         DivergedError, OSError: See `train`.
     """
     options, progress = options or DeepOptions(), progress or _silent
+    narrowings = list(map(Narrowing.parse, options.narrow))
     torch.manual_seed(run.seed)
     _check(data)
     llm, _ = _target(options, progress)
@@ -154,10 +156,19 @@ def train_deep(
         "rates": list(options.rates),
         "kl": options.kl,
         "answer_weight": options.answer_weight,
+        **({"narrow": list(options.narrow), "narrowed": options.narrowed} if options.narrow else {}),
     }
     with _first_process_first():
         _same_job(out, "deep", llm, facts)
-    task = DeepTask(compressor, material, rates=options.rates, kl=options.kl, validation=options.validation)
+    task = DeepTask(
+        compressor,
+        material,
+        rates=options.rates,
+        kl=options.kl,
+        validation=options.validation,
+        narrowings=narrowings,
+        narrowed=options.narrowed,
+    )
     return _run(task, run, out, progress, command, llm, material, facts)
 
 
@@ -298,12 +309,13 @@ def _same_job(out: Path, kind: str, llm: TargetLLM, facts: dict[str, Any]) -> No
             expected=f"{former['llm']['source']} ({former['llm']['identity'][:16]})",
             next_step="choose another --out, or that LLM and reader",
         )
-    changed = [name for name in facts if former["facts"].get(name) != facts[name]] + [kind] * (former["kind"] != kind)
+    wanted, found = {"kind": former["kind"], **former["facts"]}, {"kind": kind, **facts}
+    changed = [name for name in wanted | found if wanted.get(name) != found.get(name)]
     if changed:
         raise ConfigurationError(
             "run in this folder was started with other settings",
-            got=", ".join(f"{name}: {facts.get(name, kind)}" for name in changed),
-            expected=", ".join(f"{name}: {former['facts'].get(name, former['kind'])}" for name in changed),
+            got=", ".join(f"{name}: {found.get(name)}" for name in changed),
+            expected=", ".join(f"{name}: {wanted.get(name)}" for name in changed),
             next_step="choose another --out, or the settings it was started with",
         )
 

@@ -76,7 +76,7 @@ class Task(Protocol):
         """How much of a batch the item is."""
         ...
 
-    def alike(self, item: Any) -> bool:
+    def alike(self, item: Any) -> bool | str:
         """Items may share a forward if this is the same for both."""
         ...
 

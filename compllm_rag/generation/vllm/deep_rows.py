@@ -57,9 +57,16 @@ def deep_rows(plan: PromptPlan, llm: TargetLLM, layout: RowLayout) -> torch.Tens
     """A prompt as rows (positions, row_width) on the CPU, in the LLM's dtype.
 
     Raises:
-        ConfigurationError: It is not known of a deep concept which token it stands for.
+        ConfigurationError: It is not known of a deep concept which token it stands for, or the prompt is narrowed.
         InvalidConceptsError: Concepts are of another width.
     """
+    if plan.narrowing is not None and plan.deep:
+        raise ConfigurationError(
+            "vLLM cannot narrow a prompt",
+            got=f"narrowing {plan.narrowing}",
+            expected="a prompt all of whose concepts are read by all layers from the entry layer on",
+            next_step="leave narrowing out, or use the generator of this process",
+        )
     rows = torch.zeros(plan.positions, layout.row_width, dtype=llm.dtype)
     width, at = layout.hidden_size, 0
     for span in plan.spans:
