@@ -11,7 +11,17 @@ import importlib.util
 from typing import Any
 
 FOLDERS = {
-    "quality": ("quality", "chunks", "frontier", "pins", "placeholders", "anchors", "ablations", "domains"),
+    "quality": (
+        "quality",
+        "chunks",
+        "frontier",
+        "narrowing",
+        "pins",
+        "placeholders",
+        "anchors",
+        "ablations",
+        "domains",
+    ),
     "ttft": ("ttft", "ttft_deep", "ttft_long", "cost_model", "query", "startup"),
     "loft": ("loft", "equal_cost"),
     "reuse": ("reuse",),

@@ -32,7 +32,7 @@ def _section(record: dict[str, Any]) -> list[str]:
     head += ["accuracy", "Δaccuracy"] if choices else []
     rows = []
     for row in record["results"]:
-        cells = [row["mode"], number(row["achieved_rate"], 2)]
+        cells = [_named(row), number(row["achieved_rate"], 2)]
         cells += [number(row["prefill_cost"], 2)] if deep else []
         cells.append(number(row["positions"], 0))
         cells += [_with(row, "nll", 2), _paired(row, "nll", 2), _with(row, "recovered")]
@@ -48,7 +48,7 @@ def _section(record: dict[str, Any]) -> list[str]:
 
 
 def _probes(record: dict[str, Any]) -> list[str]:
-    names = [f"{r['mode']} {r['rate']:g}" if r["rate"] else r["mode"] for r in record["results"]]
+    names = [f"{_named(r)} {r['rate']:g}" if r["rate"] else r["mode"] for r in record["results"]]
     first = record["kinds"][0]
     # A needle's depths in their order behind it: "needle at 25 %" by its number, everything else by name.
     order = sorted(first, key=lambda kind: [int(w) if w.isdigit() else -1 for w in kind.split()])
@@ -65,12 +65,19 @@ def _probes(record: dict[str, Any]) -> list[str]:
     ]
 
 
+def _named(row: dict[str, Any]) -> str:
+    """A mode, and how its concepts are narrowed; records of before know nothing of it."""
+    way = row.get("narrowing")
+    return row["mode"] if way is None else f"{row['mode']}, narrowed {way}"
+
+
 def _other(record: dict[str, Any]) -> str:
     """What sets deep concepts apart from those that ship: another LLM, or an upper half that was not trained."""
     made, llm = record["compressor"], record["llm"]
     named = "" if llm == DEFAULT_LLM else f" of {llm}"
     alone = made.get("entry_layer") and made["lora_rank"] and not made.get("read_rank")
-    return named + (", the upper half frozen" if alone else "")
+    narrowed = any(row.get("narrowing") for row in record["results"])
+    return named + (", the upper half frozen" if alone else "") + (", narrowed" if narrowed else "")
 
 
 def _deep(record: dict[str, Any]) -> bool:
@@ -105,7 +112,7 @@ def plot(record: dict[str, Any]) -> Any:
             ("random", "tab:orange", "^"),
             ("pruned", "tab:gray", "s"),
         ):
-            points = [r for r in one["results"] if r["mode"] == mode and r["recovered"] is not None]
+            points = [r for r in one["results"] if _named(r) == mode and r["recovered"] is not None]
             if not points:
                 continue
             x, y = [r[over] for r in points], [r["recovered"] for r in points]

@@ -39,6 +39,8 @@ BENCHMARKS = {
     "quality": "Text, concepts, pruning and nothing on probes, with --data-dir on evaluation sets.",
     "chunks": "1, 2, 4, 8 passages in the prompt: needles, one passage, two hops; text against concepts.",
     "frontier": "Recovered over prefill cost by entry layer and rate, untrained and trained; needs the training data.",
+    "narrowing": "Recovered over prefill cost where the LLM's last layers read but a share of the concepts; "
+    "needs the training data.",
     "pins": "Deep concepts that keep numbers, dates and names first, on the probes and a file of questions.",
     "placeholders": "Deep concepts as another engine could read them: kept tokens below the entry layer, states above.",
     "store_read": "Concepts from disk to tensor, against a flat file and other stores.",
