@@ -210,18 +210,25 @@ class Narrowing(Frozen):
     """
 
     layer: int = Field(ge=1, description="T, the first layer that does without the others")
-    share: float = Field(default=0.1, gt=0.0, le=1.0, description="of a prompt's concepts, read from T on")
+    share: float = Field(default=0.1, ge=0.0, le=1.0, description="of a prompt's concepts, read from T on; 0: none")
+    by: Literal["attention", "chance"] = Field(
+        default="attention", description="which of them: those that the question attends to, or any, to compare with"
+    )
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """From `LAYER` or `LAYER:SHARE`, such as `24:0.1`.
+        """From `LAYER`, `LAYER:SHARE` or `LAYER:SHARE:chance`, such as `24:0.1`.
 
         Raises:
-            ConfigurationError: It is neither, or a value is out of bounds.
+            ConfigurationError: It is none of these, or a value is out of bounds.
         """
-        layer, _, share = text.partition(":")
+        layer, *more = text.split(":")
         try:
-            fields = {"layer": int(layer), **({"share": float(share)} if share else {})}
+            fields: dict[str, Any] = {"layer": int(layer)}
+            if more:
+                fields["share"] = float(more[0])
+            if more[1:]:
+                [fields["by"]] = more[1:]
         except ValueError:
             raise ConfigurationError(
                 "narrowing is not understood",
@@ -232,7 +239,7 @@ class Narrowing(Frozen):
         return checked(cls, **fields)
 
     def __str__(self) -> str:
-        return f"{self.layer}:{self.share:g}"
+        return f"{self.layer}:{self.share:g}" + ("" if self.by == "attention" else f":{self.by}")
 
 
 class GenerationConfig(Frozen):

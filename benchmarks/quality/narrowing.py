@@ -1,9 +1,10 @@
 """From which layer on may the LLM do without most concepts? Recovered over prefill cost, narrowed and not.
 
 Deep concepts at each rate of `--rates`, read whole and narrowed in each way of `--narrow` (LAYER:SHARE: from the layer
-on only this share of a prompt's concepts, those the question attends to most), on held-out rows of the TRAINING data:
-layer and share are settings, and evaluation sets are not there to choose settings by. Each question stands behind one
-to six passages in random order, as retrieval gives them. Likelihoods of gold answers alone, nothing is generated.
+on only this share of a prompt's concepts, those the question attends to most; with `:chance` behind it any), on
+held-out rows of the TRAINING data: layer and share are settings, and evaluation sets are not there to choose settings
+by. Each question stands behind one to six passages in random order, as retrieval gives them. Likelihoods of gold
+answers alone, nothing is generated.
 
 Settings that are done are kept beside the JSON (OUT.records.jsonl) and not asked again.
 """
@@ -29,7 +30,7 @@ from compllm_rag.evaluation.statistics import Record as Asked
 from compllm_rag.evaluation.statistics import statistics
 from compllm_rag.training.material import Material
 
-_WAYS = ["20:0.25", "22:0.1", "22:0.25", "23:0.1", "24:0.05", "24:0.1", "25:0.1"]
+_WAYS = ["20:0.25", "22:0.1", "22:0.25", "24:0", "24:0.1", "24:0.1:chance", "26:0.1"]
 _MOST_PASSAGES = 6
 
 
@@ -162,7 +163,7 @@ def tables(record: Record) -> list[str]:
         f"held-out training questions behind {number(record['passages'], 1)} passages each in the mean "
         f"({number(record['positions'], 0)} positions as text), no evaluation set: this is where layer and share are "
         "chosen. Narrowed `24:0.1` means: all concepts up to layer 23, from layer 24 on the tenth that the question "
-        "attends to most. NLL of the gold answers is "
+        "attends to most, `24:0` none of them, `24:0.1:chance` any tenth. NLL of the gold answers is "
         f"{number(record['nll_text'], 2)} nats per token with text and {number(record['nll_none'], 2)} without "
         f"passages. Brackets are bootstrap 95 % intervals over questions. {measured(record)}.",
         "",

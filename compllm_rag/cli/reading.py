@@ -20,8 +20,8 @@ NarrowingName = Annotated[
     str | None,
     typer.Option(
         "--narrow",
-        help="From a layer on read only the share of the concepts that the question attends to most: LAYER:SHARE, or "
-        "`auto` (a tenth, from four fifths of the layers on). Default: read all of them.",
+        help="From a layer on read only the share of the concepts that the question attends to most: LAYER:SHARE (0: "
+        "none of them), or `auto` (a tenth, from four fifths of the layers on). Default: read all.",
     ),
 ]
 PolicyName = Annotated[

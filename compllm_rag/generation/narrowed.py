@@ -15,7 +15,7 @@ import torch
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.generation.forward import Past, fork_cache
 from compllm_rag.generation.halves import SplitForward, States, Tokens
-from compllm_rag.models.narrowing import AttentionCount, NarrowedHalves, kept_slots
+from compllm_rag.models.narrowing import AttentionCount, NarrowedHalves, slots_that_go_on
 
 
 class NarrowedForward(SplitForward):
@@ -74,7 +74,7 @@ class NarrowedForward(SplitForward):
             return self._read[-1][:, -1]  # more is to come, and nobody looks at it
         hidden, self._read = torch.cat(self._read, 1), []  # (batch, most slots, hidden_size)
         real = self._mask.bool()
-        kept = kept_slots(self._count.total, real & ~self._is_token, real, self.narrowed.narrowing.share)
+        kept = slots_that_go_on(self.narrowed.narrowing, self._count, real & ~self._is_token, real)
         self._top_seen = kept.real.long()  # (batch, most kept)
         logits: torch.Tensor = self.narrowed.through_top(
             kept.of(hidden), self._top_seen, kept.of(self._positions), self._top_cache, keep=1

@@ -170,6 +170,14 @@ class NarrowedHalves:
         ).logits
 
 
+def slots_that_go_on(narrowing: Narrowing, count: AttentionCount, concepts: torch.Tensor, real: torch.Tensor) -> Kept:
+    """All tokens, and the share of each row's concepts that goes on; see `kept_slots`."""
+    score = count.total
+    if narrowing.by == "chance":
+        score = torch.rand(score.shape, generator=torch.Generator().manual_seed(0)).to(score)  # (batch, n)
+    return kept_slots(score, concepts, real, narrowing.share)
+
+
 @dataclass(frozen=True)
 class Kept:
     """Which slots go on from layer T, as one left-padded batch.
@@ -195,7 +203,7 @@ def kept_slots(attention: torch.Tensor, concepts: torch.Tensor, real: torch.Tens
         attention: (batch, n), see `AttentionCount.total`.
         concepts: (batch, n), True where a concept stands.
         real: (batch, n), False at padding.
-        share: Of the concepts of each row, above 0; of a row with concepts at least one is kept.
+        share: Of the concepts of each row, see `kept_concepts`.
     """
     concepts, real = concepts.bool() & real.bool(), real.bool()
     counts = [kept_concepts(int(n), share) for n in concepts.sum(1)]
@@ -226,8 +234,8 @@ def check_narrowing(narrowing: Narrowing, entry_layer: int, depth: int) -> None:
 
 
 def kept_concepts(n_concepts: int, share: float) -> int:
-    """How many of a prompt's concepts are read from layer T on."""
-    return min(n_concepts, max(1, round(share * n_concepts)))
+    """How many of a prompt's concepts are read from layer T on: one at least, unless none are to be read."""
+    return min(n_concepts, max(1, round(share * n_concepts))) if share else 0
 
 
 def _whole_layers(decoder: Any) -> list[int]:

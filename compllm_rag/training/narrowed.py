@@ -14,7 +14,7 @@ import torch
 
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.models.llm import decoder_of
-from compllm_rag.models.narrowing import AttentionCount, Kept, NarrowedHalves, kept_slots
+from compllm_rag.models.narrowing import AttentionCount, Kept, NarrowedHalves, slots_that_go_on
 from compllm_rag.prompt import ConceptSpan
 from compllm_rag.training.examples import Example, Packed, pack_deep
 
@@ -44,7 +44,7 @@ def narrowed_states(
     count = AttentionCount(asking, real)
     with parts.counting(count):
         hidden = parts.through_middle(packed.inputs_embeds, packed.attention_mask, packed.position_ids)
-    kept = kept_slots(count.total, is_concept, real, parts.narrowing.share)
+    kept = slots_that_go_on(parts.narrowing, count, is_concept, real)
     top: torch.Tensor = decoder_of(parts.top)(
         inputs_embeds=kept.of(hidden),
         attention_mask=_masks(packed.attention_mask, kept),

@@ -40,8 +40,8 @@ def test_a_narrowed_prompt_costs_less_and_says_so(folder: Path) -> None:
     whole, tenth, half = asked(folder), asked(folder, "--narrow", "auto"), asked(folder, "--narrow", "3:0.5")
     assert whole["narrowing"] is None
     concepts = sum(source["n_concepts"] for source in whole["sources"])
-    assert tenth["narrowing"] == {"layer": 3, "share": 0.1, "concepts": round(0.1 * concepts)}
-    assert half["narrowing"] == {"layer": 3, "share": 0.5, "concepts": round(0.5 * concepts)}
+    assert tenth["narrowing"] == {"layer": 3, "share": 0.1, "by": "attention", "concepts": round(0.1 * concepts)}
+    assert half["narrowing"] == {"layer": 3, "share": 0.5, "by": "attention", "concepts": round(0.5 * concepts)}
     assert whole["prompt_positions"] == tenth["prompt_positions"]
     assert tenth["prefill_cost"] < half["prefill_cost"] < whole["prefill_cost"]
     assert tenth["kv_bytes"] < half["kv_bytes"] < whole["kv_bytes"]
@@ -63,7 +63,7 @@ def test_all_of_the_concepts_change_no_answer(folder: Path) -> None:
     ("options", "said"),
     [
         (("--narrow", "half"), "narrowing is not understood"),
-        (("--narrow", "3:0"), "greater than 0"),
+        (("--narrow", "3:-1"), "greater than or equal to 0"),
         (("--narrow", "2"), "cannot be narrowed at this layer"),
         (("--narrow", "4"), "cannot be narrowed at this layer"),
         (("--narrow", "auto", "--mode", "text"), "mode text"),

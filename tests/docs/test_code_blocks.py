@@ -53,15 +53,21 @@ COMMANDS = [(name_of(page), " ".join(words), words) for page in PAGES for words 
 MENTIONS = [(name_of(page), " ".join(words), words) for page in PAGES for words in mentions(page)]
 
 
+@pytest.fixture(scope="module")
+def toy_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of four layers, so that there are some between the entry layer and the last."""
+    return toy.save(tmp_path_factory.mktemp("toy-llm"), layers=4)
+
+
 @pytest.fixture
-def user(tmp_path: Path, toy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def user(tmp_path: Path, toy_llm: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's folder with a document in `docs`, and toy models where a user would load real ones."""
     load = TargetLLM.from_pretrained
     embedder = (HashEmbedder(dim=384), "hash-384", "0" * 64)
     for where in ("compllm_rag.llamaindex.embedding", "compllm_rag.llamaindex.storage_parts"):
         monkeypatch.setattr(f"{where}.load_embedder", lambda *args, **options: embedder)
     monkeypatch.setattr(compllm_rag, "load_embedder", lambda *args, **options: embedder, raising=False)
-    monkeypatch.setattr(TargetLLM, "from_pretrained", lambda spec, **options: load(toy_folder, **options))
+    monkeypatch.setattr(TargetLLM, "from_pretrained", lambda spec, **options: load(toy_llm, **options))
     for where in ("compllm_rag.compression.loading", "compllm_rag.llamaindex.storage_parts"):
         monkeypatch.setattr(f"{where}.shipped_adapter", lambda llm, kind: None)
     monkeypatch.chdir(tmp_path)
@@ -73,7 +79,7 @@ def user(tmp_path: Path, toy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> P
 @pytest.fixture
 def vllm_server() -> Iterator[FakeVLLM]:
     """What speaks like vLLM, over the toy LLM; the real one is started by tests/generation/test_vllm_real.py."""
-    with FakeVLLM(toy.llm()) as server:
+    with FakeVLLM(toy.llm(layers=4)) as server:
         yield server
 
 

@@ -136,6 +136,7 @@ def test_which_slots_go_on() -> None:
     assert kept.order[1][kept.real[1]].tolist() == [1, 2, 4]  # of equals the first
     assert kept.of(attention)[0].tolist() == pytest.approx([0.0, 0.3, 0.9, 0.0])
     assert [kept_concepts(n, 0.1) for n in (0, 1, 4, 15, 100)] == [0, 1, 1, 2, 10]
+    assert kept_concepts(9, 0.0) == 0
 
 
 def test_a_question_that_comes_in_parts_is_counted_once() -> None:
@@ -191,13 +192,22 @@ def test_what_cannot_be_narrowed_is_refused() -> None:
 
 def test_narrowing_is_read_from_what_is_typed() -> None:
     assert Narrowing.parse("24") == Narrowing(layer=24, share=0.1)
-    assert str(Narrowing.parse("24:0.25")) == "24:0.25"
-    for wrong in ("", "auto:", "24:", "0:0.5", "24:0", "24:1.5", "x:0.1"):
-        if wrong == "24:":
-            assert Narrowing.parse(wrong).layer == 24
-            continue
+    for text_ in ("24:0.25", "24:0", "24:0.1:chance"):
+        assert str(Narrowing.parse(text_)) == text_
+    for wrong in ("", "auto:", "24:", "0:0.5", "24:-0.1", "24:1.5", "x:0.1", "24:0.1:luck", "24:0.1:chance:2"):
         with pytest.raises(ConfigurationError):
             Narrowing.parse(wrong)
+
+
+def test_none_or_any_of_the_concepts_can_go_on() -> None:
+    forwards = [
+        NarrowedForward(narrowed_of("llama", Narrowing.parse(way)), rows()[:1], ASKING[:1])
+        for way in ("3:0", "3:0.25", "3:0.25:chance")
+    ]
+    logits = [forward.prefill() for forward in forwards]
+    assert [forward.caches[1].layers[-1].keys.shape[-2] for forward in forwards] == [12, 17, 17]
+    assert not close(logits[0], logits[1]) and not close(logits[1], logits[2])
+    assert close(forwards[2].prefill(), logits[2])  # the same chance each time
 
 
 def test_tokens_behind_the_last_passage_ask() -> None:
