@@ -47,7 +47,7 @@ def crowded_questions(data_dir: Path, segmenter: Any, limit: int, longest: int) 
         ConfigurationError: There is no held-out row that is short enough.
     """
     groups = in_seeded_order(Material(*Material.files_of(data_dir), segmenter).held_out)
-    rng, chosen = random.Random(0), []
+    rng, chosen = random.Random(0), list[Question]()
     for group in groups:
         if len(chosen) == limit:
             break

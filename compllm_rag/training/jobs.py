@@ -116,7 +116,8 @@ def train_deep(
     """Train deep concepts; called again with the same arguments it goes on.
 
     Args:
-        out: `best/` is what `load_compressor` loads; `last/`, `log.jsonl` and `curves.png` beside it.
+        out: `best/` is what `load_compressor` loads; `final/` (after the last step), `last/`, `log.jsonl` and
+            `curves.png` beside it.
         data: What to train on; `DEEP_DATA` has the mix that fits.
         options: What to start from.
         run: How long and how fast.

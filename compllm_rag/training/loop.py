@@ -31,7 +31,8 @@ def train(task: Task, config: RunConfig, out: Path, progress: Progress | None = 
     Args:
         task: What is trained.
         config: How.
-        out: Holds `last/` (checkpoint), `best/` (what a user loads), `log.jsonl`.
+        out: Holds `last/` (checkpoint), `best/` (what a user loads), `log.jsonl`, and, when the run has finished,
+            `final/`: the weights after its last step, as a user loads them.
         progress: Called with a message and the share that is done.
 
     Returns:
@@ -111,10 +112,12 @@ class _Run:
                 over = self.config.minutes is not None and time.monotonic() - begun > 60 * self.config.minutes
                 self.stopping = self.processes.any(self.stopping or over)
             self._save()
+            finished = self.step >= self.config.steps or "stopped" in record
+            if finished and self.accelerator.is_main_process:
+                self.task.export(self.out / "final")
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
-        finished = self.step >= self.config.steps or "stopped" in record
         return record | {
             "step": self.step,
             "best": None if math.isinf(self.best) else self.best,

@@ -55,13 +55,26 @@ def test_an_interrupted_run_resumes_to_the_same_curve(world: Path, tmp_path: Pat
         # What a time slot does: it ends between two steps, and another process goes on.
         slot = train(task(world), RUN, tmp_path / "slots", at(steps))
         assert not slot["finished"] and slot["step"] == steps
+        assert not (tmp_path / "slots" / "final").exists()
     last = train(task(world), RUN, tmp_path / "slots")
     assert whole["finished"] and last["finished"] and last["step"] == 12
     assert curve(tmp_path / "slots") == curve(tmp_path / "whole")
     assert len(curve(tmp_path / "whole")) == 12
     llm = toy.llm()
-    mine = [Compressor.from_pretrained(tmp_path / run / "best", llm).fingerprint for run in ("whole", "slots")]
-    assert mine[0] == mine[1]
+    for folder in ("best", "final"):
+        mine = [Compressor.from_pretrained(tmp_path / run / folder, llm).fingerprint for run in ("whole", "slots")]
+        assert mine[0] == mine[1]
+
+
+def test_the_weights_after_the_last_step_can_be_loaded_beside_the_best(world: Path, tmp_path: Path) -> None:
+    made = task(world)
+    real, scores = made.validate, iter((3.0, 2.0, 1.0, 0.0))
+    made.validate = lambda progress: real(progress) | {"score": next(scores)}  # the untrained ones stay best
+    train(made, RUN.model_copy(update={"steps": 4, "validate_every": 4, "lr": 1e-2}), tmp_path)
+    made.export(tmp_path / "now")
+    folders = ("best", "final", "now")
+    best, final, now = (Compressor.from_pretrained(tmp_path / name, toy.llm()).fingerprint for name in folders)
+    assert best != final == now
 
 
 def test_training_lowers_the_loss_from_that_of_pruning(world: Path, tmp_path: Path) -> None:
