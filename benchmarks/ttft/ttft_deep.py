@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from benchmarks.memory import cache_bytes
 from benchmarks.ttft.peak import resident_peak
 from compllm_rag.compression.deep import DeepCompressor
 from compllm_rag.compression.spec import ConceptCompressor
+from compllm_rag.config import Narrowing
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.generation.halves import SplitForward, States, Tokens, split_rows
 from compllm_rag.generation.local import LocalGenerator
@@ -100,16 +102,16 @@ class Case:
             return [[TextSpan(library.passage(text).ids, i)] for i, text in enumerate(self.chunks)]
         return [[library.fetch(text, missing="error").span(i)] for i, text in enumerate(self.chunks)]
 
-    def plan(self, bodies: Sequence[Sequence[Span]]) -> PromptPlan:
+    def plan(self, bodies: Sequence[Sequence[Span]], narrowing: Narrowing | None = None) -> PromptPlan:
         """The prompt."""
-        return self.prompt.plan(QUESTION, [("", body) for body in bodies])
+        return replace(self.prompt.plan(QUESTION, [("", body) for body in bodies]), narrowing=narrowing)
 
-    def run(self, rate: float | None) -> dict[str, float]:
+    def run(self, rate: float | None, narrowing: Narrowing | None = None) -> dict[str, float]:
         """Seconds of each part, once."""
         begun = time.perf_counter()
         bodies = self.bodies(rate)
         fetched = time.perf_counter()
-        forward = self.generator.lay_out([self.plan(bodies)])
+        forward = self.generator.lay_out([self.plan(bodies, narrowing)])
         laid_out = time.perf_counter()
         self.generator.begin(forward).argmax(-1).tolist()
         ended = time.perf_counter()
@@ -129,9 +131,9 @@ class Case:
         forward = SplitForward(halves, [random])
         return lambda: forward.prefill().argmax(-1).tolist()
 
-    def afterwards(self, rate: float | None, steps: int) -> dict[str, Any]:
+    def afterwards(self, rate: float | None, narrowing: Narrowing | None, steps: int) -> dict[str, Any]:
         """Seconds of a further token, median of `steps`, and bytes of the KV caches behind the prefill."""
-        forward: Any = self.generator.lay_out([self.plan(self.bodies(rate))])
+        forward: Any = self.generator.lay_out([self.plan(self.bodies(rate), narrowing)])
         token = self.generator.begin(forward).argmax(-1)
         kept, took = cache_bytes(*forward.caches), []
         for _ in range(steps):
@@ -142,32 +144,37 @@ class Case:
         return {"kv_bytes": kept, "per_token_s": statistics.median(took) if took else None}
 
 
-def name_of(rate: float | None) -> str:
+def name_of(rate: float | None, narrowing: Narrowing | None = None) -> str:
     """How passages are read, in keys."""
-    return "text" if rate is None else f"rate {rate:g}"
+    name = "text" if rate is None else f"rate {rate:g}"
+    return name if narrowing is None else f"{name}, narrowed {narrowing}"
 
 
-def measure(case: Case, rates: list[float], repeats: int, decode: int) -> dict[str, Any]:
-    """One context: a row each for text and every rate."""
+def measure(
+    case: Case, rates: list[float], repeats: int, decode: int, narrowings: Sequence[Narrowing] = ()
+) -> dict[str, Any]:
+    """One context: a row each for text, every rate, and every rate narrowed in each way."""
     runs: dict[str, list[dict[str, float]]] = {}
+    ways = [(None, None), *((rate, narrowing) for narrowing in (None, *narrowings) for rate in rates)]
 
-    def call(name: str, rate: float | None) -> None:
-        runs.setdefault(name, []).append(case.run(rate))
+    def call(rate: float | None, narrowing: Narrowing | None) -> None:
+        runs.setdefault(name_of(rate, narrowing), []).append(case.run(rate, narrowing))
 
-    calls: dict[str, Callable[[], object]] = {"text": partial(call, "text", None)}
-    calls |= {f"rate {rate:g}": partial(call, f"rate {rate:g}", rate) for rate in rates}
+    calls: dict[str, Callable[[], object]] = {name_of(*way): partial(call, *way) for way in ways}
     calls |= {f"bound {rate:g}": case.bound(rate) for rate in rates}
     seconds = in_turns(calls, repeats, new_order=True)
     rows = []
-    for rate in (None, *rates):
-        name = name_of(rate)
+    for rate, narrowing in ways:
+        name = name_of(rate, narrowing)
         plan = case.plan(case.bodies(rate))
         kept = runs[name][1:]  # the first round is not counted
-        row: dict[str, Any] = {"rate": rate, "positions": plan.positions, **case.afterwards(rate, decode)}
+        row: dict[str, Any] = {"rate": rate, "positions": plan.positions, **case.afterwards(rate, narrowing, decode)}
+        row |= {} if narrowing is None else {"narrowing": str(narrowing)}
         row |= {part_name: statistics.median(run[part_name] for run in kept) for part_name in _PARTS}
         row["ttft_s"] = statistics.median(seconds[name])
         row["ttft_over_text"] = median_of_quotients(seconds[name], seconds["text"])
-        row["ttft_over_bound"] = median_of_quotients(seconds[name], seconds[f"bound {rate:g}"]) if rate else None
+        bound = seconds[f"bound {rate:g}"] if rate and narrowing is None else None
+        row["ttft_over_bound"] = median_of_quotients(seconds[name], bound) if bound else None
         rows.append(row)
     tokens = sum(len(case.libraries[rates[0]].passage(text).ids) for text in case.chunks)
     return {"source_tokens": tokens, "chunks": len(case.chunks), "rows": rows}
@@ -238,6 +245,9 @@ def main(argv: Sequence[str] | None = None, name: str = "ttft_deep") -> Record:
     options = parser(name, __doc__, "llm reader compressor codec entry-layer dtype repeats texts rates", repeats=5)
     options.set_defaults(rates=[1.0, 2.0, 4.0])
     options.add_argument("--lengths", type=int, nargs="+", default=[250, 1000, 4000, 7500], help="source tokens")
+    options.add_argument(
+        "--narrow", nargs="*", type=Narrowing.parse, default=[], metavar="LAYER:SHARE", help="narrow concepts, too"
+    )
     options.add_argument("--decode", type=int, default=16, help="tokens after the first that are timed; 0: none")
     options.add_argument("--memory", choices=["longest", "all", "none"], default="longest", help="peaks on a CPU")
     args = parsed(options, argv)
@@ -253,6 +263,7 @@ def main(argv: Sequence[str] | None = None, name: str = "ttft_deep") -> Record:
         "repeats": args.repeats,
         "decode": args.decode,
         "threads": torch.get_num_threads(),
+        **({"narrow": list(map(str, args.narrow))} if args.narrow else {}),
     }
     journal = journal_of(args.json, same)
     with tempfile.TemporaryDirectory() as folder:
@@ -260,7 +271,7 @@ def main(argv: Sequence[str] | None = None, name: str = "ttft_deep") -> Record:
         def one(length: int) -> dict[str, Any]:
             progress(f"context of {length} tokens")
             case = Case(compressor, chunks(compressor, texts(args.texts), length), args.rates, Path(folder))
-            return measure(case, args.rates, args.repeats, args.decode)
+            return measure(case, args.rates, args.repeats, args.decode, args.narrow)
 
         def peaks(length: int) -> dict[str, dict[str, int]]:
             progress(f"peaks at {length} tokens")
@@ -272,6 +283,8 @@ def main(argv: Sequence[str] | None = None, name: str = "ttft_deep") -> Record:
         for length in wanted if compressor.llm.device.type == "cpu" else []:
             found = part(journal, f"peaks at {length} tokens", partial(peaks, length))
             for row in lengths[str(length)]["rows"]:
+                if "narrowing" in row:
+                    continue
                 peak = found[name_of(row["rate"])]
                 row["peak_bytes"], row["resident_peak_bytes"] = (
                     peak["peak_bytes"] - peak["before_bytes"],
@@ -292,7 +305,7 @@ def tables(record: Record) -> list[str]:
             rows.append(
                 [
                     number(found["source_tokens"], 0),
-                    "text" if row["rate"] is None else f"concepts, rate {row['rate']:g}",
+                    _read_as(row),
                     number(row["positions"], 0),
                     number(row["kv_bytes"] / 2**20, 1),
                     *([_mib(row)] if peaks else []),
@@ -332,6 +345,12 @@ def tables(record: Record) -> list[str]:
         "0.80 at rate 1.",
         "",
     ]
+
+
+def _read_as(row: dict[str, Any]) -> str:
+    if row["rate"] is None:
+        return "text"
+    return f"concepts, rate {row['rate']:g}" + (f", narrowed {row['narrowing']}" if "narrowing" in row else "")
 
 
 def _mib(row: dict[str, Any]) -> str:

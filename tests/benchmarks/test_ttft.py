@@ -10,6 +10,7 @@ import torch
 import toy
 from benchmarks.memory import Peak
 from benchmarks.shapes import SHAPES, config_of, random_llm
+from benchmarks.ttft import ttft_deep
 from benchmarks.ttft import ttft_page as page
 from benchmarks.ttft.flops import LayerShape, crossover, kv_bytes, layers_of, pairs, prefill, speed_up
 from benchmarks.ttft.ttft import measured_crossover
@@ -125,3 +126,14 @@ def test_without_a_codec_it_measures_deep_concepts(toy_folder: Path, tmp_path: P
     assert "## Time to first token of deep concepts" in made and "| decode ms / token |" in made
     with pytest.raises(ConfigurationError, match="add --codec input"):
         run("ttft", tmp_path / "p.json", "--shape", "tiny")
+
+
+def test_narrowed_concepts_have_rows_of_their_own(tmp_path: Path) -> None:
+    llm = toy.save(tmp_path / "llm", layers=4)
+    words = ["--llm", llm, "--lengths", 120, "--rates", 1, "--repeats", 1, "--memory", "longest", "--narrow", "3:0.1"]
+    record, _ = run("ttft", tmp_path / "o.json", *words)
+    text, whole, narrowed = record["lengths"]["120"]["rows"]
+    assert narrowed["narrowing"] == "3:0.1" and narrowed["positions"] == whole["positions"]
+    assert text["kv_bytes"] > whole["kv_bytes"] > narrowed["kv_bytes"]
+    assert "peak_bytes" in whole and "peak_bytes" not in narrowed and narrowed["ttft_over_bound"] is None
+    assert "concepts, rate 1, narrowed 3:0.1" in "\n".join(ttft_deep.tables(record))
