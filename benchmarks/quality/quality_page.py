@@ -8,6 +8,8 @@ from benchmarks.cells import apart, difference, number, source, table, with_inte
 from benchmarks.quality.quality import SETS
 from compllm_rag.config import DEFAULT_LLM
 
+_NARROWED = ("tab:green", "tab:olive", "tab:cyan")
+
 
 def tables(record: dict[str, Any]) -> list[str]:
     """Lines of the page.
@@ -76,8 +78,7 @@ def _other(record: dict[str, Any]) -> str:
     made, llm = record["compressor"], record["llm"]
     named = "" if llm == DEFAULT_LLM else f" of {llm}"
     alone = made.get("entry_layer") and made["lora_rank"] and not made.get("read_rank")
-    narrowed = any(row.get("narrowing") for row in record["results"])
-    return named + (", the upper half frozen" if alone else "") + (", narrowed" if narrowed else "")
+    return named + (", the upper half frozen" if alone else "")
 
 
 def _deep(record: dict[str, Any]) -> bool:
@@ -107,8 +108,10 @@ def plot(record: dict[str, Any]) -> Any:
         panel.set_visible(False)
     over = "prefill_cost" if _deep(record) else "achieved_rate"
     for panel, one in zip(panels.flat, shown, strict=False):
+        ways = dict.fromkeys(_named(row) for row in one["results"] if row.get("narrowing"))
         for mode, colour, marker in (
             ("concepts", "tab:blue", "o"),
+            *((way, colour, "D") for way, colour in zip(ways, _NARROWED, strict=False)),
             ("random", "tab:orange", "^"),
             ("pruned", "tab:gray", "s"),
         ):

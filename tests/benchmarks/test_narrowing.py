@@ -85,3 +85,18 @@ def test_quality_narrows_beside_the_whole(folder: Path, tmp_path: Path) -> None:
     assert [r["prefill_cost"] for r in results] == [1.0, 0.5, 0.375, None]
     page = "\n".join(quality_page.tables(made))
     assert "concepts, narrowed 3:0.5" in page
+
+
+def test_the_plot_of_quality_has_a_line_for_each_way() -> None:
+    def row(mode: str, cost: float, way: str | None = None) -> dict:
+        shares = {"recovered": 90.0, "intervals": {"recovered": [85.0, 95.0]}}
+        return {"mode": mode, "prefill_cost": cost, "narrowing": way, **shares}
+
+    record = {
+        "title": "SQuAD", "compressor": {"entry_layer": 2},
+        "results": [row("concepts", 0.5), row("concepts", 0.3, "3:0.1"), row("concepts", 0.2, "3:0"), row("pruned", 0.5)],
+    }  # fmt: skip
+    [panel] = quality_page.plot({"squad": record}).axes
+    assert [t.get_text() for t in panel.get_legend().get_texts()] == [
+        "concepts", "concepts, narrowed 3:0.1", "concepts, narrowed 3:0", "pruned",
+    ]  # fmt: skip
