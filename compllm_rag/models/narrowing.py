@@ -30,13 +30,15 @@ from compllm_rag.models.llm import decoder_of
 _NAME = "compllm_counting"
 # How many layers below T tell what the question attends to. Held-out rows: two do as well as four.
 _LAYERS = 2
+# Of a longer question the last tokens tell, as in SnapKV (arXiv 2404.14469, section 4): it bounds the memory for scores.
+_TOKENS = 128
 
 
 class AttentionCount:
     """How much the tokens of each row's question attend to each slot.
 
     Of each token the head that attends most counts, since most heads look at no passage at all; the mean over the
-    question's tokens, summed over layers.
+    question's tokens (the last 128 of them), summed over layers.
 
     Args:
         asking: (batch, n), True where a token of the question stands.
@@ -45,7 +47,7 @@ class AttentionCount:
 
     def __init__(self, asking: torch.Tensor, real: torch.Tensor) -> None:
         self._real = real.bool()
-        places = [row.nonzero()[:, 0] for row in asking.bool()]
+        places = [row.nonzero()[-_TOKENS:, 0] for row in asking.bool()]
         most = max(map(len, places))
         # (batch, most): slots of the question's tokens, and where there are any.
         self._rows = torch.stack([nn.functional.pad(row, (0, most - len(row))) for row in places])
@@ -62,15 +64,17 @@ class AttentionCount:
             key: (batch, kv_heads, slots so far, head_dim).
             scaling: Of their products.
         """
-        slots = key.shape[2]
+        slots, kv_heads = key.shape[2], key.shape[1]
         begin = slots - query.shape[2]
         here = self._counted & (self._rows >= begin) & (self._rows < slots)  # (batch, most)
         if not here.any():
             return
         at = torch.where(here, self._rows - begin, 0)[:, None, :, None]
         asked = query.gather(2, at.expand(-1, query.shape[1], -1, query.shape[3]))  # (batch, heads, most, head_dim)
-        keys = key.repeat_interleave(query.shape[1] // key.shape[1], 1)  # (batch, heads, slots, head_dim)
-        scores = (asked @ keys.transpose(2, 3)).float() * scaling  # (batch, heads, most, slots)
+        # Heads that share keys stand behind one another: (batch, kv_heads, heads / kv_heads * most, head_dim).
+        grouped = asked.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+        scores = (grouped @ key.transpose(2, 3)).float() * scaling
+        scores = scores.unflatten(2, (-1, asked.shape[2])).flatten(1, 2)  # (batch, heads, most, slots)
         earlier = torch.arange(slots, device=key.device)[None, None] <= self._rows[:, :, None]  # (batch, most, slots)
         seen = earlier & self._real[:, None, :slots]
         scores = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1).nan_to_num(0.0)
@@ -107,15 +111,17 @@ class NarrowedHalves:
         self.top = second_tree(halves.upper)
         decoder = decoder_of(self.top)
         keep_layers(self.top, decoder, below, len(decoder.layers))
-        self._looked = frozenset(_whole_layers(self.middle)[-_LAYERS:])
-        if not self._looked:
-            raise UnsupportedModelError(
-                "attention to concepts cannot be counted",
-                got=f"layers {halves.layer} to {narrowing.layer - 1} with sliding windows alone",
-                expected="a layer that sees the whole prompt",
-                next_step="narrow at a later layer, or not at all",
-            )
-        _look_into(self.middle)
+        self._looked: frozenset[int] = frozenset()
+        if narrowing.by == "attention" and 0 < narrowing.share < 1:  # else there is no need to know
+            self._looked = frozenset(_whole_layers(self.middle)[-_LAYERS:])
+            if not self._looked:
+                raise UnsupportedModelError(
+                    "attention to concepts cannot be counted",
+                    got=f"layers {halves.layer} to {narrowing.layer - 1} with sliding windows alone",
+                    expected="a layer that sees the whole prompt",
+                    next_step="narrow at a later layer or to a share of 0, or not at all",
+                )
+            _look_into(self.middle)
 
     def caches(self) -> tuple[Any, Any]:
         """Empty KV caches of the middle and of the top."""

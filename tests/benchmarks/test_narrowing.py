@@ -93,8 +93,9 @@ def test_the_plot_of_quality_has_a_line_for_each_way() -> None:
         return {"mode": mode, "prefill_cost": cost, "narrowing": way, **shares}
 
     record = {
-        "title": "SQuAD", "compressor": {"entry_layer": 2},
-        "results": [row("concepts", 0.5), row("concepts", 0.3, "3:0.1"), row("concepts", 0.2, "3:0"), row("pruned", 0.5)],
+        "title": "SQuAD", "compressor": {"entry_layer": 2}, "results": [
+            row("concepts", 0.5), row("concepts", 0.3, "3:0.1"), row("concepts", 0.2, "3:0"), row("pruned", 0.5),
+        ],
     }  # fmt: skip
     [panel] = quality_page.plot({"squad": record}).axes
     assert [t.get_text() for t in panel.get_legend().get_texts()] == [

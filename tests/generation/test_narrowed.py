@@ -148,7 +148,25 @@ def test_a_question_that_comes_in_parts_is_counted_once() -> None:
     for begin, end in ((0, 3), (3, 6), (6, 9)):
         parts.add(query[:, :, begin:end], key[:, :, :end], 0.3)
     torch.testing.assert_close(parts.total, whole.total)
+    # Query heads 0 and 1 share the keys of head 0; of each slot the head that attends most.
+    scores = torch.einsum("hqd,hkd->hqk", query[0, :, 4:], key[0].repeat_interleave(2, 0)) * 0.3
+    later = torch.arange(9)[None] > torch.arange(4, 9)[:, None]
+    wanted = scores.masked_fill(later, -torch.inf).softmax(-1).amax(0).mean(0)
+    torch.testing.assert_close(whole.total[0], wanted)
     assert 1.0 <= float(whole.total.sum()) <= 4.0
+
+
+def test_of_a_long_question_the_end_is_looked_at() -> None:
+    draw = torch.Generator().manual_seed(4)
+    query, key = torch.randn(1, 2, 150, 8, generator=draw), torch.randn(1, 2, 150, 8, generator=draw)
+    asking = torch.arange(150)[None] >= 10
+    whole, end = (
+        AttentionCount(asking, torch.ones(1, 150)),
+        AttentionCount(asking & (torch.arange(150) >= 22), asking >= 0),
+    )
+    for count in (whole, end):
+        count.add(query, key, 1.0)
+    torch.testing.assert_close(whole.total, end.total)
 
 
 def test_generators_read_each_prompt_in_its_own_way() -> None:
@@ -182,6 +200,8 @@ def test_what_cannot_be_narrowed_is_refused() -> None:
             local.generate([replace(plan, narrowing=Narrowing(layer=layer))])
     with pytest.raises(UnsupportedModelError, match="sliding windows alone"):
         narrowed_of("mistral")
+    logits = NarrowedForward(narrowed_of("mistral", Narrowing(layer=TOP, share=0.0)), rows(), ASKING).prefill()
+    assert logits.isfinite().all()  # none of them: no need to look at attention
     forward = NarrowedForward(narrowed_of("llama"), rows(), ASKING)
     with pytest.raises(ConfigurationError, match="read from its start"):
         last_of(forward.prefill_parts(Past(2, 3, ())))
