@@ -30,7 +30,7 @@ from compllm_rag.models.llm import decoder_of
 _NAME = "compllm_counting"
 # How many layers below T tell what the question attends to. Held-out rows: two do as well as four.
 _LAYERS = 2
-# Of a longer question the last tokens tell, as in SnapKV (arXiv 2404.14469, section 4): it bounds the memory for scores.
+# Of a longer question the last tokens tell, as in SnapKV (arXiv 2404.14469, section 4): scores take bounded memory.
 _TOKENS = 128
 
 
