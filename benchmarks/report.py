@@ -85,7 +85,7 @@ relevance`.
 PAGES = {
     "quality.md": (
         QUALITY,
-        "quality_deep narrowing quality_frozen quality_gemma chunks frontier pins placeholders "
+        "quality_deep narrowing quality_narrowed quality_frozen quality_gemma chunks frontier pins placeholders "
         "quality anchors ablations",
     ),
     "storage.md": (STORAGE, "storage_size storage_quality_deep storage_quality store_read commits"),
@@ -100,6 +100,7 @@ PAGES = {
 _PICTURE = re.compile(r"^!\[.*\]\((.*)\)$", re.MULTILINE)
 BENCHMARK_OF = {
     "quality_deep": "quality",
+    "quality_narrowed": "quality",
     "quality_frozen": "quality",
     "quality_gemma": "quality",
     "storage_quality_deep": "storage_quality",

@@ -20,6 +20,8 @@ def tables(record: dict[str, Any]) -> list[str]:
     sets = [name for name in SETS if name in record]
     lines = [line for name in sets for line in _section(record[name])]
     over, name = ("prefill cost", "quality_deep") if _deep(record) else ("the achieved rate", "quality")
+    if any(_narrows(record[each]) for each in sets):
+        name = "quality_narrowed"
     # A single set is no comparison; and pages may hold several records of one, beside those with a plot.
     lines += [f"![Recovered over {over}]({name}.png)", ""] if len(sets) > 1 else []
     return lines + (_probes(record["probes"]) if "probes" in record else [])
@@ -56,9 +58,9 @@ def _probes(record: dict[str, Any]) -> list[str]:
     order = sorted(first, key=lambda kind: [int(w) if w.isdigit() else -1 for w in kind.split()])
     order.sort(key=lambda kind: kind.split(" at ")[0])
     rows = [[k, str(first[k]["n"]), *(number(kinds[k]["f1"], 0) for kinds in record["kinds"])] for k in order]
+    deep = record["compressor"].get("entry_layer")
     return [
-        f"## {'Deep concepts' if record['compressor'].get('entry_layer') else 'Concepts at the input embeddings'}, "
-        "fidelity probes",
+        f"## {f'Deep concepts{_other(record)}' if deep else 'Concepts at the input embeddings'}, fidelity probes",
         "",
         "Short questions made by templates (`pipelines/build_probes.py`), F1 by what they ask for: what compression "
         f"loses, and what the reader cannot do even with text. `{record['command']}`.",
@@ -78,7 +80,11 @@ def _other(record: dict[str, Any]) -> str:
     made, llm = record["compressor"], record["llm"]
     named = "" if llm == DEFAULT_LLM else f" of {llm}"
     alone = made.get("entry_layer") and made["lora_rank"] and not made.get("read_rank")
-    return named + (", the upper half frozen" if alone else "")
+    return named + (", the upper half frozen" if alone else "") + (", whole and narrowed" if _narrows(record) else "")
+
+
+def _narrows(record: dict[str, Any]) -> bool:
+    return any(row.get("narrowing") for row in record["results"])
 
 
 def _deep(record: dict[str, Any]) -> bool:
