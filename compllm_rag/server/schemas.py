@@ -93,7 +93,8 @@ class UploadAccepted(BaseModel):
         documents: Ids of the documents that were met.
         changed: How many of them were new or differed.
         chunks: Chunks of those.
-        chunks_waiting: Chunks that are read as text until their concepts are made.
+        chunks_added: Chunks that were not there before; only they are embedded.
+        chunks_waiting: Chunks that are read as text until their concepts are made, those of earlier uploads included.
         removed: Ids of pages that a file, uploaded before, has no longer; they are deleted.
         skipped: What gave no document.
     """
@@ -102,6 +103,7 @@ class UploadAccepted(BaseModel):
     documents: list[str]
     changed: int
     chunks: int
+    chunks_added: int
     chunks_waiting: int
     removed: list[str] = []
     skipped: list[Skipped] = []
