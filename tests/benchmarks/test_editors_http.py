@@ -22,9 +22,10 @@ from toy_embedder import save_sentence_transformer
 def test_the_benchmark(tmp_path: Path, toy_folder: Path) -> None:
     embedder = save_sentence_transformer(tmp_path / "embedder", toy.TEXT)
     words = ["--llm", toy_folder, "--embedder", embedder, "--editors", 15, "--edits", 2, "--seconds", 0.5]
-    words += ["--paragraphs", 12, "--limit", 24, "--racers", 3, "--max-tokens", 3, "--top-k", 3, "--retrieval", "bm25"]
+    words += ["--paragraphs", 12, "--limit", 24, "--racers", 3, "--max-tokens", 3, "--answers", 4]
     record, _ = run("editors_http", tmp_path / "o.json", *words)
     assert record["edits"] == record["accepted_s"]["n"] == 24
+    assert 0 < record["answered_s"]["n"] <= 6
     assert record["answerable_s"]["n"] + record["edits_replaced_before_a_question"] == 24
     for name in ("uploads_not_whole", "sentences_lost", "edits_not_found", "stale_answers", "chunks_without_concepts"):
         assert record[name] == 0, name
@@ -61,7 +62,7 @@ class Forgetful:
     async def compressed(self) -> int:
         return 0
 
-    async def ask(self, question: str) -> Found:
+    async def ask(self, question: str, *, answered: bool = False) -> Found:
         await asyncio.sleep(0)
         return Found(self._texts[0], time.perf_counter(), time.perf_counter())
 
@@ -69,7 +70,7 @@ class Forgetful:
 def test_a_server_that_forgets_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.live.editors_http._PAUSE_S", 0.0)
     edits = schedule(6, 2, 6, 0.2, seed=4)
-    found = asyncio.run(simulate(Forgetful(), synthetic(5), edits, 2))  # type: ignore[arg-type]
+    found = asyncio.run(simulate(Forgetful(), synthetic(5), edits, answers=2, racers=2))  # type: ignore[arg-type]
     assert found["uploads_not_whole"] > 0 and found["sentences_lost"] > 0
     assert not found["text_is_as_replayed"] and not found["at_the_same_time"]["next_upload_wins"]
     assert found["edits_not_found"] > 0 and found["stale_answers"] > 0 and found["questions_asked_again"] > 0
@@ -86,6 +87,7 @@ def test_a_refusal_is_waited_out_and_an_error_is_told() -> None:
         httpx.Response(500, text="something broke"),
         httpx.Response(200, text='event: error\ndata: {"error": {"message": "no room"}}\n\n'),
         httpx.Response(200, text='event: retrieved\ndata: {"nodes": []}\n\n'),
+        httpx.Response(200, text='event: retrieved\ndata: {"nodes": []}\n\n'),
     ]
     transport = httpx.MockTransport(lambda request: answers.pop(0))
 
@@ -97,8 +99,9 @@ def test_a_refusal_is_waited_out_and_an_error_is_told() -> None:
             with pytest.raises(RuntimeError, match="answered 500: something broke"):
                 await client.put("a", "text")
             with pytest.raises(RuntimeError, match="no answer: no room"):
-                await client.ask("Who?")
+                await client.ask("Who?", answered=True)
             with pytest.raises(RuntimeError, match="without an answer"):
-                await client.ask("Who?")
+                await client.ask("Who?", answered=True)
+            assert (await client.ask("Who?")).ended_at is None
 
     asyncio.run(talk())
