@@ -19,7 +19,7 @@ import asyncio
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from benchmarks.common import Record, parsed, parser, progress, waits, written
 from benchmarks.ingest.edits import synthetic
 from benchmarks.live.editors import ID, Edit, SharedText, Upload, put_together, schedule
 from benchmarks.live.http_client import Client
-from benchmarks.server.process import served
+from benchmarks.server.process import cpu_s, served
 from compllm_rag.config import DEFAULT_EMBEDDER
 
 _TRIES = 5
@@ -133,7 +133,9 @@ class Session:
         outcome.missed += 1
 
 
-async def simulate(client: Client, text: str, edits: Sequence[Edit], *, answers: int, racers: int) -> dict[str, Any]:
+async def simulate(
+    client: Client, text: str, edits: Sequence[Edit], *, answers: int, racers: int, cpu: Callable[[], float]
+) -> dict[str, Any]:
     """Let the editors work at a server, and measure.
 
     Args:
@@ -142,12 +144,13 @@ async def simulate(client: Client, text: str, edits: Sequence[Edit], *, answers:
         edits: See `schedule`.
         answers: One editor of so many waits for the answer.
         racers: How many write the whole document at the same time in the end.
+        cpu: Seconds of CPU that the server has taken.
     """
     session = Session(client, SharedText.of(text), answers)
     await client.put(ID, str(SharedText.of(text)))
     await _concepts(client)
     before = await client.compressed()
-    begun, done = time.perf_counter(), [0]
+    begun, done, spent_s = time.perf_counter(), [0], cpu()
 
     async def work(own: list[Edit]) -> None:
         for edit in own:
@@ -163,7 +166,7 @@ async def simulate(client: Client, text: str, edits: Sequence[Edit], *, answers:
     await asyncio.gather(*(work(own) for own in by_editor.values()))
     ended = time.perf_counter()
     failed, waited = await _concepts(client)
-    units = await client.compressed() - before
+    units, spent_s = await client.compressed() - before, cpu() - spent_s
     again = SharedText.of(text)
     for edit in session.order:
         again.apply(edit)
@@ -173,6 +176,7 @@ async def simulate(client: Client, text: str, edits: Sequence[Edit], *, answers:
         "editing_s": ended - begun,
         "concepts_after_s": waited,
         "units_compressed_per_edit": units / len(edits),
+        "server_cpu_s_per_edit": spent_s / len(edits),
         "chunks_without_concepts": failed,
         "at_the_same_time": await _race(client, again, racers),
         "refused": dict(client.refused),
@@ -243,11 +247,11 @@ async def _concepts(client: Client) -> tuple[int, float]:
     return queue["chunks_failed"], time.perf_counter() - begun
 
 
-async def _run(url: str, args: argparse.Namespace, edits: Sequence[Edit]) -> dict[str, Any]:
+async def _run(url: str, pid: int, args: argparse.Namespace, edits: Sequence[Edit]) -> dict[str, Any]:
     async with httpx.AsyncClient(base_url=url, limits=httpx.Limits(max_connections=None), timeout=_WAIT_S) as http:
         client = Client(http, args.top_k, args.retrieval, args.max_tokens)
         text = synthetic(args.paragraphs, args.seed)
-        return await simulate(client, text, edits, answers=args.answers, racers=args.racers)
+        return await simulate(client, text, edits, answers=args.answers, racers=args.racers, cpu=lambda: cpu_s(pid))
 
 
 def main(argv: Sequence[str] | None = None) -> Record:
@@ -266,8 +270,11 @@ def main(argv: Sequence[str] | None = None) -> Record:
     args = parsed(options, argv)
     edits = schedule(args.editors, args.edits, args.paragraphs + 1, args.seconds, args.seed)[: args.limit]
     made = ["--create", "--llm", args.llm, "--embedder", args.embedder, "--codec", args.codec, "--waiting", 1000]
-    with tempfile.TemporaryDirectory() as folder, served(Path(folder) / "s", made, Path(folder) / "log") as (url, _):
-        found = asyncio.run(_run(url, args, edits))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        served(Path(folder) / "s", made, Path(folder) / "log") as (url, process),
+    ):
+        found = asyncio.run(_run(url, process.pid, args, edits))
     named = ("llm", "codec", "editors", "paragraphs", "seconds", "seed", "top_k", "retrieval", "answers", "max_tokens")
     return written(args, {**{name: getattr(args, name) for name in named}, **found})
 
@@ -287,6 +294,8 @@ def tables(record: Record) -> list[str]:
     rows.append(["of these embedded again", number(record["chunks_embedded_per_edit"], 2)])
     rows.append(["units compressed (those replaced before their turn are not)",
                  number(record["units_compressed_per_edit"], 2)])  # fmt: skip
+    rows.append(["CPU time of the server for an edit, its question and its concepts, s",
+                 number(record["server_cpu_s_per_edit"], 2)])  # fmt: skip
     rows.append(["all concepts made after the last edit, s", number(record["concepts_after_s"])])
     rows.append(["edits whose sentence was replaced before a question came",
                  str(record["edits_replaced_before_a_question"])])  # fmt: skip

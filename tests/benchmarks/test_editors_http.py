@@ -33,7 +33,7 @@ def test_the_benchmark(tmp_path: Path, toy_folder: Path) -> None:
     assert record["at_the_same_time"]["whole"] and record["at_the_same_time"]["next_upload_wins"]
     assert 1 <= record["uploads"] <= 24 and record["source_tokens"] > 500
     assert 0 < record["chunks_embedded_per_edit"] <= record["chunks_uploaded_per_edit"]
-    assert record["units_compressed_per_edit"] > 0
+    assert record["units_compressed_per_edit"] > 0 < record["server_cpu_s_per_edit"]
     for name in ("accepted_s", "answerable_s", "answered_s"):
         assert 0 < record[name]["p50"] <= record[name]["p95"] <= record[name]["most"]
     assert str(tmp_path) not in str({**record, "command": "", "llm": ""})  # the options name what was given
@@ -70,7 +70,7 @@ class Forgetful:
 def test_a_server_that_forgets_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.live.editors_http._PAUSE_S", 0.0)
     edits = schedule(6, 2, 6, 0.2, seed=4)
-    found = asyncio.run(simulate(Forgetful(), synthetic(5), edits, answers=2, racers=2))  # type: ignore[arg-type]
+    found = asyncio.run(simulate(Forgetful(), synthetic(5), edits, answers=2, racers=2, cpu=lambda: 1.0))  # type: ignore[arg-type]
     assert found["uploads_not_whole"] > 0 and found["sentences_lost"] > 0
     assert not found["text_is_as_replayed"] and not found["at_the_same_time"]["next_upload_wins"]
     assert found["edits_not_found"] > 0 and found["stale_answers"] > 0 and found["questions_asked_again"] > 0
