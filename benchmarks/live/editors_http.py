@@ -2,10 +2,11 @@
 
 The edits are those of `editors`, by the same seed; the document lies in a server process, of which nothing is known
 but what it answers. Who shares a text uploads it (`PUT /v1/documents/{id}`) once at a time, the newest text each time.
-Then each editor asks (`POST /v1/query`, a stream) for the sentence that they wrote: the edit is *answerable* when it
-stands among the passages found. Most then go away, and some wait for the answer: so many edits a minute are more
-than an LLM on a few cores answers. A sentence that the edit took out must not be found any more; one that somebody
-replaced meanwhile is not waited for. Passages are found by words, so that the ranking of like sentences is no matter.
+Then each editor looks at the document: the edit is *answerable* when its chunks hold the sentence that they wrote,
+and no longer the one that the edit took out. Some ask for it as well (`POST /v1/query`, a stream): the passages found
+must say the same at once, for text and vectors are committed together. Not all ask, since so many answers a minute are
+more than an LLM on a few cores gives. An edit whose sentence somebody replaced meanwhile is not waited for. Passages
+are found by words, so that the ranking of like sentences is no matter.
 
 After each upload the chunks of the document, put together, are compared with what was uploaded; at the end with the
 text that the edits give when they are made one after the other. Last, some write the whole document at the same time
@@ -19,14 +20,13 @@ import asyncio
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from benchmarks.cells import number, source, table
 from benchmarks.common import Record, parsed, parser, progress, waits, written
 from benchmarks.ingest.edits import synthetic
 from benchmarks.live.editors import ID, Edit, SharedText, Upload, put_together, schedule
@@ -45,19 +45,21 @@ class Outcome:
 
     Attributes:
         accepted: Seconds from each edit to the 202 of the upload that holds it.
-        answerable: To the moment at which a question found it.
-        answered: To the end of the answer, where an editor waited for it.
-        superseded: Edits whose sentence was replaced before a question came.
-        asked_again: Questions that did not find at once what they must.
-        missed: Edits that were not found, however often.
-        stale: Answers whose passages held what an edit had taken out.
+        answerable: To the moment at which the chunks of the document agreed with it.
+        found: To the moment at which the passages of a question did, of those who asked.
+        answered: To the end of the answer to that.
+        superseded: Edits whose sentence was replaced before somebody looked.
+        again: Looks and questions that did not meet at once what they must.
+        missed: Edits that were not met, however often.
+        stale: Looks and questions that met what an edit had taken out.
     """
 
     accepted: list[float] = field(default_factory=list)
     answerable: list[float] = field(default_factory=list)
+    found: list[float] = field(default_factory=list)
     answered: list[float] = field(default_factory=list)
     superseded: int = 0
-    asked_again: int = 0
+    again: int = 0
     missed: int = 0
     stale: int = 0
 
@@ -68,12 +70,12 @@ class Session:
     Args:
         client: Of the server.
         text: What is edited.
-        answers: Each editor of so many waits for the answer.
+        asking: One edit of so many is asked for.
     """
 
-    def __init__(self, client: Client, text: SharedText, answers: int) -> None:
+    def __init__(self, client: Client, text: SharedText, asking: int) -> None:
         self._client, self._text, self._turn, self._saved = client, text, asyncio.Lock(), 0
-        self._answers = answers
+        self._asking = asking
         self._edited: dict[int, float] = {}
         self.order: list[Edit] = []
         self.uploads: list[Upload] = []
@@ -85,13 +87,15 @@ class Session:
         version = self._text.apply(edit)
         made = self._edited[version] = time.perf_counter()
         self.order.append(edit)
+        asks = version % self._asking == 0
         after = self._text.paragraphs[edit.paragraph]
         wrote = edit.text if edit.text in after else None
         gone = next((sentence for sentence in before if sentence not in after), None)
         async with self._turn:
             if self._saved < version:
                 await self._upload()
-        await self._find(wrote, gone, made, answered=version % self._answers == 0)
+        if await self._agrees(self._looked, wrote, gone, made, self.outcome.answerable) and asks:
+            await self._agrees(self._asked, wrote, gone, made, self.outcome.found)
 
     async def _upload(self) -> None:
         text, newest, begun = str(self._text), self._text.version, time.perf_counter()
@@ -103,38 +107,54 @@ class Session:
         self.uploads.append(Upload(versions, now, now - begun, told["chunks"], told["chunks_added"], whole))
         self._saved = newest
 
-    async def _find(self, wrote: str | None, gone: str | None, made: float, *, answered: bool) -> None:
-        """Ask until the passages found agree with an edit.
+    async def _agrees(
+        self,
+        look: Callable[[str, float], Awaitable[tuple[str, float]]],
+        wrote: str | None,
+        gone: str | None,
+        made: float,
+        seconds: list[float],
+    ) -> bool:
+        """Look until what is met agrees with an edit; tells whether it did, or the edit was replaced.
 
-        A sentence never comes back once it is out of the text, so what stands in the text after an answer stood in
-        every upload since the edit.
+        A sentence never comes back once it is out of the text, so what stands in the text after a look stood in every
+        upload since the edit.
 
         Args:
-            wrote: The sentence that it brought.
+            look: Gives what is met for a sentence, and when.
+            wrote: The sentence that the edit brought.
             gone: The one that it took out.
             made: When.
-            answered: Wait for the answer.
+            seconds: Takes how long it was until they agreed.
         """
         outcome = self.outcome
         for _ in range(_TRIES):
-            if wrote is not None and wrote not in str(self._text):
-                outcome.superseded += 1
-                return
-            found = await self._client.ask(wrote or gone or "", answered=answered)
-            stale = gone is not None and gone in found.passages
+            met, at = await look(wrote or gone or "", made)
+            stale = gone is not None and gone in met
             outcome.stale += stale
-            if not stale and (wrote is None or wrote in found.passages):
-                outcome.answerable.append(found.found_at - made)
-                outcome.answered += [] if found.ended_at is None else [found.ended_at - made]
-                return
-            if wrote is None or wrote in str(self._text):
-                outcome.asked_again += 1
-                await asyncio.sleep(_PAUSE_S)
+            if not stale and (wrote is None or wrote in met):
+                seconds.append(at - made)
+                return True
+            if not stale and wrote is not None and wrote not in str(self._text):
+                outcome.superseded += 1
+                return False
+            outcome.again += 1
+            await asyncio.sleep(_PAUSE_S)
         outcome.missed += 1
+        return False
+
+    async def _looked(self, sentence: str, made: float) -> tuple[str, float]:
+        texts = await _texts(self._client)
+        return "\n".join(texts), time.perf_counter()
+
+    async def _asked(self, sentence: str, made: float) -> tuple[str, float]:
+        found = await self._client.ask(sentence)
+        self.outcome.answered.append(found.ended_at - made)
+        return found.passages, found.found_at
 
 
 async def simulate(
-    client: Client, text: str, edits: Sequence[Edit], *, answers: int, racers: int, cpu: Callable[[], float]
+    client: Client, text: str, edits: Sequence[Edit], *, asking: int, racers: int, cpu: Callable[[], float]
 ) -> dict[str, Any]:
     """Let the editors work at a server, and measure.
 
@@ -142,11 +162,11 @@ async def simulate(
         client: Of the server, which has no such document yet.
         text: Of the document at first.
         edits: See `schedule`.
-        answers: One editor of so many waits for the answer.
+        asking: One edit of so many is asked for.
         racers: How many write the whole document at the same time in the end.
         cpu: Seconds of CPU that the server has taken.
     """
-    session = Session(client, SharedText.of(text), answers)
+    session = Session(client, SharedText.of(text), asking)
     await client.put(ID, str(SharedText.of(text)))
     await _concepts(client)
     before = await client.compressed()
@@ -191,11 +211,12 @@ def _measured(session: Session, edits: Sequence[Edit]) -> dict[str, Any]:
         "edits_per_upload_most": max(len(up.versions) for up in uploads),
         "accepted_s": waits(outcome.accepted),
         "answerable_s": waits(outcome.answerable),
+        "found_s": waits(outcome.found),
         "answered_s": waits(outcome.answered),
-        "edits_replaced_before_a_question": outcome.superseded,
-        "edits_not_found": outcome.missed,
-        "questions_asked_again": outcome.asked_again,
-        "stale_answers": outcome.stale,
+        "edits_replaced_before_a_look": outcome.superseded,
+        "edits_not_met": outcome.missed,
+        "looks_again": outcome.again,
+        "looks_stale": outcome.stale,
         "upload_s_median": statistics.median(up.seconds for up in uploads),
         "chunks_uploaded_per_edit": sum(up.chunks for up in uploads) / len(edits),
         "chunks_embedded_per_edit": sum(up.added for up in uploads) / len(edits),
@@ -251,7 +272,7 @@ async def _run(url: str, pid: int, args: argparse.Namespace, edits: Sequence[Edi
     async with httpx.AsyncClient(base_url=url, limits=httpx.Limits(max_connections=None), timeout=_WAIT_S) as http:
         client = Client(http, args.top_k, args.retrieval, args.max_tokens)
         text = synthetic(args.paragraphs, args.seed)
-        return await simulate(client, text, edits, answers=args.answers, racers=args.racers, cpu=lambda: cpu_s(pid))
+        return await simulate(client, text, edits, asking=args.asking, racers=args.racers, cpu=lambda: cpu_s(pid))
 
 
 def main(argv: Sequence[str] | None = None) -> Record:
@@ -264,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
     options.add_argument("--seed", type=int, default=0, help="of texts, places and times")
     options.add_argument("--top-k", type=int, default=2, help="passages of a question")
     options.add_argument("--retrieval", choices=("vector", "bm25", "hybrid"), default="bm25", help="how they are found")
-    options.add_argument("--answers", type=int, default=10, help="one editor of so many waits for the answer")
+    options.add_argument("--asking", type=int, default=10, help="one edit of so many is asked for")
     options.add_argument("--max-tokens", type=int, default=8, help="of an answer")
     options.add_argument("--racers", type=int, default=4, help="who write the whole document at once in the end")
     args = parsed(options, argv)
@@ -275,54 +296,5 @@ def main(argv: Sequence[str] | None = None) -> Record:
         served(Path(folder) / "s", made, Path(folder) / "log") as (url, process),
     ):
         found = asyncio.run(_run(url, process.pid, args, edits))
-    named = ("llm", "codec", "editors", "paragraphs", "seconds", "seed", "top_k", "retrieval", "answers", "max_tokens")
+    named = ("llm", "codec", "editors", "paragraphs", "seconds", "seed", "top_k", "retrieval", "asking", "max_tokens")
     return written(args, {**{name: getattr(args, name) for name in named}, **found})
-
-
-def tables(record: Record) -> list[str]:
-    """Lines of the section."""
-    race, rows = record["at_the_same_time"], []
-    rows.append(["edits, in uploads", f"{record['edits']}, {record['uploads']}"])
-    for what, name in (
-        ("edit to the 202 of its upload", "accepted_s"),
-        ("edit to answerable: a question finds it", "answerable_s"),
-        (f"edit to answered: the answer has ended ({record['answered_s']['n']} waited)", "answered_s"),
-    ):
-        p50, p95, most = (number(record[name][share], 2) for share in ("p50", "p95", "most"))
-        rows.append([f"{what}, s: median (95th percentile, most)", f"{p50} ({p95}, {most})"])
-    rows.append(["chunks for an edit: uploaded", number(record["chunks_uploaded_per_edit"], 2)])
-    rows.append(["of these embedded again", number(record["chunks_embedded_per_edit"], 2)])
-    rows.append(["units compressed (those replaced before their turn are not)",
-                 number(record["units_compressed_per_edit"], 2)])  # fmt: skip
-    rows.append(["CPU time of the server for an edit, its question and its concepts, s",
-                 number(record["server_cpu_s_per_edit"], 2)])  # fmt: skip
-    rows.append(["all concepts made after the last edit, s", number(record["concepts_after_s"])])
-    rows.append(["edits whose sentence was replaced before a question came",
-                 str(record["edits_replaced_before_a_question"])])  # fmt: skip
-    rows.append(["edits not found; answers with what an edit had taken out",
-                 f"{record['edits_not_found']}; {record['stale_answers']}"])  # fmt: skip
-    rows.append(["sentences lost", f"{record['sentences_lost']} of {record['sentences']}"])
-    rows.append(["uploads after which the document was not what was uploaded", str(record["uploads_not_whole"])])
-    rows.append(["text as the edits give it; the last writer's sentence is found",
-                 f"{_yes(record['text_is_as_replayed'])}; {_yes(record['last_writer_wins'])}"])  # fmt: skip
-    rows.append([f"{race['writers']} who write the whole document at the same time: one of their texts is there",
-                 _yes(race["whole"] and race["next_upload_wins"])])  # fmt: skip
-    refused = ", ".join(f"{n} ({what})" for what, n in sorted(record["refused"].items())) or "none"
-    rows.append(["requests refused, and sent again", refused])
-    return [
-        "## Many editors of one document",
-        "",
-        "### Through the HTTP server",
-        "",
-        f"{record['editors']} editors of one document of {record['source_tokens']:,} tokens, their edits spread over "
-        f"{record['seconds']:g} s; one upload at a time, of the newest text, and a question for each edit, which reads "
-        f"{record['top_k']} passages, found by {record['retrieval']} retrieval.",
-        "",
-        f"{source(record)}.",
-        "",
-        *table(["what", "measured"], rows),
-    ]
-
-
-def _yes(true: bool) -> str:
-    return "yes" if true else "NO"

@@ -22,12 +22,12 @@ class Found(NamedTuple):
     Attributes:
         passages: Texts of the passages found, one behind the other.
         found_at: When they were there; by `time.perf_counter`.
-        ended_at: When the answer read from them had ended; None where nobody waited for it.
+        ended_at: When the answer read from them had ended.
     """
 
     passages: str
     found_at: float
-    ended_at: float | None
+    ended_at: float
 
 
 class Client:
@@ -66,12 +66,8 @@ class Client:
         samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
         return int(sum(sample.value for sample in samples if sample.name == _COMPRESSED))
 
-    async def ask(self, question: str, *, answered: bool = False) -> Found:
-        """Ask, and go away when the passages are there; the server then gives the answer up.
-
-        Args:
-            question: In words.
-            answered: Read the answer to its end.
+    async def ask(self, question: str) -> Found:
+        """Ask, and read the answer to its end.
 
         Raises:
             RuntimeError: There was no answer.
@@ -80,7 +76,7 @@ class Client:
         while True:
             async with self._http.stream("POST", "/v1/query", json=body) as response:
                 if response.status_code == 200:
-                    return await _read(response, answered=answered)
+                    return await _read(response)
                 await response.aread()
                 wait_s = self._wait_s(response)
             await asyncio.sleep(wait_s)
@@ -100,7 +96,7 @@ class Client:
         return patience_s(response)
 
 
-async def _read(response: httpx.Response, *, answered: bool) -> Found:
+async def _read(response: httpx.Response) -> Found:
     name, passages, found_at = "", "", 0.0
     async for line in response.aiter_lines():
         if line.startswith("event: "):
@@ -109,8 +105,6 @@ async def _read(response: httpx.Response, *, answered: bool) -> Found:
             told = json.loads(line.removeprefix("data: "))
             if name == "retrieved":
                 passages, found_at = "\n".join(node["text"] for node in told["nodes"]), time.perf_counter()
-                if not answered:
-                    return Found(passages, found_at, None)
             elif name == "done":
                 return Found(passages, found_at, time.perf_counter())
             elif name == "error":

@@ -69,8 +69,8 @@ def test_the_page_shows_what_was_measured_at_servers(tmp_path: Path) -> None:
     assert "| concepts | 8 together | 9.0 s | 0.90 |" in page
     assert page.count("## Many editors of one document\n") == 1  # one section of two files
     assert page.index("### Within one process") < page.index("### Through the HTTP server")
-    assert "edit to answerable: a question finds it, s: median (95th percentile, most) | 0.20 (0.40, 0.50) |" in page
-    assert "| sentences lost | 2 of 211 |" in page and "| NO; yes |" in page
+    assert "the chunks of the document hold it, s: median (95th percentile, most) of 9 | 0.20 (0.40, 0.50) |" in page
+    assert "| sentences lost | 2 of 211 |" in page and "| text as the edits give it | NO |" in page
 
 
 def page_of(results: Path) -> str:
@@ -111,8 +111,9 @@ def samples() -> dict[str, dict[str, Any]]:
             "text_is_as_replayed": True, "sentences_retrieved": 211,
         },
         "editors_http": {
-            **editors, "accepted_s": wait, "answerable_s": wait, "answered_s": wait, "top_k": 2, "retrieval": "hybrid",
-            "edits_replaced_before_a_question": 1, "edits_not_found": 0, "stale_answers": 0, "sentences_lost": 2,
+            **editors, "accepted_s": wait, "answerable_s": wait, "found_s": wait, "answered_s": wait, "top_k": 2,
+            "asking": 10, "edits_replaced_before_a_look": 1, "edits_not_met": 0, "looks_stale": 0, "looks_again": 0,
+            "sentences_lost": 2,
             "uploads_not_whole": 0, "text_is_as_replayed": False, "last_writer_wins": True, "refused": {},
             "at_the_same_time": {"writers": 4, "whole": True, "next_upload_wins": True},
         },
