@@ -243,6 +243,15 @@ def median_of_quotients(over: Sequence[float], under: Sequence[float]) -> dict[s
     return {"median": statistics.median(quotients), "min": min(quotients), "max": max(quotients)}
 
 
+def waits(seconds: Sequence[float]) -> dict[str, float | int | None]:
+    """How long many waited: how many they are, median, 95th percentile and longest; None where nobody did."""
+    ordered = sorted(seconds)
+    if not ordered:
+        return {"n": 0, "p50": None, "p95": None, "most": None}
+    p50, p95 = (ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in (0.5, 0.95))
+    return {"n": len(ordered), "p50": p50, "p95": p95, "most": ordered[-1]}
+
+
 def progress(text: str) -> None:
     """A line on standard error."""
     print(text, file=sys.stderr, flush=True)

@@ -94,7 +94,7 @@ PAGES = {
         OTHERS,
         "loft_deep loft loft_in_context equal_cost_deep equal_cost ttft_deep ttft_narrowed ttft_long cost_model ttft "
         "ttft_qwen3_4b ttft_gemma3_4b reuse_deep reuse chat ingest_deep ingest ingest_scale ingest_workers ingest_plan "
-        "rivals_deep rivals alike domains",
+        "rivals_deep rivals alike domains batching load editors editors_http",
     ),
 }
 _PICTURE = re.compile(r"^!\[.*\]\((.*)\)$", re.MULTILINE)

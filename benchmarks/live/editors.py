@@ -23,7 +23,7 @@ from typing import Any
 from llama_index.core import Document
 from llama_index.core.schema import MetadataMode
 
-from benchmarks.cells import number, table
+from benchmarks.cells import number, source, table
 from benchmarks.common import Record, parsed, parser, progress, written
 from benchmarks.ingest.edits import synthetic
 from compllm_rag.config import DEFAULT_EMBEDDER
@@ -168,6 +168,11 @@ class Session:
 def said(index: ConceptIndex, text: str) -> str:
     """What the chunks of the document say, in the order in which they stand in a text."""
     parts = [node.get_content(MetadataMode.NONE) for node in index.faiss.get_nodes() if node.ref_doc_id == ID]
+    return put_together(parts, text)
+
+
+def put_together(parts: Sequence[str], text: str) -> str:
+    """Chunks one behind the other, in the order in which they stand in a text."""
     return "".join(sorted(parts, key=text.find))
 
 
@@ -276,5 +281,15 @@ def tables(record: Record) -> list[str]:
     rows.append(["sentences lost", str(record["sentences_lost"])])
     rows.append(["text as the edits give it", "yes" if record["text_is_as_replayed"] else "NO"])
     rows.append(["sentences that a retriever gives", f"{record['sentences_retrieved']} of {record['sentences']}"])
-    what = f"{record['editors']} editors of one document of {record['source_tokens']:,} tokens"
-    return ["## Many editors of one document", "", f"{what}:", "", *table(["what", "measured"], rows)]
+    return [
+        "## Many editors of one document",
+        "",
+        "### Within one process",
+        "",
+        f"{record['editors']} editors of one document of {record['source_tokens']:,} tokens, their edits spread over "
+        f"{record['seconds']:g} s; one upload at a time, of the newest text.",
+        "",
+        f"{source(record)}.",
+        "",
+        *table(["what", "measured"], rows),
+    ]

@@ -19,7 +19,7 @@ from typing import Any
 
 from llama_index.core.schema import NodeWithScore, TextNode
 
-from benchmarks.cells import number, table
+from benchmarks.cells import number, source, table
 from benchmarks.common import Record, any_compressor_of, chunks_of, parsed, parser, progress, texts, written
 from compllm_rag.cli.demo import sample_questions
 from compllm_rag.compression.spec import ConceptCompressor
@@ -216,8 +216,11 @@ def tables(record: Record) -> list[str]:
     return [
         "## Queries at the same time",
         "",
-        f"`{record['command']}`: each query reads {record['top_k']} passages of about {CHUNK} tokens of its own and is "
-        f"answered by {record['tokens']} tokens. One by one: `LocalGenerator`; together: `BatchingGenerator`.",
+        f"Each query reads {record['top_k']} passages of about {CHUNK} tokens of its own and is answered by "
+        f"{record['tokens']} tokens. One by one: `LocalGenerator`; together: `BatchingGenerator`. Below 1, so many "
+        f"together are answered sooner than {first} one by one.",
+        "",
+        f"{source(record)}.",
         "",
         *table(head, rows),
     ]

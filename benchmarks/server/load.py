@@ -4,37 +4,33 @@ A server process serves a copy of the storage given (or of one made of the sampl
 not, reads lists, and brings documents in, one thing after the other; a refusal (429, 503) is waited out.
 At the end every document that was accepted must be there with its concepts.
 
-    python -m benchmarks.server.load --users 50 --seconds 120 --json load.json
+    compllm-rag bench load --users 50 --seconds 120 --json load.json
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import random
-import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from benchmarks.common import Record, parsed, progress, written
+from benchmarks.cells import number, source, table
+from benchmarks.common import Record, parsed, parser, progress, waits, written
+from benchmarks.server.process import is_refusal, patience_s, served
 from compllm_rag.cli.demo import sample_corpus, sample_questions
-
-_START_S = 300.0
-_LONGEST_WAIT_S = 5.0  # however long a refusal says: the test must go on
 
 
 @dataclass
@@ -58,10 +54,7 @@ class Tally:
 
 def main(argv: Sequence[str] | None = None) -> Record:
     """Run the benchmark; returns its record."""
-    options = argparse.ArgumentParser(
-        "python -m benchmarks.server.load", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_argument("--json", type=Path, help="write the result there")
+    options = parser("load", __doc__, "")
     options.add_argument("--storage", type=Path, help="serve a copy of this one; default: one of the sample corpus")
     options.add_argument("--users", type=int, default=50)
     options.add_argument("--seconds", type=float, default=120.0)
@@ -71,11 +64,12 @@ def main(argv: Sequence[str] | None = None) -> Record:
     args = parsed(options, argv)
     with tempfile.TemporaryDirectory() as folder:
         storage = _storage(args.storage, Path(folder))
-        with _server(storage, args, Path(folder) / "log") as (url, process):
-            result = asyncio.run(_run(url, process.pid, args))
+        limits = ["--generations", args.generations, "--waiting", args.waiting]
+        with served(storage, limits, Path(folder) / "log") as (url, process):
+            result = asyncio.run(measure(url, process.pid, args))
         result["lost"] = len(result.pop("missing"))
         result["log_bytes"] = (Path(folder) / "log").stat().st_size
-    return written(args, result)
+    return written(args, {"generations": args.generations, "waiting": args.waiting, **result})
 
 
 def _storage(given: Path | None, folder: Path) -> Path:
@@ -88,32 +82,14 @@ def _storage(given: Path | None, folder: Path) -> Path:
     return made
 
 
-@contextlib.contextmanager
-def _server(storage: Path, args: argparse.Namespace, log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A server process and its address; ended as an operator would, by SIGTERM."""
-    words = [
-        "serve", storage, "--port", "0", "--generations", args.generations, "--waiting", args.waiting,
-        "--requests-per-minute", 1_000_000,
-    ]  # fmt: skip
-    with log.open("wb") as file:
-        process = subprocess.Popen([sys.executable, "-m", "compllm_rag.cli", *map(str, words)], stderr=file)
-    try:
-        deadline = time.monotonic() + _START_S
-        while not (found := re.search(r"listening on (http://\S+)", log.read_text(errors="replace"))):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the server did not start: {log.read_text(errors='replace')[-2000:]}")
-            time.sleep(0.1)
-        yield found[1], process
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(90)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+async def measure(url: str, pid: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Let the users at a server.
 
-
-async def _run(url: str, pid: int, args: argparse.Namespace) -> dict[str, Any]:
+    Args:
+        url: Where it listens.
+        pid: Its process, whose memory is looked at.
+        args: `users`, `seconds`, `max_tokens`.
+    """
     limits = httpx.Limits(max_connections=args.users + 4)
     tally, memory = Tally(), list[int]()
     async with httpx.AsyncClient(base_url=url, limits=limits, timeout=300) as client:
@@ -134,10 +110,11 @@ async def _run(url: str, pid: int, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "users": args.users,
         "seconds": took,
+        "max_tokens": args.max_tokens,
         "answered": answered,
         "answered_per_s": answered / took,
-        "latency_s": {kind: _spread(seconds) for kind, seconds in sorted(tally.seconds.items())},
-        "ttft_s": _spread(tally.ttft),
+        "latency_s": {kind: waits(seconds) for kind, seconds in sorted(tally.seconds.items())},
+        "ttft_s": waits(tally.ttft),
         "refused": dict(tally.refused),
         "failed": dict(tally.failed),
         "documents_accepted": len(tally.accepted),
@@ -210,11 +187,11 @@ async def _call(
 
 
 async def _refused(response: httpx.Response, tally: Tally) -> None:
-    if response.status_code not in (429, 503):
+    if not is_refusal(response):
         tally.failed[f"{response.status_code}"] += 1
         return
     tally.refused[f"{response.status_code} {response.json()['error']['code']}"] += 1
-    await asyncio.sleep(min(float(response.headers["retry-after"]), _LONGEST_WAIT_S))
+    await asyncio.sleep(patience_s(response))
 
 
 async def _is_ready(client: httpx.AsyncClient, name: str) -> bool:
@@ -233,14 +210,44 @@ def _resident(pid: int) -> int:
     return pages * os.sysconf("SC_PAGESIZE")
 
 
-def _spread(seconds: Sequence[float]) -> dict[str, float | int | None]:
-    ordered = sorted(seconds)
-    if not ordered:
-        return {"n": 0, "p50": None, "p95": None, "most": None}
-    at = {
-        name: ordered[min(len(ordered) - 1, int(share * len(ordered)))] for name, share in (("p50", 0.5), ("p95", 0.95))
-    }
-    return {"n": len(ordered), **at, "most": ordered[-1]}
+_KINDS = {
+    "query": "question, answered whole",
+    "stream": "question, streamed to its end",
+    "list": "list of documents",
+    "upload": "document brought in",
+}
+
+
+def tables(record: Record) -> list[str]:
+    """Lines of the section."""
+    spreads = {_KINDS.get(kind, kind): found for kind, found in record["latency_s"].items()}
+    spreads["first token of a stream"] = record["ttft_s"]
+    rows = [
+        [what, str(found["n"]), *(number(found[name], 2) for name in ("p50", "p95", "most"))]
+        for what, found in spreads.items()
+    ]
+    memory = [f"{record['rss_bytes'][name] / 2**20:,.0f}" for name in ("start", "after_a_third", "end", "most")]
+    return [
+        "## Many users of one server",
+        "",
+        f"{record['users']} users for {record['seconds']:.0f} s, who ask (eight times in ten; answers of up to "
+        f"{record['max_tokens']} tokens), list documents and bring some in; {record['generations']} answers are made "
+        f"at a time, {record['waiting']} may wait. Seconds include the wait in the queue; who is refused comes again.",
+        "",
+        f"{source(record)}.",
+        "",
+        *table(["what", "answered", "median (s)", "95 % (s)", "most (s)"], rows),
+        f"{record['answered']:,} requests were answered, {number(record['answered_per_s'], 2)} a second. "
+        f"Refused: {_counted(record['refused'])}. Failed: {_counted(record['failed'])}. Of "
+        f"{record['documents_accepted']} documents that were accepted {record['lost']} were lost. The server's memory "
+        f"in MiB: {memory[0]} at the start, {memory[1]} after a third of the time, {memory[2]} at the end, {memory[3]} "
+        "at most.",
+        "",
+    ]
+
+
+def _counted(found: dict[str, int]) -> str:
+    return ", ".join(f"{n} ({what})" for what, n in sorted(found.items())) or "none"
 
 
 if __name__ == "__main__":

@@ -8,22 +8,34 @@ it was written and found to belong to the rows; so nothing on the disk can disag
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from compllm_rag.catalog import rows as node_rows
 from compllm_rag.catalog.catalog import Catalog
+from compllm_rag.catalog.database import read_state
 from compllm_rag.catalog.rows import StoredNode
 from compllm_rag.catalog.words import words
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.handles import ProcessBound
 
 
+class _Words(NamedTuple):
+    """Ids of rows (n_rows,), numbers of words, and what bm25s made of them; None where there are no words."""
+
+    ids: npt.NDArray[np.int64]
+    vocabulary: dict[str, int]
+    index: Any
+
+
 class KeywordIndex(ProcessBound):
-    """BM25 over the rows of a catalog, as they are at each search. Safe between threads.
+    """BM25 over the rows of a catalog, as they were committed at each search. Safe between threads.
+
+    Who searches beside an upload does not see it half done, nor waits for it; who brings something in sees it at once.
 
     Args:
         catalog: Where the text lies.
@@ -38,10 +50,9 @@ class KeywordIndex(ProcessBound):
     def __init__(self, catalog: Catalog, text_of: Callable[[StoredNode], str]) -> None:
         self._bm25s = _bm25s()
         self._catalog, self._text_of = catalog, text_of
+        self._lock = threading.Lock()
         self._stamp: tuple[int, int] | None = None
-        self._ids: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
-        self._vocabulary: dict[str, int] = {}
-        self._index: Any = None
+        self._held = _Words(np.empty(0, dtype=np.int64), {}, None)
 
     def search(
         self,
@@ -62,25 +73,31 @@ class KeywordIndex(ProcessBound):
         Raises:
             CorruptRecordError: A row fails its checksum.
         """
-        with self._catalog.reading() as connection:  # threads take turns
-            self._refresh(connection)
-            known = [self._vocabulary[word] for word in words(question) if word in self._vocabulary]
+        with self._catalog.snapshot() as (connection, _):
+            ids, vocabulary, index = self._at(connection)
+            known = [vocabulary[word] for word in words(question) if word in vocabulary]
             if not known:
                 return []
-            scores: npt.NDArray[np.float32] = self._index.get_scores_from_ids(known)  # (n_rows,)
+            scores: npt.NDArray[np.float32] = index.get_scores_from_ids(known)  # (n_rows,)
             among = allowed(connection)
             if among is not None:
-                scores = np.where(np.isin(self._ids, among), scores, 0)
+                scores = np.where(np.isin(ids, among), scores, 0)
             # lexsort: by score, and by place where scores are equal.
-            best = np.lexsort((self._ids, -scores))[:k]
-            hits = [(int(self._ids[place]), float(scores[place])) for place in best if scores[place] > 0]
+            best = np.lexsort((ids, -scores))[:k]
+            hits = [(int(ids[place]), float(scores[place])) for place in best if scores[place] > 0]
             return list(node_rows.with_rows(connection, hits))
 
-    def _refresh(self, connection: sqlite3.Connection) -> None:
-        # Uncommitted rows have no generation yet; every change of theirs counts up within the connection.
-        stamp = (self._catalog.generation, connection.total_changes if self._catalog.pending else -1)
-        if stamp == self._stamp:
-            return
+    def _at(self, connection: sqlite3.Connection) -> _Words:
+        """The words of the rows that a view shows; one thread makes them, the others wait for it."""
+        # A view of the last commit never changed anything itself. Uncommitted rows have no generation yet; every change
+        # of theirs counts up within the connection of whoever makes them.
+        stamp = (read_state(connection).number, connection.total_changes)
+        with self._lock:
+            if stamp != self._stamp:
+                self._held, self._stamp = self._made(connection), stamp
+            return self._held
+
+    def _made(self, connection: sqlite3.Connection) -> _Words:
         ids: list[int] = []
         vocabulary: dict[str, int] = {}
         corpus: list[list[int]] = []
@@ -90,8 +107,7 @@ class KeywordIndex(ProcessBound):
         index = self._bm25s.BM25(method="lucene") if vocabulary else None
         if index is not None:
             index.index((corpus, dict(vocabulary)), show_progress=False)
-        self._ids, self._vocabulary, self._index = np.array(ids, dtype=np.int64), vocabulary, index
-        self._stamp = stamp
+        return _Words(np.array(ids, dtype=np.int64), vocabulary, index)
 
 
 def _bm25s() -> Any:

@@ -26,6 +26,7 @@ BENCHMARKS = {
     "reuse": "Cost per query when passages come again, against text, prefix caching and stored chunk KV.",
     "chat": "TTFT of each turn of a chat, with and without the KV cache of the turns before.",
     "batching": "Queries at the same time, decoded together, against the same queries one after the other.",
+    "load": "Many users of one server at the same time: waits, refusals, memory, nothing lost.",
     "equal_cost": "Quality over TTFT: text top-k against more passages as concepts.",
     "loft": "Retrieval and answers over a LOFT corpus.",
     "rivals": "Other ways to fill as many positions, on the same passages.",
@@ -49,6 +50,7 @@ BENCHMARKS = {
     "commits": "Small uploads into a large storage, and searches beside them.",
     "edits": "The cost of ingesting a document again after an edit.",
     "editors": "Many editors of one document: time from an edit to an answer, chunks encoded again, nothing lost.",
+    "editors_http": "Many editors of one document of a server: until a question finds an edit, nothing stale.",
     "startup": "Time until the command line answers.",
 }
 

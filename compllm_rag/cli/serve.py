@@ -20,6 +20,17 @@ from compllm_rag.cli.base import (
     reported,
 )
 from compllm_rag.cli.flags import flagged
+from compllm_rag.cli.reading import (
+    MissingName,
+    NarrowingName,
+    PolicyName,
+    PositionBudget,
+    PrefillBudget,
+    ReadRate,
+    RelevanceName,
+    TtftBudget,
+    read_options,
+)
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
 from compllm_rag.errors import ConfigurationError, MissingExtraError
 from compllm_rag.server.settings import ServerSettings
@@ -60,10 +71,20 @@ def serve(
     embedder: Annotated[str, typer.Option(help="Of a storage that is made.")] = DEFAULT_EMBEDDER,
     codec: CodecName = None,
     generator: GeneratorAddress = None,
+    rate: ReadRate = None,
+    narrow: NarrowingName = None,
+    read_policy: PolicyName = None,
+    relevance: RelevanceName = None,
+    position_budget: PositionBudget = None,
+    prefill_budget: PrefillBudget = None,
+    ttft_budget: TtftBudget = None,
+    missing: MissingName = "recompress",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto (the checkpoint's).")] = None,
     offline: Offline = False,
 ) -> None:
     """Serve a storage over HTTP: documents, answers, chats, an OpenAI-compatible API and a page.
+
+    What says how passages are read (`--rate`, `--read-policy`, budgets, ...) holds for all answers.
 
     Example: compllm-rag serve storage
     """
@@ -74,6 +95,7 @@ def serve(
 
     known = checked_keys(keys, host)
     check_generator(generator)
+    reading = read_options(rate, read_policy, position_budget, prefill_budget, ttft_budget, missing, relevance, narrow)
     if create and read_only:
         raise ConfigurationError("--create and --read-only exclude each other", got="both", next_step="leave one out")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -88,6 +110,7 @@ def serve(
             read_only=read_only,
             create=new if create else None,
             generator=generator,
+            reading={name: value for name, value in reading.items() if value != "recompress"},
             progress=show.fetching,
             **options,
         )

@@ -16,6 +16,7 @@ from compllm_rag.llamaindex.answer import retrieve
 from compllm_rag.llamaindex.chat.engine import ConceptChatEngine
 from compllm_rag.llamaindex.decoding import generation_of
 from compllm_rag.server.failures import Refusal
+from compllm_rag.server.reading import ReadDefaults
 from compllm_rag.server.schemas import Answer, Citation, FoundNode, Plan, PlannedNode, Retrieved, Timings, Token
 from compllm_rag.server.work import Cancelled, Ticket
 
@@ -34,6 +35,7 @@ class Asked(NamedTuple):
         top_k: Chunks to retrieve.
         generation: How the answer is decoded.
         retrieval: By `vector`, `bm25` or `hybrid`; of no meaning in a conversation.
+        reading: What the server was told of how passages are read.
     """
 
     question: str
@@ -41,6 +43,7 @@ class Asked(NamedTuple):
     top_k: int
     generation: GenerationConfig
     retrieval: str = "vector"
+    reading: ReadDefaults = ReadDefaults()
 
 
 class Conversation(NamedTuple):
@@ -87,7 +90,8 @@ def answer(index: ConceptIndex, asked: Asked, ticket: Ticket) -> Iterator[Event]
 
     Raises:
         Cancelled: Nobody waits for it any more.
-        PromptTooLongError, MissingConceptsError, CorruptRecordError: See `ConceptSynthesizer.synthesize`.
+        PromptTooLongError, ReadBudgetError, MissingConceptsError, CorruptRecordError: See
+            `ConceptSynthesizer.synthesize`.
     """
     begun = time.perf_counter()
     found = retrieve(index, asked.question, asked.top_k, retrieval=asked.retrieval)
@@ -97,10 +101,12 @@ def answer(index: ConceptIndex, asked: Asked, ticket: Ticket) -> Iterator[Event]
     if not found:
         yield _answer(asked, empty_account(""), [], ticket, told.retrieval_s, begun)
         return
-    synthesizer = index.as_synthesizer(mode=asked.mode, streaming=True, generation=asked.generation)
+    reading = asked.reading.of(asked.mode)
+    synthesizer = index.as_synthesizer(mode=asked.mode, streaming=True, generation=asked.generation, **reading)
     response: Any = synthesizer.synthesize(QueryBundle(asked.question), found)
     account: dict[str, Any] = response.metadata["compllm"]
-    yield _plan(index, asked.mode, account)
+    yield _plan(index, asked, account)
+    _go_on(ticket)  # who goes away at the passages costs no prefill
     with closing(response.response_gen) as pieces:
         for piece in pieces:
             _go_on(ticket)
@@ -113,10 +119,11 @@ def converse(index: ConceptIndex, asked: Asked, said: Conversation, ticket: Tick
 
     Raises:
         Cancelled: Nobody waits for it any more.
-        PromptTooLongError, MissingConceptsError, CorruptRecordError: See `ConceptChatEngine.chat`.
+        PromptTooLongError, ReadBudgetError, MissingConceptsError, CorruptRecordError: See `ConceptChatEngine.chat`.
     """
     begun = time.perf_counter()
-    options: dict[str, Any] = {} if said.system is None else {"system_prompt": said.system}
+    options: dict[str, Any] = asked.reading.of(asked.mode)
+    options |= {} if said.system is None else {"system_prompt": said.system}
     made: Any = index.as_chat_engine(
         "condense_plus_context",
         memory=said.memory,
@@ -131,7 +138,8 @@ def converse(index: ConceptIndex, asked: Asked, said: Conversation, ticket: Tick
     retrieval_s = max(0.0, time.perf_counter() - begun - planned_s)
     yield Retrieved(nodes=_found(stream.source_nodes), retrieval_s=retrieval_s)
     if account["nodes"]:
-        yield _plan(index, asked.mode, account)
+        yield _plan(index, asked, account)
+    _go_on(ticket)
     with closing(stream.response_gen) as pieces:
         for piece in pieces:
             _go_on(ticket)
@@ -158,15 +166,16 @@ def _found(nodes: Sequence[NodeWithScore]) -> list[FoundNode]:
     ]
 
 
-def _plan(index: ConceptIndex, mode: Mode, account: dict[str, Any]) -> Plan:
+def _plan(index: ConceptIndex, asked: Asked, account: dict[str, Any]) -> Plan:
     spec = index.library.spec
     depth, each = spec.depth, index.library.llm.kv_bytes
+    upper = _layers_of_a_concept(depth, spec.config.entry_layer, account)
     nodes, saved = [], 0
     for node_id, facts in account["nodes"].items():
         as_text = facts.get("n_text")  # where some of it is read as text, and some as concepts
         if as_text is None:
             as_text = facts["n_tokens"] if facts["used"] == "text" else 0
-        passed = as_text * depth + facts["n_concepts"] * (depth - spec.config.entry_layer)  # positions times layers
+        passed = as_text * depth + facts["n_concepts"] * upper  # positions times layers
         saved += facts["n_tokens"] - as_text - facts["n_concepts"]
         nodes.append(
             PlannedNode(
@@ -176,12 +185,14 @@ def _plan(index: ConceptIndex, mode: Mode, account: dict[str, Any]) -> Plan:
                 n_concepts=facts["n_concepts"],
                 positions=facts["positions"],
                 prefill_cost=passed / (facts["n_tokens"] * depth) if facts["n_tokens"] else 1.0,
-                kv_bytes=passed * each,
+                kv_bytes=round(passed * each),
+                why=facts.get("why"),
+                parts=facts.get("parts"),
             )
         )
     text_positions = account["prompt_positions"] + saved
     return Plan(
-        mode=mode,
+        mode=asked.mode,
         nodes=nodes,
         positions=account["prompt_positions"],
         prefill_cost=account["prefill_cost"],
@@ -189,7 +200,16 @@ def _plan(index: ConceptIndex, mode: Mode, account: dict[str, Any]) -> Plan:
         text_positions=text_positions,
         text_kv_bytes=text_positions * depth * each,
         dropped=account["dropped"],
+        reading=asked.reading.account(asked.mode, account),
     )
+
+
+def _layers_of_a_concept(depth: int, entry_layer: int, account: dict[str, Any]) -> float:
+    """Layers that a concept passes; in the mean over the prompt's where it is narrowed, whatever passage it is of."""
+    narrowing, n = account.get("narrowing"), sum(facts["n_concepts"] for facts in account["nodes"].values())
+    if narrowing is None or not n:
+        return depth - entry_layer
+    return narrowing["layer"] - entry_layer + narrowing["concepts"] / n * (depth - narrowing["layer"])
 
 
 def _answer(
@@ -223,6 +243,7 @@ def _answer(
         reused_positions=account.get("reused_positions", 0),
         prefill_cost=account.get("prefill_cost"),
         kv_bytes=account.get("kv_bytes", 0),
+        reading=asked.reading.account(asked.mode, account),
         ttft_s=account.get("ttft_s", 0.0),
         timings=Timings(
             queue_s=ticket.queue_s + float(account.get("queue_s", 0.0)),

@@ -60,6 +60,7 @@ def upload(index: ConceptIndex, read: Read, jobs: Jobs) -> UploadAccepted:
         documents=list(names),
         changed=receipt.documents_changed,
         chunks=receipt.chunks,
+        chunks_added=receipt.chunks_added,
         chunks_waiting=receipt.chunks_queued,
         removed=gone,
         skipped=read.skipped,

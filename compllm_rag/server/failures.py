@@ -21,6 +21,7 @@ _KNOWN: tuple[tuple[type[Exception], int, str], ...] = (
     (errors.UploadQueueFullError, 429, "upload_queue_full"),
     (errors.StoreLockedError, 409, "storage_locked"),
     (errors.StoreFullError, 507, "storage_full"),
+    (errors.MissingConceptsError, 409, "concepts_missing"),
     (errors.StoreReadOnlyError, 403, "not_allowed"),
     (errors.PromptTooLongError, 422, "prompt_too_long"),
     (errors.DeviceMemoryError, 503, "overloaded"),

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, field_validator
 
+from compllm_rag.server.reading import ReadAccount
 from compllm_rag.server.schemas import Body, Citation
 
 MODELS = {"compllm-rag": "concepts", "compllm-rag-text": "text"}
@@ -111,6 +112,7 @@ class Sources(BaseModel):
     prefill_cost: float | None
     kv_bytes: int
     ttft_s: float
+    reading: ReadAccount | None = None
 
 
 class Completion(BaseModel):

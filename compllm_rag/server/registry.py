@@ -8,6 +8,7 @@ store, so that no tenant can tell from how long something takes what another has
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +29,7 @@ from compllm_rag.llamaindex.index import ConceptIndex
 from compllm_rag.llamaindex.uploads import UploadQueue
 from compllm_rag.models.halves import Halves
 from compllm_rag.server.failures import Refusal, log_fault
+from compllm_rag.server.reading import ReadDefaults
 from compllm_rag.server.settings import ServerSettings
 from compllm_rag.storage.adapter_files import READER
 from compllm_rag.storage.manifest import CATALOG, Manifest, has_manifest, read_manifest
@@ -62,10 +64,12 @@ class Registry:
         read_only: Open all of them for reading.
         create: Make the storage where there is none, with these options of `ConceptIndex.create`; None does not.
         generator: Address of what runs the LLM (`generation.address`); None runs it in this process.
+        reading: How all answers have their passages read; see `ReadDefaults`.
         options: Of `ConceptIndex.load`: `dtype`, `device`, `offline`, `progress`, ...; `embedder` and `compressor`
             where they are objects.
 
     Attributes:
+        reading: How all answers have their passages read.
         measures: What is counted of answers that are decoded together, of all namespaces.
     """
 
@@ -77,6 +81,7 @@ class Registry:
         read_only: bool = False,
         create: dict[str, Any] | None = None,
         generator: str | None = None,
+        reading: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         self.storage, self.settings, self.read_only = Path(storage), settings or ServerSettings(), read_only
@@ -85,21 +90,21 @@ class Registry:
         self._open: dict[str | None, ConceptIndex] = {}
         self._models: dict[tuple[str, str], _Models] = {}
         self._closed = False
-        self.measures = BatchMeasures()
+        self.measures, self.reading = BatchMeasures(), ReadDefaults(reading)
 
     def start(self) -> None:
         """Load models now: of the namespace in the folder itself, or else of the first there is.
 
         Raises:
             StorageNotFoundError: There is no storage, and none is to be made.
-            CompLLMError: See `ConceptIndex.load` and `ConceptIndex.create`.
+            CompLLMError: See `ConceptIndex.load`, `ConceptIndex.create` and `ReadDefaults.check`.
         """
         try:
             names = [one.name for one in list_namespaces(self.storage) if one.name is not None]
         except StorageNotFoundError:
             names = []
         if names:
-            self.get(names[0])
+            self.reading.check(self.get(names[0]))
             self._go_on(names[1:])
         elif self._create is None:
             raise StorageNotFoundError(
@@ -113,6 +118,7 @@ class Registry:
                     self.storage, generation=self._generation(), generator=self._address, **self._create
                 )
                 self._add(None, made)
+            self.reading.check(made)
 
     def _go_on(self, names: list[str]) -> None:
         """Open further namespaces whose uploads still await their concepts, so that these are gone on with."""

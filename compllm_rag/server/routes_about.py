@@ -56,6 +56,7 @@ async def info(request: Request) -> Info:
         rate=index.config.rate,
         entry_layer=spec.config.entry_layer,
         depth=spec.depth,
+        reading=service.registry.reading.shown(),
         documents=n_documents,
         chunks=n_chunks,
         file_types=readable_types(),

@@ -66,7 +66,7 @@ async def complete(request: Request) -> Completion | Response:
         stop=body.stop,
     )
     mode: Mode = "text" if MODELS[body.model] == "text" else "concepts"
-    asked = Asked(body.messages[-1].text, mode, _TOP_K, generation)
+    asked = Asked(body.messages[-1].text, mode, _TOP_K, generation, reading=service.registry.reading)
     said = _conversation(body.messages[:-1])
     ticket = service.generations.admit()
     reply = _Reply(body.model, usage=body.stream_options is not None and body.stream_options.include_usage)

@@ -20,7 +20,7 @@ async def query(body: QueryRequest, request: Request) -> Answer | Response:
     """Ask a question; with `stream` the response is a stream of events (docs/guide/server.md)."""
     service, index = service_of(request), await index_of(request)
     generation = decoding(index, service.settings.max_tokens, **body.model_dump(include=_DECODING))
-    asked = Asked(body.query, body.mode, body.top_k, generation, body.retrieval)
+    asked = Asked(body.query, body.mode, body.top_k, generation, body.retrieval, service.registry.reading)
     ticket = service.generations.admit()
 
     def events() -> Iterator[Event]:
@@ -36,7 +36,7 @@ async def chat(body: ChatRequest, request: Request) -> Answer | Response:
     """Say something in a conversation; with `stream` the response is a stream of events."""
     service, index = service_of(request), await index_of(request)
     generation = decoding(index, service.settings.max_tokens, **body.model_dump(include=_DECODING))
-    asked = Asked(body.message, body.mode, body.top_k, generation)
+    asked = Asked(body.message, body.mode, body.top_k, generation, reading=service.registry.reading)
     namespace, sessions = index.config.namespace, service.sessions
     ticket = service.generations.admit()
     try:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from compllm_rag.config import Mode
+from compllm_rag.server.reading import ReadAccount
 
 MOST_TEXT = 8_000_000
 Words = Annotated[str, Field(min_length=1, max_length=8_000)]
@@ -93,7 +94,8 @@ class UploadAccepted(BaseModel):
         documents: Ids of the documents that were met.
         changed: How many of them were new or differed.
         chunks: Chunks of those.
-        chunks_waiting: Chunks that are read as text until their concepts are made.
+        chunks_added: Chunks that were not there before; only they are embedded.
+        chunks_waiting: Chunks that are read as text until their concepts are made, those of earlier uploads included.
         removed: Ids of pages that a file, uploaded before, has no longer; they are deleted.
         skipped: What gave no document.
     """
@@ -102,6 +104,7 @@ class UploadAccepted(BaseModel):
     documents: list[str]
     changed: int
     chunks: int
+    chunks_added: int
     chunks_waiting: int
     removed: list[str] = []
     skipped: list[Skipped] = []
@@ -244,6 +247,9 @@ class PlannedNode(BaseModel):
         positions: It takes in the prompt.
         prefill_cost: Of reading it, as a share of what reading it as text would take.
         kv_bytes: Of its part of the KV cache.
+        why: Why it is read like that, where something was decided; null else.
+        parts: Where a read policy decided: what each run of its tokens is read as, with `used`, `start`, `end`, `rate`
+            and `why`; null else.
     """
 
     node_id: str
@@ -253,6 +259,8 @@ class PlannedNode(BaseModel):
     positions: int
     prefill_cost: float
     kv_bytes: int
+    why: str | None = None
+    parts: list[dict[str, Any]] | None = None
 
 
 class Plan(BaseModel):
@@ -263,6 +271,7 @@ class Plan(BaseModel):
         prefill_cost: Positions times the layers they pass, as a share of the same for the prompt as text.
         kv_bytes: Of the KV cache behind the prompt.
         dropped: Nodes that did not fit the LLM's window.
+        reading: How passages are read, where the server was told; null else.
     """
 
     mode: Mode
@@ -273,6 +282,7 @@ class Plan(BaseModel):
     text_positions: int
     text_kv_bytes: int
     dropped: list[str]
+    reading: ReadAccount | None = None
 
 
 class Token(BaseModel):
@@ -319,6 +329,7 @@ class Answer(BaseModel):
         reused_positions: Of the prompt, those whose KV cache was there from the request before.
         prefill_cost: See `Plan`; null where nothing was read.
         kv_bytes: See `Plan`.
+        reading: See `Plan`.
         ttft_s: From retrieved passages in hand to the first token.
         session_id: Of a chat; null else.
         question: Of a chat: what was looked for; null else.
@@ -335,6 +346,7 @@ class Answer(BaseModel):
     reused_positions: int
     prefill_cost: float | None
     kv_bytes: int
+    reading: ReadAccount | None = None
     ttft_s: float
     timings: Timings
     session_id: str | None = None
@@ -384,6 +396,7 @@ class Info(BaseModel):
         rate: Asked for at ingestion: tokens per concept, or the name of what chooses them.
         entry_layer: See `Kept`.
         depth: Layers of the LLM.
+        reading: How passages are read in all answers, where the server was told: options of `serve`.
         file_types: Endings of files that can be uploaded here.
         limits: `upload_bytes`, `request_bytes`, `max_tokens`.
     """
@@ -397,6 +410,7 @@ class Info(BaseModel):
     rate: float | str
     entry_layer: int
     depth: int
+    reading: dict[str, Any]
     documents: int
     chunks: int
     file_types: list[str]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,6 +51,29 @@ def test_words_find_what_the_embedder_does_not_know(index: ConceptIndex) -> None
     assert index.as_bm25_retriever().retrieve("parts")[0].node.ref_doc_id == "part"
     index.delete_ref_doc("part")
     assert index.as_bm25_retriever().retrieve("xk 4711") == []
+
+
+@pytest.mark.parametrize("kind", ["bm25", "hybrid"])
+def test_who_searches_beside_an_upload_sees_the_last_commit(tmp_path: Path, compressor: Compressor, kind: str) -> None:
+    """Neither a document that is half replaced, nor one that nobody has committed yet, nor a wait for the upload."""
+    with open_index(tmp_path / "s", compressor) as index, ThreadPoolExecutor(1) as other:
+        index.ingest([Document(id_="part", text="The spare part is XK-4711-B."), *documents(3)])
+        make = index.as_bm25_retriever if kind == "bm25" else index.as_hybrid_retriever
+        retriever = make(similarity_top_k=100)
+
+        def found(words: str) -> list[str]:
+            return [
+                hit.node.get_content() for hit in retriever.retrieve(words) if "spare part" in hit.node.get_content()
+            ]
+
+        with index.bulk():
+            index.delete_ref_doc("part")
+            assert found("xk 4711") == []
+            assert other.submit(found, "xk 4711").result(30) == ["The spare part is XK-4711-B."]
+            index.insert(Document(id_="part", text="The spare part is YQ-1234-C."))
+            assert found("yq 1234") == ["The spare part is YQ-1234-C."]
+            assert other.submit(found, "yq 1234").result(30) == ["The spare part is XK-4711-B."] * (kind == "hybrid")
+        assert other.submit(found, "yq 1234").result(30) == found("yq 1234") == ["The spare part is YQ-1234-C."]
 
 
 @pytest.mark.parametrize("kind", ["bm25", "hybrid"])

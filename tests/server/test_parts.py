@@ -20,13 +20,15 @@ from compllm_rag.llamaindex.readers import kinds
 from compllm_rag.llamaindex.readers.found import Piece
 from compllm_rag.server import documents, files
 from compllm_rag.server import registry as registry_module
+from compllm_rag.server.answering import Asked, Conversation, answer, converse
 from compllm_rag.server.documents import upload
 from compllm_rag.server.failures import Refusal
 from compllm_rag.server.files import Read, file_name, read_files
 from compllm_rag.server.jobs import Jobs
 from compllm_rag.server.passages import kept
 from compllm_rag.server.registry import Registry
-from compllm_rag.server.sessions import Sessions
+from compllm_rag.server.schemas import Plan, Retrieved
+from compllm_rag.server.sessions import Sessions, memory_of
 from compllm_rag.server.work import Cancelled, Workers
 from tests.server.server_samples import registry
 from toy_embedder import save_sentence_transformer
@@ -138,6 +140,25 @@ def test_a_new_namespace_can_be_opened_by_the_names_of_its_models(
     assert again.opened("two") is None or again.opened("two").uploads.wait(60)
     assert again.get("two").embedder is again.get(None).embedder
     again.close()
+
+
+def test_who_goes_away_at_the_passages_costs_no_prefill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = registry(tmp_path / "s", trained_deep(toy.llm(layers=4)))
+    index = made.get(None)
+    index.ingest([Document(id_="a", text=toy.TEXT)])
+    monkeypatch.setattr(type(index.generator), "stream", lambda *args, **kwargs: pytest.fail("it was read"))
+    ticket = Workers("tests", 1, 1).admit()
+    said = Conversation(memory_of([]))
+    for events in (
+        answer(index, Asked("Who?", "concepts", 2, index.generation), ticket),
+        converse(index, Asked("Who?", "concepts", 2, index.generation), said, ticket),
+    ):
+        ticket.cancel.clear()
+        assert [type(next(events)) for _ in range(2)] == [Retrieved, Plan]
+        ticket.cancel.set()
+        with pytest.raises(Cancelled):
+            next(events)
+    made.close()
 
 
 def test_pages_that_a_file_has_no_longer_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,9 +66,9 @@ async def test_a_document_comes_is_listed_and_goes(asking: httpx.AsyncClient) ->
 async def test_replacing(asking: httpx.AsyncClient) -> None:
     for text in ("The old ferry.", "The new ferry."):
         came = await asking.put("/v1/documents/x/y", json={"text": text, "title": "Ferry", "metadata": {"year": 2}})
-        assert (came.status_code, came.json()["changed"]) == (202, 1)
+        assert (came.status_code, came.json()["changed"], came.json()["chunks_added"]) == (202, 1, 1)
     again = await asking.put("/v1/documents/x/y", json={"text": text, "title": "Ferry", "metadata": {"year": 2}})
-    assert again.json()["changed"] == 0
+    assert again.json()["changed"] == again.json()["chunks_added"] == 0
     one = (await asking.get("/v1/documents/x/y?text=true")).json()
     assert (one["title"], one["metadata"], [n["text"] for n in one["nodes"]]) == ("Ferry", {"year": 2}, [text])
     await asking.delete("/v1/documents/x/y")

@@ -28,6 +28,10 @@ export class PassageList {
   /** An answer is about to read them. */
   planned(mode, plan) {
     for (const node of plan.nodes) this.reads(node.node_id, mode, reading(mode, node));
+    const policy = plan.reading?.outcome.read_policy;
+    for (const nodeId of Object.keys(policy?.left_out ?? {})) {
+      this.reads(nodeId, mode, mode === "text" ? "left out as text" : "left out as concepts");
+    }
     for (const nodeId of plan.dropped) {
       this.reads(nodeId, mode, mode === "text" ? "as text it did not fit" : "as concepts it did not fit");
     }
@@ -59,6 +63,7 @@ export class PassageList {
 
 function reading(mode, node) {
   if (mode === "text") return `as text ${many(node.positions, "position")}`;
+  if (node.mode === "text" && node.parts) return `as text in both answers, ${many(node.positions, "position")}`;
   if (node.mode === "text") return "its concepts are not made yet, so both answers read text";
   return `as concepts ${many(node.positions, "position")}, ${percent(node.prefill_cost)} of the cost`;
 }
