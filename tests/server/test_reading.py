@@ -78,6 +78,24 @@ async def test_a_rate_is_none_of_text(tmp_path: Path) -> None:
     made.close()
 
 
+async def test_narrowed_answers_say_what_was_read(tmp_path: Path) -> None:
+    whole, made = served(tmp_path / "whole", {}), served(tmp_path / "narrowed", {"narrowing": "3:0.1"})
+    plans = []
+    for each in (whole, made):
+        async with client(each) as asking:
+            told = events((await asking.post("/v1/query", json={**ASK, "stream": True})).text)
+            plans.append(dict(told)["plan"])
+        each.close()
+    [all_of_them, plan] = plans
+    narrowed = plan["reading"]["outcome"]["narrowing"]
+    concepts = sum(node["n_concepts"] for node in plan["nodes"])
+    assert narrowed == {"layer": 3, "share": 0.1, "by": "attention", "concepts": round(0.1 * concepts)}
+    assert plan["prefill_cost"] < all_of_them["prefill_cost"] and plan["kv_bytes"] < all_of_them["kv_bytes"]
+    # Entry layer 2 of 4: a concept passes layer 2, a tenth of them layer 3 as well.
+    assert all(node["prefill_cost"] == pytest.approx(0.275, abs=0.01) for node in plan["nodes"])
+    assert all(node["prefill_cost"] == 0.5 for node in all_of_them["nodes"])
+
+
 async def test_nothing_was_said(tmp_path: Path) -> None:
     made = served(tmp_path, {"rate": None})
     async with client(made) as asking:
@@ -120,6 +138,8 @@ async def test_what_cannot_be_kept_is_told_to_who_asks(tmp_path: Path) -> None:
         ({"read_policy": "budgeted"}, ConfigurationError, "nothing to spend"),
         ({"relevance": "maxsim", "read_policy": "fixed"}, ConfigurationError, "belongs to the budgeted read policy"),
         ({"rate": 999.0}, ConfigurationError, "out of reach"),
+        ({"narrowing": "9:0.1"}, ConfigurationError, "cannot be narrowed at this layer"),
+        ({"narrowing": "auto", "prefill_budget": 50.0}, ConfigurationError, "no budget of computation"),
         ({"prefill_budget": 0.5}, ConfigurationError, "it is no share"),
         ({"ttft_budget_s": 1.0}, NotCalibratedError, "compllm-rag calibrate"),
     ],
@@ -171,6 +191,7 @@ def test_the_flags_of_serve(storage: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (("--missing", "guess"), "expected recompress, text, error, auto"),
         (("--relevance", "maxsim", "--read-policy", "fixed"), "relevance belongs to the budgeted read policy"),
         (("--read-policy", "budgeted"), "nothing to spend"),
+        (("--narrow", "much"), "narrowing is not understood"),
     ],
 )
 def test_what_the_command_line_refuses_is_one_line(
