@@ -72,9 +72,9 @@ class AttentionCount:
         at = torch.where(here, self._rows - begin, 0)[:, None, :, None]
         asked = query.gather(2, at.expand(-1, query.shape[1], -1, query.shape[3]))  # (batch, heads, most, head_dim)
         # Heads that share keys stand behind one another: (batch, kv_heads, heads / kv_heads * most, head_dim).
-        grouped = asked.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+        grouped = asked.reshape(len(asked), kv_heads, -1, asked.shape[3])
         scores = (grouped @ key.transpose(2, 3)).float() * scaling
-        scores = scores.unflatten(2, (-1, asked.shape[2])).flatten(1, 2)  # (batch, heads, most, slots)
+        scores = scores.reshape(*asked.shape[:3], slots)  # (batch, heads, most, slots)
         earlier = torch.arange(slots, device=key.device)[None, None] <= self._rows[:, :, None]  # (batch, most, slots)
         seen = earlier & self._real[:, None, :slots]
         scores = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1).nan_to_num(0.0)

@@ -209,7 +209,8 @@ def _layers_of_a_concept(depth: int, entry_layer: int, account: dict[str, Any]) 
     narrowing, n = account.get("narrowing"), sum(facts["n_concepts"] for facts in account["nodes"].values())
     if narrowing is None or not n:
         return depth - entry_layer
-    return narrowing["layer"] - entry_layer + narrowing["concepts"] / n * (depth - narrowing["layer"])
+    layer, kept = int(narrowing["layer"]), int(narrowing["concepts"])
+    return layer - entry_layer + kept / n * (depth - layer)
 
 
 def _answer(
