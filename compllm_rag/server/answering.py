@@ -206,7 +206,7 @@ def _plan(index: ConceptIndex, asked: Asked, account: dict[str, Any]) -> Plan:
 
 def _layers_of_a_concept(depth: int, entry_layer: int, account: dict[str, Any]) -> float:
     """Layers that a concept passes; in the mean over the prompt's where it is narrowed, whatever passage it is of."""
-    narrowing, n = account.get("narrowing"), sum(facts["n_concepts"] for facts in account["nodes"].values())
+    narrowing, n = account.get("narrowing"), sum(int(facts["n_concepts"]) for facts in account["nodes"].values())
     if narrowing is None or not n:
         return depth - entry_layer
     layer, kept = int(narrowing["layer"]), int(narrowing["concepts"])
