@@ -137,7 +137,7 @@ def test_quality_and_its_report(tmp_path: Path, toy_folder: Path, world: Path, c
     page = (tmp_path / "docs/quality.md").read_text()
     title = "Deep concepts" if deep else "Concepts at the input embeddings"
     named = f"{title} of {squad['llm']}" if deep else title  # an LLM other than the default is named
-    assert f"## {named}, SQuAD v1.1 dev" in page and f"## {title}, fidelity probes" in page and "5 questions" in page
+    assert f"## {named}, SQuAD v1.1 dev" in page and f"## {named}, fidelity probes" in page and "5 questions" in page
     assert ("| prefill cost |" in page) == deep
     assert f"| {squad['results'][0]['nll']:.2f} [" in page
     change = squad["results"][1]["paired"]["f1"]
