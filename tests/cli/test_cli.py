@@ -73,7 +73,7 @@ def test_ingest_query_stats(storage: Path, corpus: Path) -> None:
     assert "0 new or changed" in run("ingest", corpus, "--storage", storage).stdout
     found = json.loads(run("query", QUESTION, "--storage", storage, "--json", "--max-new-tokens", 8).stdout)
     assert set(QUERY.split()) <= set(found)
-    assert set(found) - set(QUERY.split()) == {"dropped", "finish_reason", "bypassed", "read_policy"}
+    assert set(found) - set(QUERY.split()) == {"dropped", "finish_reason", "bypassed", "read_policy", "narrowing"}
     assert all(list(s) == SOURCE.split() for s in found["sources"])
     assert {s["used"] for s in found["sources"]} == {"concepts"}
     assert found["store"]["misses"] == 0
