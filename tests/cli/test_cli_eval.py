@@ -12,8 +12,8 @@ import toy
 from compllm_rag.cli.main import app
 
 KEYS = (
-    "data mode rate narrowing llm seed n em f1 subspan_em accuracy nll recovered agreement positions achieved_rate prefill_cost "
-    "intervals paired skipped seconds"
+    "data mode rate narrowing llm seed n em f1 subspan_em accuracy nll recovered agreement positions achieved_rate "
+    "prefill_cost intervals paired skipped seconds"
 )
 PROBE = "mode rate llm seed n positions achieved_rate kinds depths text seconds"
 
