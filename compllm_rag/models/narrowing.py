@@ -23,12 +23,12 @@ from torch import nn
 
 from compllm_rag.config import Narrowing
 from compllm_rag.errors import ConfigurationError, UnsupportedModelError
-from compllm_rag.models.attention import attention_function, known_attention, name_attention
+from compllm_rag.models.attention import KNOWN, attention_function, known_attention, name_attention
 from compllm_rag.models.halves import Halves, keep_layers, second_tree
 from compllm_rag.models.llm import decoder_of
 
 _NAME = "compllm_counting"
-# How many layers below T tell what the question attends to. Held-out rows: two do as well as four.
+# How many layers below T tell what the question attends to.
 _LAYERS = 2
 # Of a longer question the last tokens tell, as in SnapKV (arXiv 2404.14469, section 4): scores take bounded memory.
 _TOKENS = 128
@@ -259,7 +259,15 @@ def _look_into(tree: Any) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    inner = known_attention(tree)
+    try:
+        inner = known_attention(tree)
+    except TypeError as error:
+        raise UnsupportedModelError(
+            "attention to concepts cannot be counted",
+            got=str(error),
+            expected=f"attention of the kind {' or '.join(KNOWN)}",
+            next_step="load the LLM with one of these, narrow to a share of 0, or not at all",
+        ) from error
     AttentionInterface.register(f"{_NAME}_{inner}", _attend_by(inner))  # again is harmless
     AttentionMaskInterface.register(f"{_NAME}_{inner}", ALL_MASK_ATTENTION_FUNCTIONS[inner])
     name_attention(tree, f"{_NAME}_{inner}")

@@ -200,6 +200,10 @@ def test_what_cannot_be_narrowed_is_refused() -> None:
             local.generate([replace(plan, narrowing=Narrowing(layer=layer))])
     with pytest.raises(UnsupportedModelError, match="sliding windows alone"):
         narrowed_of("mistral")
+    flash = Halves(toy.llm("llama", layers=DEPTH), LAYER)
+    decoder_of(flash.upper).config._attn_implementation = "flash_attention_2"
+    with pytest.raises(UnsupportedModelError, match="kind flash_attention_2"):
+        NarrowedHalves(flash, QUARTER)
     logits = NarrowedForward(narrowed_of("mistral", Narrowing(layer=TOP, share=0.0)), rows(), ASKING).prefill()
     assert logits.isfinite().all()  # none of them: no need to look at attention
     forward = NarrowedForward(narrowed_of("llama"), rows(), ASKING)
