@@ -86,3 +86,8 @@ class Generator(Protocol):
     def generate(self, plans: Sequence[PromptPlan], config: GenerationConfig | None = None) -> list[Generation]:
         """Answer several prompts as one batch."""
         ...
+
+
+def narrows(generator: Generator) -> bool:
+    """Whether it heeds `PromptPlan.narrowing`: one that does says so by an attribute `narrows`."""
+    return bool(getattr(generator, "narrows", False))

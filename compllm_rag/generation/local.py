@@ -45,6 +45,7 @@ class LocalGenerator(ProcessBound):
             neither find nor leave anything there.
     """
 
+    narrows = True  # see `generation.base.narrows`
     _opened_by = "make one there, over an LLM of that process"
 
     def __init__(

@@ -76,6 +76,8 @@ class NamedGenerator:
         config: Used where a call gives none.
     """
 
+    narrows = True  # see `generation.base.narrows`
+
     def __init__(self, llm_name: LLMName, config: GenerationConfig | None = None) -> None:
         self.llm_name, self._config, self._lock = llm_name, config or GenerationConfig(), threading.Lock()
 

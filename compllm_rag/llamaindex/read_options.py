@@ -6,6 +6,7 @@ from typing import Any, TypedDict
 
 from compllm_rag.config import MissingChoice, Mode, Narrowing
 from compllm_rag.errors import ConfigurationError
+from compllm_rag.generation.base import Generator, narrows
 from compllm_rag.generation.calibration import needed_costs, saved_costs
 from compllm_rag.generation.costs import CostModel
 from compllm_rag.library import ConceptLibrary
@@ -169,6 +170,21 @@ def narrowing_of(
         made = given if isinstance(given, Narrowing) else Narrowing.parse(str(given))
     check_narrowing(made, spec.config.entry_layer, spec.depth)
     return made
+
+
+def require_narrowing(generator: Generator) -> None:
+    """Refuse a generator that would read a narrowed prompt whole, or not at all, before it is asked.
+
+    Raises:
+        ConfigurationError: It does not say that it narrows prompts.
+    """
+    if not narrows(generator):
+        raise ConfigurationError(
+            "this generator cannot narrow a prompt",
+            got=f"narrowing and {type(generator).__name__} ({generator.name})",
+            expected="the generator of this process, or one with an attribute `narrows` that is true",
+            next_step="leave narrowing out, or run the LLM in this process (no --generator)",
+        )
 
 
 def known_costs(library: ConceptLibrary, missing: MissingChoice) -> CostModel | None:

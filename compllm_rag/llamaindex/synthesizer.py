@@ -35,7 +35,7 @@ from compllm_rag.llamaindex.callbacks import FollowsSettings
 from compllm_rag.llamaindex.decoding import generation_of
 from compllm_rag.llamaindex.llm import ConceptLLM
 from compllm_rag.llamaindex.planner import Chooser, Planner, Queued
-from compllm_rag.llamaindex.read_options import ReadOptions, refuse_several_prompts
+from compllm_rag.llamaindex.read_options import ReadOptions, refuse_several_prompts, require_narrowing
 from compllm_rag.llamaindex.response_modes import ResponseMode, StockMode, allot, checked_mode, silent_answer
 from compllm_rag.llamaindex.streams import aiter_once, in_thread, in_worker, iter_once
 from compllm_rag.llamaindex.structured import instructions_for, parsed, refuse_stream, schema_of
@@ -130,6 +130,8 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
             instructions="" if output_cls is None else instructions_for(output_cls),
             reading=reading,
         )
+        if self._planner.narrowing is not None:
+            require_narrowing(self._generator)
         if self._planner.reading is not None and self._mode in ("compact", "refine"):
             refuse_several_prompts(self._mode)
         self._generation = generation or self._generator.config

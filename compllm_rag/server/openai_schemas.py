@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, field_validator
 
-from compllm_rag.server.reading import ReadAccount
+from compllm_rag.server.reading import ReadAccount, ReadAsked
 from compllm_rag.server.schemas import Body, Citation
 
 MODELS = {"compllm-rag": "concepts", "compllm-rag-text": "text"}
@@ -64,6 +64,7 @@ class CompletionRequest(Body):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    reading: ReadAsked | None = Field(default=None, description="None of OpenAI's: see `POST /v1/query`")
 
     @field_validator("messages")
     @classmethod

@@ -35,7 +35,7 @@ from compllm_rag.server.openai_schemas import (
     Usage,
 )
 from compllm_rag.server.schemas import Answer, Token
-from compllm_rag.server.service import index_of, service_of
+from compllm_rag.server.service import asked_reading, index_of, service_of
 from compllm_rag.server.sessions import memory_of
 from compllm_rag.server.streaming import stream, whole
 from compllm_rag.server.work import Cancelled
@@ -66,7 +66,8 @@ async def complete(request: Request) -> Completion | Response:
         stop=body.stop,
     )
     mode: Mode = "text" if MODELS[body.model] == "text" else "concepts"
-    asked = Asked(body.messages[-1].text, mode, _TOP_K, generation, reading=service.registry.reading)
+    reading = await asked_reading(service, index, mode, body.reading)
+    asked = Asked(body.messages[-1].text, mode, _TOP_K, generation, reading=reading)
     said = _conversation(body.messages[:-1])
     ticket = service.generations.admit()
     reply = _Reply(body.model, usage=body.stream_options is not None and body.stream_options.include_usage)

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from compllm_rag.server.answering import Asked, Conversation, Event, answer, converse, decoding
 from compllm_rag.server.schemas import Answer, ChatRequest, Decoding, Deleted, QueryRequest
-from compllm_rag.server.service import index_of, service_of
+from compllm_rag.server.service import asked_reading, index_of, service_of
 from compllm_rag.server.streaming import stream, whole
 
 router = APIRouter(tags=["answers"])
@@ -20,7 +20,8 @@ async def query(body: QueryRequest, request: Request) -> Answer | Response:
     """Ask a question; with `stream` the response is a stream of events (docs/guide/server.md)."""
     service, index = service_of(request), await index_of(request)
     generation = decoding(index, service.settings.max_tokens, **body.model_dump(include=_DECODING))
-    asked = Asked(body.query, body.mode, body.top_k, generation, body.retrieval, service.registry.reading)
+    reading = await asked_reading(service, index, body.mode, body.reading)
+    asked = Asked(body.query, body.mode, body.top_k, generation, body.retrieval, reading)
     ticket = service.generations.admit()
 
     def events() -> Iterator[Event]:
@@ -36,7 +37,8 @@ async def chat(body: ChatRequest, request: Request) -> Answer | Response:
     """Say something in a conversation; with `stream` the response is a stream of events."""
     service, index = service_of(request), await index_of(request)
     generation = decoding(index, service.settings.max_tokens, **body.model_dump(include=_DECODING))
-    asked = Asked(body.message, body.mode, body.top_k, generation, reading=service.registry.reading)
+    reading = await asked_reading(service, index, body.mode, body.reading)
+    asked = Asked(body.message, body.mode, body.top_k, generation, reading=reading)
     namespace, sessions = index.config.namespace, service.sessions
     ticket = service.generations.admit()
     try:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from compllm_rag.config import Mode
-from compllm_rag.server.reading import ReadAccount
+from compllm_rag.server.reading import ReadAccount, ReadAsked
 
 MOST_TEXT = 8_000_000
 Words = Annotated[str, Field(min_length=1, max_length=8_000)]
@@ -43,6 +43,7 @@ class QueryRequest(Decoding):
     mode: Mode = "concepts"
     top_k: Annotated[int, Field(ge=1, le=32)] = 4
     retrieval: Retrieval = "vector"
+    reading: ReadAsked | None = None
     stream: bool = False
 
 
@@ -53,6 +54,7 @@ class ChatRequest(Decoding):
     session_id: Annotated[str, Field(max_length=64)] | None = Field(default=None, description="None begins a new one")
     mode: Mode = "concepts"
     top_k: Annotated[int, Field(ge=1, le=32)] = 4
+    reading: ReadAsked | None = None
     stream: bool = False
 
 
@@ -271,7 +273,7 @@ class Plan(BaseModel):
         prefill_cost: Positions times the layers they pass, as a share of the same for the prompt as text.
         kv_bytes: Of the KV cache behind the prompt.
         dropped: Nodes that did not fit the LLM's window.
-        reading: How passages are read, where the server was told; null else.
+        reading: How passages are read, where the server or the request said how; null else.
     """
 
     mode: Mode

@@ -15,9 +15,11 @@ from compllm_rag.server.telemetry import Telemetry
 from compllm_rag.server.work import Workers
 
 if TYPE_CHECKING:
+    from compllm_rag.config import Mode
     from compllm_rag.llamaindex.index import ConceptIndex
     from compllm_rag.server.jobs import Jobs
     from compllm_rag.server.keys import KeyFile
+    from compllm_rag.server.reading import ReadAsked, ReadDefaults
     from compllm_rag.server.registry import Registry
     from compllm_rag.server.settings import ServerSettings
 
@@ -122,3 +124,16 @@ async def index_of(request: Request, *, create: bool = False) -> ConceptIndex:
     if opened is not None:
         return opened
     return await run_in_threadpool(registry.get, name, create=create)
+
+
+async def asked_reading(service: Service, index: ConceptIndex, mode: Mode, asked: ReadAsked | None) -> ReadDefaults:
+    """How the passages of one answer are read: as the server was told, but for what a request asks for.
+
+    Raises:
+        CompLLMError: It cannot be; see `ReadDefaults.with_request` and `ReadDefaults.check`.
+    """
+    told = service.registry.reading
+    reading = told.with_request(asked)
+    if reading is not told:
+        await run_in_threadpool(reading.check, index, (mode,))
+    return reading

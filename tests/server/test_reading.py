@@ -96,6 +96,54 @@ async def test_narrowed_answers_say_what_was_read(tmp_path: Path) -> None:
     assert all(node["prefill_cost"] == 0.5 for node in all_of_them["nodes"])
 
 
+async def test_a_request_says_otherwise(tmp_path: Path) -> None:
+    made = served(tmp_path, {"narrowing": "3:0.1", "position_budget": 80})
+    async with client(made) as asking:
+        whole = await post(asking, "/v1/query", **ASK, reading={"narrowing": None, "rate": 2.0, "position_budget": 60})
+        assert whole["reading"]["options"] == {"position_budget": 60, "rate": 2.0}
+        assert "narrowing" not in whole["reading"]["outcome"]
+        assert whole["reading"]["outcome"]["read_policy"]["taken"]["position_budget"] <= 60
+        chat = await post(asking, "/v1/chat", message=QUESTION, max_tokens=3, reading={"narrowing": "3:0"})
+        assert chat["reading"]["outcome"]["narrowing"] == {
+            "layer": 3, "share": 0.0, "by": "attention", "concepts": 0,
+        }  # fmt: skip
+        messages = [{"role": "user", "content": QUESTION}]
+        body = {"model": "compllm-rag", "messages": messages, "max_tokens": 3, "reading": {"relevance": "bm25"}}
+        openai = await post(asking, "/v1/chat/completions", **body)
+        assert openai["compllm"]["reading"]["options"]["relevance"] == "bm25"
+        untouched = await post(asking, "/v1/query", **ASK, reading={})
+        assert untouched["reading"]["options"] == {"narrowing": "3:0.1", "position_budget": 80}
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("mode", "reading", "said"),
+    [
+        ("concepts", {"position_budget": 81}, "can only be lowered"),
+        ("concepts", {"position_budget": None}, "can only be lowered"),
+        ("concepts", {"prefill_budget": 50.0}, "no budget of computation"),
+        ("concepts", {"rate": 999.0}, "out of reach"),
+        ("concepts", {"narrowing": "nine"}, "narrowing"),
+        ("text", {"rate": 2.0}, "text has no compression rate"),
+        ("text", {"narrowing": "auto"}, "mode text"),
+        ("concepts", {"read_policy": "fixed", "relevance": "bm25"}, "belongs to the budgeted"),
+        ("concepts", {"missing": "recompress"}, "missing"),
+        ("concepts", {"rate": float("inf")}, "rate"),
+    ],
+)
+async def test_a_request_is_refused_before_its_stream(
+    tmp_path: Path, mode: str, reading: dict[str, Any], said: str
+) -> None:
+    made = served(tmp_path, {"narrowing": "3:0.1", "position_budget": 80})
+    async with client(made) as asking:
+        body = json.dumps({**ASK, "mode": mode, "stream": True, "reading": reading})
+        response = await asking.post("/v1/query", content=body, headers={"content-type": "application/json"})
+        assert (response.status_code, response.json()["error"]["code"]) == (422, "invalid_request"), response.text
+        assert said in str(response.json())
+        assert (await post(asking, "/v1/query", **ASK))["answer"] is not None  # nothing is held
+    made.close()
+
+
 async def test_nothing_was_said(tmp_path: Path) -> None:
     made = served(tmp_path, {"rate": None})
     async with client(made) as asking:

@@ -9,9 +9,11 @@ import pytest
 
 import toy
 from compllm_rag.compression.compressor import Compressor
+from compllm_rag.errors import ConfigurationError
 from compllm_rag.generation.vllm import VLLMGenerator
 from tests.server.server_samples import DOCUMENTS, QUESTION, client, registry
 from tests.vllm_servers import FakeVLLM, status
+from trained import trained_deep
 
 
 @pytest.fixture
@@ -41,3 +43,10 @@ async def test_answers_come_from_it_for_every_namespace(tmp_path: Path, vllm: Fa
         again = await asking.post("/v1/query", json={"query": QUESTION, "stream": False})
         assert again.status_code == 200
     made.close()
+
+
+@pytest.mark.parametrize("kind", ["vllm", "vllm-deep"])
+def test_what_vllm_cannot_do_is_refused_before_the_start(tmp_path: Path, vllm: FakeVLLM, kind: str) -> None:
+    reading = {"narrowing": "3:0.1"}
+    with pytest.raises(ConfigurationError, match="generator cannot narrow a prompt"):
+        registry(tmp_path / "s", trained_deep(toy.llm(layers=4)), generator=f"{kind}:{vllm.url}", reading=reading)
