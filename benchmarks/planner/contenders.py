@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from compllm_rag.compression.spec import ConceptCompressor
-from compllm_rag.config import DEFAULT_RATES
+from compllm_rag.config import DEFAULT_RATES, Narrowing
 from compllm_rag.evaluation.bodies import Bodies, PassageBodies, Segmented, Setting
 from compllm_rag.evaluation.read_policies import QuestionBodies
 from compllm_rag.reading.budgeted import BudgetedReadPolicy
 from compllm_rag.reading.choice import Candidate, Part, Reading, ReadSpec
 from compllm_rag.reading.sentences import word_matches
 
-Make = Callable[[ConceptCompressor, Segmented, float], PassageBodies]
+Make = Callable[[ConceptCompressor, Segmented, float, Narrowing | None], PassageBodies]
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,23 @@ def _part(node: Candidate, s: int, read: bool) -> Part:
     return Part(sentence.start, sentence.end, "text" if read else "left out")
 
 
-def _planner(compressor: ConceptCompressor, segmented: Segmented, rate: float, *, several: bool) -> PassageBodies:
+def _planner(
+    compressor: ConceptCompressor, segmented: Segmented, rate: float, narrowing: Narrowing | None, *, several: bool
+) -> PassageBodies:
     own = DEFAULT_RATES["deep" if compressor.config.deep else "input"]
     kept = (own, rate) if several else (own,)
-    return QuestionBodies(compressor, rate=rate, policy=BudgetedReadPolicy(), kept=kept)
+    return QuestionBodies(compressor, rate=rate, policy=BudgetedReadPolicy(), kept=kept, narrowing=narrowing)
 
 
-def _sentences(compressor: ConceptCompressor, segmented: Segmented, rate: float, *, by_words: bool) -> PassageBodies:
-    return QuestionBodies(compressor, rate=rate, policy=InOrder(by_words), mode="text")
+def _sentences(
+    compressor: ConceptCompressor, segmented: Segmented, rate: float, narrowing: Narrowing | None, *, by_words: bool
+) -> PassageBodies:
+    return QuestionBodies(compressor, rate=rate, policy=InOrder(by_words), mode="text", narrowing=narrowing)
 
 
-def _alike(compressor: ConceptCompressor, segmented: Segmented, rate: float, *, mode: str) -> PassageBodies:
+def _alike(
+    compressor: ConceptCompressor, segmented: Segmented, rate: float, narrowing: Narrowing | None, *, mode: str
+) -> PassageBodies:
     return Bodies(compressor, Setting.of(mode, rate), segmented)
 
 

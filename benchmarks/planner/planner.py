@@ -20,13 +20,14 @@ from benchmarks.common import any_compressor_of, dtype_of, journal_of, parsed, p
 from benchmarks.planner.candidates import SETS, asked, found, recall, with_passages
 from benchmarks.planner.contenders import CONTENDERS, PLANNERS
 from compllm_rag.compression.spec import ConceptCompressor
-from compllm_rag.config import DEFAULT_EMBEDDER, GenerationConfig
+from compllm_rag.config import DEFAULT_EMBEDDER, GenerationConfig, Narrowing
 from compllm_rag.evaluation.asking import Asker
 from compllm_rag.evaluation.bodies import PassageBodies, Segmented, Setting
 from compllm_rag.evaluation.journal import Journal
 from compllm_rag.evaluation.questions import Question
 from compllm_rag.evaluation.statistics import Record, differences, statistics
 from compllm_rag.models.halves import Halves
+from compllm_rag.models.narrowing import check_narrowing
 from compllm_rag.reading.budgeted import BudgetedReadPolicy
 
 _SHOWN = ("f1", "em", "nll", "recovered", "positions")
@@ -40,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> Row:
     options.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
     options.add_argument("--costs", type=float, nargs="+", default=[0.25, 0.125], help="shares of text's prefill cost")
     options.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    options.add_argument(
+        "--narrow", type=Narrowing.parse, help="LAYER:SHARE: narrow all prompts with concepts, and reckon with it"
+    )
     options.add_argument("--top-k", type=int, default=4, help="passages of a question")
     options.add_argument("--pool", type=int, default=400, help="passages to look among, where a question has but one")
     options.add_argument("--max-new-tokens", type=int, default=24)
@@ -48,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> Row:
         options.error("--data-dir is needed")
     compressor = any_compressor_of(args)
     spec = compressor.spec
-    rates = {cost: (spec.depth - spec.config.entry_layer) / (spec.depth * cost) for cost in args.costs}
+    if args.narrow is not None:
+        check_narrowing(args.narrow, spec.config.entry_layer, spec.depth)
+    rates = {cost: spec.prefill_cost(1.0, args.narrow) / cost for cost in args.costs}
     for cost, rate in rates.items():
         if rate < 1:
             options.error(f"--costs {cost:g}: concepts of this compressor take no more than {rate * cost:g}")
@@ -58,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> Row:
         "limit": args.limit,
         "top_k": args.top_k,
         "pool": args.pool,
+        "narrowing": None if args.narrow is None else str(args.narrow),
         "policy": repr(BudgetedReadPolicy()),
     }
     journal = journal_of(args.json, same)
@@ -103,8 +110,8 @@ def _one(
         for label in args.contenders:
             if label == "random" and (not compressor.config.deep or rate == 1):
                 continue
-            bodies = CONTENDERS[label](compressor, segmented, rate)
-            records[label] = ask(f"{label} at {cost:g}", Setting("text"), bodies)
+            bodies = CONTENDERS[label](compressor, segmented, rate, args.narrow)
+            records[label] = ask(f"{label} at {cost:g}", Setting("text", narrowing=args.narrow), bodies)
             rows.append(_row(label, cost, records[label], whole, none))
             progress(f"{name}, {label} at {cost:g}: f1 {rows[-1]['f1']}, recovered {rows[-1]['recovered']}")
         for row in rows:

@@ -70,7 +70,7 @@ class Asker:
         self._prompt = prompt or QAPrompt(compressor.llm.tokenizer)
         self._counted = bodies is not None or setting.mode in COMPRESSED
         if bodies is None and setting.mode == "budgeted":
-            bodies = QuestionBodies(compressor, rate=setting.rate, prompt=self._prompt)
+            bodies = QuestionBodies(compressor, rate=setting.rate, prompt=self._prompt, narrowing=setting.narrowing)
         self._bodies: PassageBodies = bodies or Bodies(compressor, setting, segmented)
         self._concept_cost = compressor.spec.prefill_cost(1.0, setting.narrowing)
         self._end = int(compressor.llm.tokenizer.eos_token_id)

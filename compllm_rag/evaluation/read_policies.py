@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from compllm_rag.compression.rates import FixedRate
 from compllm_rag.compression.spec import ConceptCompressor
-from compllm_rag.config import DEFAULT_RATES, Mode
+from compllm_rag.config import DEFAULT_RATES, Mode, Narrowing
 from compllm_rag.errors import ConfigurationError, ReadBudgetError
 from compllm_rag.evaluation.questions import Question
 from compllm_rag.library import ConceptLibrary
@@ -31,6 +31,7 @@ class QuestionBodies:
         kept: Rates at which passages are kept; None is the codec's default rate and that of the budget.
         mode: `text` allows no concepts.
         prompt: Lays out passages; None takes the default prompt.
+        narrowing: Of the prompts; the budget, too, is what narrowed concepts would take.
 
     Raises:
         ConfigurationError, RateOutOfReachError: A rate cannot be kept.
@@ -45,6 +46,7 @@ class QuestionBodies:
         kept: Sequence[float] | None = None,
         mode: Mode = "concepts",
         prompt: QAPrompt | None = None,
+        narrowing: Narrowing | None = None,
     ) -> None:
         if rate is None:
             raise ConfigurationError("mode budgeted needs a rate", expected="one whose cost is the budget")
@@ -56,8 +58,7 @@ class QuestionBodies:
         self._budget_of = FixedRate(rate, compressor.config.longest_unit)
         self._prompt = prompt or QAPrompt(compressor.llm.tokenizer)
         self._reading = PassageReading(self._library, policy or BudgetedReadPolicy(), ReadBudget(), mode=mode)
-        spec = compressor.spec
-        self._concept_cost = (spec.depth - spec.config.entry_layer) / spec.depth
+        self._concept_cost, self._narrowing = compressor.spec.prefill_cost(1.0, narrowing), narrowing
         self._needs_concepts = mode == "concepts"
 
     def size(self, text: str) -> int:
@@ -87,7 +88,7 @@ class QuestionBodies:
         if not retrieved:
             return []
         own = len(self._prompt.opening) + len(self._prompt.suffix(question.question))
-        budget = ReadBudget(prefill=max(1.0, self.budget(question)))
+        budget = ReadBudget(prefill=max(1.0, self.budget(question)), narrowing=self._narrowing)
         try:
             made = self._reading.read(question.question, retrieved, own, budget=budget).passages
         except ReadBudgetError:

@@ -125,7 +125,7 @@ def evaluate_many(
             GenerationConfig(max_new_tokens=config.max_new_tokens),
             halves=halves,
             generator=generator,
-            bodies=QuestionBodies(compressor, rate=setting.rate, policy=read_policy)
+            bodies=QuestionBodies(compressor, rate=setting.rate, policy=read_policy, narrowing=setting.narrowing)
             if setting.mode == "budgeted"
             else None,
         )

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from compllm_rag.config import Narrowing
 from compllm_rag.errors import UnsupportedFormatError
+from compllm_rag.models.narrowing import kept_concepts
 
 FORMAT_VERSION = 1
 
@@ -119,6 +121,15 @@ class CostModel:
             ) from error
 
 
-def counted_prefill(tokens: float, concepts: float, *, entry_layer: int, depth: int) -> float:
-    """What a prompt takes at prefill in text tokens: a concept passes the layers from the entry layer on."""
-    return tokens + concepts * (depth - entry_layer) / depth
+def counted_prefill(
+    tokens: float, concepts: int, *, entry_layer: int, depth: int, narrowing: Narrowing | None = None
+) -> float:
+    """What a prompt takes at prefill in text tokens.
+
+    A concept passes the layers from the entry layer on; where the prompt is narrowed from a layer T on, a share of them
+    passes those from T on.
+    """
+    passed = concepts * (depth - entry_layer)  # concepts times layers
+    if narrowing is not None:
+        passed -= (concepts - kept_concepts(concepts, narrowing.share)) * (depth - narrowing.layer)
+    return tokens + passed / depth

@@ -94,10 +94,10 @@ def passage_reading(
         decides_otherwise: Whether something else decides for each node (`choose`).
         options: `rate`: source tokens per concept, where it is not that of the library. `read_policy`: `fixed`,
             `budgeted`, or one of your own; None is `budgeted` where there is a budget. `relevance`: by what `budgeted`
-            judges sentences; see `BudgetedReadPolicy`. `position_budget`: most prompt
-            positions of all passages, their titles included. `prefill_budget`: most that they take at prefill, in text
-            tokens. `ttft_budget_s`: most seconds to the first token. `costs`: of this machine; None takes what
-            `compllm-rag calibrate` found.
+            judges sentences; see `BudgetedReadPolicy`. `position_budget`: most prompt positions of all passages, their
+            titles included. `prefill_budget`: most that they take at prefill, in text tokens. `narrowing`: see
+            `narrowing_of`; that budget reckons with it. `ttft_budget_s`: most seconds to the first token. `costs`: of
+            this machine; None takes what `compllm-rag calibrate` found.
 
     Raises:
         ConfigurationError: There is no such policy or relevance, a budget makes no sense, two options contradict each
@@ -127,11 +127,12 @@ def passage_reading(
             expected="one of them",
             next_step="leave choose out",
         )
+    narrowing = narrowing_of(library, mode=mode, decides_otherwise=decides_otherwise, options=options)
     costs = options.get("costs")
     layer = library.spec.config.entry_layer
     if costs is None:
         costs = needed_costs(library.llm, layer) if "ttft_s" in limits else known_costs(library, missing)
-    budget = ReadBudget(**limits, costs=costs)
+    budget = ReadBudget(**limits, costs=costs, narrowing=narrowing)
     return PassageReading(library, policy or BudgetedReadPolicy(), budget, mode=mode, missing=missing, rate=rate)
 
 
@@ -148,17 +149,18 @@ def narrowing_of(
             layers on.
 
     Raises:
-        ConfigurationError: There is nothing to narrow, no such layer, or a budget that reckons with all concepts.
+        ConfigurationError: There is nothing to narrow, no such layer, or a time as budget, which reckons with all
+            concepts.
     """
     given, spec = options.get("narrowing"), library.spec
     if given is None:
         return None
-    against = [name for name in ("prefill_budget", "ttft_budget_s") if options.get(name) is not None]
+    against = [name for name in ("ttft_budget_s",) if options.get(name) is not None]
     against += ["mode text"] if mode == "text" and not decides_otherwise else []
     against += [] if spec.config.deep else ["concepts at the input embeddings"]
     if against:
         raise ConfigurationError(
-            "narrowing is of deep concepts, and no budget of computation reckons with it",
+            "narrowing is of deep concepts, and no budget of time reckons with it",
             got=f"narrowing {given} and {', '.join(against)}",
             expected="one of them",
             next_step="leave narrowing out, or what stands against it",

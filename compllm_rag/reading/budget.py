@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from compllm_rag.compression.spec import ConceptSpec
+from compllm_rag.config import Narrowing
 from compllm_rag.errors import ConfigurationError, NotCalibratedError, ReadBudgetError
 from compllm_rag.generation.costs import CostModel, counted_prefill
 
@@ -20,12 +21,14 @@ class ReadBudget:
 
     Attributes:
         positions: Most prompt positions of all passages, their numbers, titles and metadata included.
-        prefill: Most that these passages take at prefill, in text tokens: a token counts 1, a concept (D - L) / D.
+        prefill: Most that these passages take at prefill, in text tokens: a token counts 1, a concept (D - L) / D, or
+            less where the prompt is narrowed.
         ttft_s: Most seconds to the first token, by the cost model; the whole prompt counts.
         costs: What reading takes on this machine; needed for `ttft_s`.
+        narrowing: Of the prompt's deep concepts. A time does not reckon with it.
 
     Raises:
-        ConfigurationError: A limit is none.
+        ConfigurationError: A limit is none, or a time is asked for of a narrowed prompt.
         NotCalibratedError: A time is asked for without a cost model.
     """
 
@@ -33,6 +36,7 @@ class ReadBudget:
     prefill: float | None = None
     ttft_s: float | None = None
     costs: CostModel | None = None
+    narrowing: Narrowing | None = None
 
     def __post_init__(self) -> None:
         for field, name in NAMES.items():
@@ -49,6 +53,13 @@ class ReadBudget:
                 got=self.prefill,
                 expected="text tokens that passages may be worth, at least 1; it is no share",
                 next_step="multiply the share by the tokens of the passages",
+            )
+        if self.ttft_s is not None and self.narrowing is not None:
+            raise ConfigurationError(
+                "no budget of time reckons with narrowing",
+                got=f"ttft_budget_s and narrowing {self.narrowing}",
+                expected="one of them",
+                next_step="leave narrowing out, or ask for prefill_budget in place of the time",
             )
         if self.ttft_s is not None and self.costs is None:
             raise NotCalibratedError(
@@ -86,7 +97,7 @@ class Meter:
 
     def __init__(self, budget: ReadBudget, spec: ConceptSpec, prompt_tokens: int, beside_s: float = 0.0) -> None:
         self.budget, self._prompt_tokens, self._beside_s = budget, prompt_tokens, beside_s
-        self._layers = {"entry_layer": spec.config.entry_layer, "depth": spec.depth}
+        self._entry_layer, self._depth = spec.config.entry_layer, spec.depth
 
     def spend_beside(self, tokens: int) -> None:
         """Set aside the time of tokens that run through the LLM's lower half before the prompt does.
@@ -106,7 +117,9 @@ class Meter:
         """
         out: dict[str, float] = {
             "position_budget": tokens + concepts,
-            "prefill_budget": counted_prefill(tokens, concepts, **self._layers),
+            "prefill_budget": counted_prefill(
+                tokens, concepts, entry_layer=self._entry_layer, depth=self._depth, narrowing=self.budget.narrowing
+            ),
         }
         if self.budget.costs is not None:
             read = self.budget.costs.prefill_s(self._prompt_tokens + tokens, concepts)

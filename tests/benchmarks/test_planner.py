@@ -74,3 +74,14 @@ def test_it_runs_resumes_and_has_its_section(data: Path, toy_folder: Path, tmp_p
     assert again["sets"] == record["sets"] and log.count("done before") == 2 * (3 + 2 * len(CONTENDERS))
     page = "\n".join(planner_page.tables(record))
     assert "| BM25 sentences | 0.125 |" in page and "Against the best of" in page and "### MuSiQue dev" in page
+
+
+def test_all_of_them_narrowed(data: Path, tmp_path: Path) -> None:
+    words = ["--llm", toy.save(tmp_path / "llm", layers=4), "--data-dir", data, "--limit", 2, "--sets", "squad"]
+    words += ["--embedder", data / "embedder" / "model", "--top-k", 3, "--pool", 4, "--max-new-tokens", 3]
+    words += ["--narrow", "3:0.1", "--costs", 0.2, "--contenders", "planner", "concepts"]
+    record, _ = loft_corpus.run("planner", tmp_path / "narrowed.json", *words)
+    assert record["narrowing"] == "3:0.1" and record["rates"]["0.2"] == pytest.approx(0.275 / 0.2)
+    rows = {row["contender"]: row for row in record["sets"]["squad"]["rows"]}
+    assert rows["concepts"]["prefill_cost"] == pytest.approx(0.2, abs=0.02)
+    assert rows["planner"]["prefill_tokens"] <= rows["concepts"]["prefill_tokens"] + 0.5

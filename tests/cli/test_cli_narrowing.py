@@ -53,6 +53,15 @@ def test_a_narrowed_prompt_costs_less_and_says_so(folder: Path) -> None:
     assert budget["read_policy"]["taken"]["position_budget"] <= 60
 
 
+def test_a_prefill_budget_reckons_with_it(folder: Path) -> None:
+    """What a narrowed prompt takes less buys more of the passages."""
+    whole = asked(folder, "--prefill-budget", 90)
+    narrowed = asked(folder, "--prefill-budget", 90, "--narrow", "3:0.1")
+    read = [sum(source["n_concepts"] for source in one["sources"]) for one in (whole, narrowed)]
+    assert read[0] < read[1]
+    assert all(one["read_policy"]["taken"]["prefill_budget"] <= 90 for one in (whole, narrowed))
+
+
 def test_all_of_the_concepts_change_no_answer(folder: Path) -> None:
     whole, all_of_them = asked(folder), asked(folder, "--narrow", "3:1")
     assert all_of_them["answer"] == whole["answer"]
@@ -67,7 +76,7 @@ def test_all_of_the_concepts_change_no_answer(folder: Path) -> None:
         (("--narrow", "2"), "cannot be narrowed at this layer"),
         (("--narrow", "4"), "cannot be narrowed at this layer"),
         (("--narrow", "auto", "--mode", "text"), "mode text"),
-        (("--narrow", "auto", "--prefill-budget", "60"), "prefill_budget"),
+        (("--narrow", "auto", "--ttft-budget", "60"), "ttft_budget_s"),
     ],
 )
 def test_what_cannot_be_narrowed_is_refused(folder: Path, options: tuple[str, ...], said: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import toy
+from compllm_rag.config import Narrowing
 from compllm_rag.errors import NotCalibratedError, UnsupportedFormatError
 from compllm_rag.generation import calibration
 from compllm_rag.generation.calibration import Machine, calibrate, needed_costs, save_costs, saved_costs
@@ -47,6 +48,10 @@ def test_seconds_of_a_prompt_go_by_its_halves() -> None:
     assert shallow.prefill_s(3, 4) == 700
     assert counted_prefill(10, 8, entry_layer=15, depth=30) == 14
     assert counted_prefill(10, 8, entry_layer=0, depth=30) == 18
+    # 20 concepts in layers 15 to 24, 2 of them in the last 6 as well.
+    narrowed = counted_prefill(10, 20, entry_layer=15, depth=30, narrowing=Narrowing.parse("24:0.1"))
+    assert narrowed == pytest.approx(10 + (20 * 9 + 2 * 6) / 30)
+    assert counted_prefill(10, 20, entry_layer=15, depth=30, narrowing=Narrowing.parse("24:0")) == 16
 
 
 def test_calibration_measures_whole_and_halves() -> None:

@@ -103,6 +103,19 @@ def test_the_cost_is_counted_beside_the_whole_text_of_what_is_read(library: Conc
     assert planned.cost.as_text == text * depth
 
 
+def test_a_narrowed_prompt_is_counted_as_its_account_does() -> None:
+    made = compressor("deep")
+    of = ConceptLibrary(made, MemoryStore(made.spec.width))
+    read = {}
+    for narrowing in (None, "3:0.25"):
+        planned = Planner(of, reading={"prefill_budget": 60, "narrowing": narrowing}).plan(QUESTION, nodes(), 2000)
+        own = planned.plan.positions - sum(facts.positions for facts in planned.facts)
+        taken = planned.read_policy["taken"]["prefill_budget"]
+        assert taken == pytest.approx(planned.cost.passed / 4 - own) and taken <= 60
+        read[narrowing] = sum(facts.n_concepts for facts in planned.facts)
+    assert read[None] < read["3:0.25"]
+
+
 async def test_asked_streamed_and_asynchronous_it_decides_the_same(index: ConceptIndex) -> None:
     options = {"similarity_top_k": 4, "prefill_budget": 60}
     plain = index.as_query_engine(**options).query(QUESTION)

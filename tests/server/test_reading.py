@@ -121,7 +121,7 @@ async def test_a_request_says_otherwise(tmp_path: Path) -> None:
     [
         ("concepts", {"position_budget": 81}, "can only be lowered"),
         ("concepts", {"position_budget": None}, "can only be lowered"),
-        ("concepts", {"prefill_budget": 50.0}, "no budget of computation"),
+        ("concepts", {"ttft_budget_s": 50.0}, "no budget of time"),
         ("concepts", {"rate": 999.0}, "out of reach"),
         ("concepts", {"narrowing": "nine"}, "narrowing"),
         ("text", {"rate": 2.0}, "text has no compression rate"),
@@ -187,7 +187,7 @@ async def test_what_cannot_be_kept_is_told_to_who_asks(tmp_path: Path) -> None:
         ({"relevance": "maxsim", "read_policy": "fixed"}, ConfigurationError, "belongs to the budgeted read policy"),
         ({"rate": 999.0}, ConfigurationError, "out of reach"),
         ({"narrowing": "9:0.1"}, ConfigurationError, "cannot be narrowed at this layer"),
-        ({"narrowing": "auto", "prefill_budget": 50.0}, ConfigurationError, "no budget of computation"),
+        ({"narrowing": "auto", "ttft_budget_s": 50.0}, ConfigurationError, "no budget of time"),
         ({"prefill_budget": 0.5}, ConfigurationError, "it is no share"),
         ({"ttft_budget_s": 1.0}, NotCalibratedError, "compllm-rag calibrate"),
     ],
