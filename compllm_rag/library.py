@@ -42,6 +42,7 @@ from compllm_rag.unicode_text import whole
 __all__ = ["ConceptLibrary", "EnsureReport", "Fetched", "KeptChoices", "Passage", "Took", "sample", "unpacked"]
 
 _REMEMBERED = 4096
+_RATES = 16  # at which passages are remembered beside those that are held
 # Concepts made between two writes: bounds memory, and what an interruption can lose.
 _WRITE_EVERY = 20_480
 # Times the RMS of the LLM's embeddings. Concepts stay within a few; a hundred is a head that has run away, or damage.
@@ -102,7 +103,7 @@ class ConceptLibrary(ProcessBound):
         self.took = Took()
         self._known: OrderedDict[str, tuple[Passage, ...]] = OrderedDict()  # at each rate held, the default first
         self._lock, self._memo = threading.Lock(), ConceptMemo()
-        self._at: dict[float, ConceptLibrary] = {}  # the same passages at other rates
+        self._at: OrderedDict[float, ConceptLibrary] = OrderedDict()  # the same passages at other rates
         self._most_rms = _MOST_RMS * self.spec.scale
 
     @property
@@ -177,6 +178,9 @@ class ConceptLibrary(ProcessBound):
                 made = ConceptLibrary(*parts, rate=rate, namespace=self.namespace, metrics=self.metrics)
                 made._memo = self._memo
                 self._at[rate] = made
+                while len(self._at) > _RATES:  # whoever asks for ever new rates finds no more memory taken
+                    self._at.popitem(last=False)
+            self._at.move_to_end(rate)
             return self._at[rate]
 
     def at_hand(self, text: str) -> list[bool]:

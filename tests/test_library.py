@@ -149,6 +149,16 @@ def test_remembered_passages_are_bounded(library: ConceptLibrary, monkeypatch: p
 # What is missing
 
 
+def test_further_rates_are_bounded(library: ConceptLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients of a server may ask for any rate."""
+    monkeypatch.setattr("compllm_rag.library._RATES", 3)
+    first = library.at_rate(2.5)
+    for step in range(3):
+        assert library.at_rate(2.5) is first  # what is asked for again stays
+        library.at_rate(3.0 + step / 10)
+    assert library.at_rate(2.5) is first and len(library._at) == 3
+
+
 def test_missing_concepts_are_made_now_and_not_written(library: ConceptLibrary, counting: Counting) -> None:
     library.ensure(PARAGRAPHS[:1])
     text = PARAGRAPHS[0] + "\n\n" + PARAGRAPHS[1]

@@ -319,7 +319,12 @@ class Planner:
         """
         as_concepts = self.mode_of(query, node) == "concepts"
         return fixed_body(
-            self._at_rate, text_of_node(node.node), passage, missing if as_concepts else None, self._costs
+            self._at_rate,
+            text_of_node(node.node),
+            passage,
+            missing if as_concepts else None,
+            self._costs,
+            self.narrowing,
         )
 
     def _facts(self, node: NodeWithScore, body: NodeBody, positions: int) -> NodeFacts:

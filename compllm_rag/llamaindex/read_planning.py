@@ -9,7 +9,7 @@ from typing import Any
 
 from llama_index.core.schema import NodeWithScore
 
-from compllm_rag.config import MissingChoice
+from compllm_rag.config import MissingChoice, Narrowing
 from compllm_rag.errors import ReadBudgetError
 from compllm_rag.generation.costs import CostModel
 from compllm_rag.library import ConceptLibrary
@@ -37,7 +37,12 @@ class ReadNodes:
 
 
 def fixed_body(
-    library: ConceptLibrary, text: str, passage: int, missing: MissingChoice | None, costs: CostModel | None
+    library: ConceptLibrary,
+    text: str,
+    passage: int,
+    missing: MissingChoice | None,
+    costs: CostModel | None,
+    narrowing: Narrowing | None = None,
 ) -> NodeBody:
     """What stands for a text that is read in one way as a whole.
 
@@ -47,6 +52,7 @@ def fixed_body(
         passage: Its number in the prompt, from 0.
         missing: What to do when concepts are not stored; None reads it as text in any case.
         costs: What was measured on this machine, for `auto`.
+        narrowing: Of the prompt, for `auto`.
 
     Raises:
         MissingConceptsError: See `ConceptLibrary.fetch`.
@@ -54,7 +60,7 @@ def fixed_body(
     if missing is None:
         return NodeBody([TextSpan(library.passage(text).ids, passage)])
     begun, policy, why = time.perf_counter(), "recompress" if missing == "auto" else missing, None
-    found = crossover(library, text, costs) if missing == "auto" else None
+    found = crossover(library, text, costs, narrowing) if missing == "auto" else None
     if found is not None:
         policy, why = "text" if found.reads_text else "recompress", found.why
     fetched = library.fetch(text, missing=policy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compllm_rag.config import CompressorConfig
+from compllm_rag.config import CompressorConfig, Narrowing
 from compllm_rag.generation.costs import CostModel
 from compllm_rag.library import ConceptLibrary
 
@@ -39,13 +39,17 @@ class Crossover:
         return f"its concepts are not stored: making and reading them takes about {made}, reading its text {read}"
 
 
-def crossover(library: ConceptLibrary, text: str, costs: CostModel | None = None) -> Crossover | None:
+def crossover(
+    library: ConceptLibrary, text: str, costs: CostModel | None = None, narrowing: Narrowing | None = None
+) -> Crossover | None:
     """Compare both ways for one passage; None where no concepts are missing.
 
     Args:
         library: Knows what is stored, at the rate that is meant.
         text: The passage.
         costs: What was measured on this machine; None counts the layers that every token passes.
+        narrowing: Of the prompt. Where seconds were measured, they are those of whole prompts, and are taken to shrink
+            as the layers do.
     """
     there = library.at_hand(text)
     if all(there):
@@ -53,12 +57,13 @@ def crossover(library: ConceptLibrary, text: str, costs: CostModel | None = None
     passage, spec = library.passage(text), library.spec
     missing = [i for i, stored in enumerate(there) if not stored]
     tokens, new = sum(len(passage.segments[i]) for i in missing), sum(passage.n_concepts[i] for i in missing)
-    n, concepts, depth, layer = len(passage.ids), sum(passage.n_concepts), spec.depth, spec.config.entry_layer
+    n, concepts, depth = len(passage.ids), sum(passage.n_concepts), spec.depth
     if costs is None:
         passes = _layers_passed(spec.config, depth, tokens, new, len(missing))
-        return Crossover(n, passes / depth + concepts * (depth - layer) / depth, "text tokens")
+        return Crossover(n, passes / depth + concepts * spec.prefill_cost(1.0, narrowing), "text tokens")
     made = costs.compress_s(tokens)
     reads = costs.upper(concepts) if costs.upper is not None else costs.whole(concepts)
+    reads *= spec.prefill_cost(1.0, narrowing) / spec.prefill_cost(1.0)
     return Crossover(costs.prefill_s(n, 0), made + reads, "s", made)
 
 

@@ -210,7 +210,7 @@ class _OneQuestion:
         elif missing == "text" and not all(self._own_library.at_hand(candidate.text)):
             self._as_text[candidate.id] = "its concepts are not stored"
         elif missing == "auto":
-            found = crossover(self._own_library, candidate.text, self._budget.costs)
+            found = crossover(self._own_library, candidate.text, self._budget.costs, self._budget.narrowing)
             if found is not None and found.reads_text:
                 self._as_text[candidate.id] = found.why
                 self._bypassed.add(candidate.id)
