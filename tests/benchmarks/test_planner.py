@@ -73,7 +73,12 @@ def test_it_runs_resumes_and_has_its_section(data: Path, toy_folder: Path, tmp_p
     again, log = loft_corpus.run("planner", out, *words)
     assert again["sets"] == record["sets"] and log.count("done before") == 2 * (3 + 2 * len(CONTENDERS))
     page = "\n".join(planner_page.tables(record))
-    assert "| BM25 sentences | 0.125 |" in page and "Against the best of" in page and "### MuSiQue dev" in page and "planner.png" in page
+    assert (
+        "| BM25 sentences | 0.125 |" in page
+        and "Against the best of" in page
+        and "### MuSiQue dev" in page
+        and "planner.png" in page
+    )
     assert len(planner_page.plot(record).axes) == 2
 
 

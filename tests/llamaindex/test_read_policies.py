@@ -12,7 +12,6 @@ from llama_index.core import PromptTemplate
 from llama_index.core.schema import QueryBundle
 
 from compllm_rag import ConceptIndex, GenerationConfig, MemoryStore
-from compllm_rag.config import Narrowing
 from compllm_rag.errors import (
     ConfigurationError,
     NotCalibratedError,
@@ -20,14 +19,12 @@ from compllm_rag.errors import (
     RateOutOfReachError,
     ReadBudgetError,
 )
-from compllm_rag.generation.costs import CostModel, Curve
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.planner import Planner
 from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer
 from compllm_rag.prompt import ConceptSpan, TextSpan
 from compllm_rag.reading.budgeted import BudgetedReadPolicy
 from compllm_rag.reading.choice import Candidate, FixedReadPolicy, Reading, ReadSpec
-from compllm_rag.reading.crossover import crossover
 from tests.faults.fault_samples import documents
 from tests.llamaindex.test_synthesizer import nodes
 from tests.reading.read_samples import compressor
