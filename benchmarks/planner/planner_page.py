@@ -20,7 +20,8 @@ def tables(record: dict[str, Any]) -> list[str]:
         "## Read policies at equal prefill cost",
         "",
         f"{record['llm']} ({record['dtype']}), {record['top_k']} retrieved passages a question; *cost* is what they "
-        "may take of the prefill that they take as text. *Recovered* as in [design, section 7](design.md#7-definitions)."
+        "may take of the prefill that they take as text. *Recovered* as in "
+        "[design, section 7](design.md#7-definitions)."
         + (f" Prompts with concepts are narrowed, `{narrowing}`, which is reckoned with." if narrowing else ""),
         "",
         f"{source(record)}.",
