@@ -47,7 +47,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "reader": {"default": "auto", "help": "folder of a reader, auto or none"},
     "compressor": {"default": "auto", "help": "folder of a compressor, auto or none"},
     "codec": {"default": "deep", "choices": ["deep", "input"], "help": "where concepts enter, unless a folder says so"},
-    "entry-layer": {"type": int, "help": "of untrained deep concepts"},
+    "entry-layer": {"type": int, "help": "of the compressor that ships for it, or of untrained deep concepts"},
     "dtype": {"help": "of the LLM: float32, bfloat16 or float16 (default: float32 on a CPU)"},
     "embedder": {"help": "retrieval embedder; default: the embedded one"},
     "batch-size": {"type": int, "default": 16, "help": "questions of a batch"},

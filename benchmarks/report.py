@@ -87,8 +87,8 @@ relevance`.
 PAGES = {
     "quality.md": (
         QUALITY,
-        "quality_deep narrowing quality_narrowed quality_frozen quality_gemma chunks frontier pins placeholders "
-        "quality anchors ablations",
+        "quality_deep narrowing quality_narrowed quality_further quality_frozen quality_gemma chunks frontier pins "
+        "placeholders quality anchors ablations",
     ),
     "storage.md": (STORAGE, "storage_size storage_quality_deep storage_quality store_read commits"),
     "rates.md": (RATES, "rates planner relevance"),
@@ -103,6 +103,7 @@ _PICTURE = re.compile(r"^!\[.*\]\((.*)\)$", re.MULTILINE)
 BENCHMARK_OF = {
     "quality_deep": "quality",
     "quality_narrowed": "quality",
+    "quality_further": "quality",
     "quality_frozen": "quality",
     "ttft_narrowed": "ttft_deep",
     "quality_gemma": "quality",

@@ -8,6 +8,7 @@ from benchmarks.cells import apart, difference, number, source, table, with_inte
 from benchmarks.quality.quality import SETS
 from compllm_rag.config import DEFAULT_LLM
 
+_LAYER = 15  # at which the concepts enter that are the default of the embedded LLM
 _NARROWED = ("tab:green", "tab:olive", "tab:cyan")
 
 
@@ -21,7 +22,7 @@ def tables(record: dict[str, Any]) -> list[str]:
     lines = [line for name in sets for line in _section(record[name])]
     over, name = ("prefill cost", "quality_deep") if _deep(record) else ("the achieved rate", "quality")
     if any(_narrows(record[each]) for each in sets):
-        name = "quality_narrowed"
+        name = "quality_narrowed" if not any(_elsewhere(record[each]) for each in sets) else "quality_further"
     # A single set is no comparison; and pages may hold several records of one, beside those with a plot.
     lines += [f"![Recovered over {over}]({name}.png)", ""] if len(sets) > 1 else []
     return lines + (_probes(record["probes"]) if "probes" in record else [])
@@ -76,11 +77,17 @@ def _named(row: dict[str, Any]) -> str:
 
 
 def _other(record: dict[str, Any]) -> str:
-    """What sets deep concepts apart from those that ship: another LLM, or an upper half that was not trained."""
+    """What sets deep concepts apart from the default: another LLM or layer, an upper half that was not trained."""
     made, llm = record["compressor"], record["llm"]
     named = "" if llm == DEFAULT_LLM else f" of {llm}"
+    named += f", entry layer {made['entry_layer']}" if _elsewhere(record) else ""
     alone = made.get("entry_layer") and made["lora_rank"] and not made.get("read_rank")
     return named + (", the upper half frozen" if alone else "") + (", whole and narrowed" if _narrows(record) else "")
+
+
+def _elsewhere(record: dict[str, Any]) -> bool:
+    """Whether the concepts enter the embedded LLM at another layer than its default one."""
+    return bool(record["llm"] == DEFAULT_LLM and record["compressor"].get("entry_layer") not in (None, 0, _LAYER))
 
 
 def _narrows(record: dict[str, Any]) -> bool:

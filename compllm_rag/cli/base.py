@@ -43,7 +43,12 @@ GeneratorAddress = Annotated[
     ),
 ]
 EntryLayer = Annotated[
-    int | None, typer.Option(min=1, help="Layer at which untrained deep concepts enter. Default: half of them.")
+    int | None,
+    typer.Option(
+        min=1,
+        help="Layer at which deep concepts enter; where no compressor ships for it they are untrained. Default: the "
+        "layer of the one that ships, else half of them.",
+    ),
 ]
 
 

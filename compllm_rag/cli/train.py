@@ -145,6 +145,14 @@ def selector(
     ] = "auto",
     llm: Annotated[str, typer.Option("--llm", help="Target LLM: alias, folder or org/name@revision.")] = DEFAULT_LLM,
     reader: ReaderFolder = "auto",
+    entry_layer: Annotated[
+        int | None,
+        typer.Option(
+            "--entry-layer",
+            min=1,
+            help="Let the concepts enter at this layer: layers in between keep their LoRA. Train on from there.",
+        ),
+    ] = None,
     groups: Annotated[
         int, typer.Option("--groups", min=1, help="Groups of questions that share passages to learn from, at most.")
     ] = 1000,
@@ -172,6 +180,7 @@ def selector(
             llm,
             show.fetching,
             reader=reader,
+            entry_layer=entry_layer,
             n_groups=groups,
             n_gates=gates,
             seed=seed,

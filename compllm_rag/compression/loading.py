@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -30,12 +31,32 @@ def shipped_adapter(llm: str, kind: str) -> Path | None:
 
     Args:
         llm: The LLM's alias.
-        kind: `reader`, `deep` or `compressor`.
+        kind: `reader`, `compressor`, `deep`, or `deep-L` of another entry layer than its default.
     """
     if "/" in llm or llm in (".", ".."):
         return None
     folder = Path(str(resources.files("compllm_rag"))) / "data" / "adapters" / llm / kind
     return folder if folder.is_dir() else None
+
+
+def shipped_compressor(llm: str, codec: Codec | str, entry_layer: int | None = None) -> Path | None:
+    """Folder of the compressor that ships for an LLM with its shipped reader, None where there is none.
+
+    Args:
+        llm: The LLM's alias.
+        codec: Of which kind.
+        entry_layer: Of deep concepts: at which layer they enter; None takes the default one.
+    """
+    if codec != "deep":
+        return shipped_adapter(llm, "compressor") if entry_layer is None else None
+    default = shipped_adapter(llm, "deep")
+    if entry_layer is None or (default is not None and _entry_layer_of(default) == entry_layer):
+        return default
+    return shipped_adapter(llm, f"deep-{entry_layer}")
+
+
+def _entry_layer_of(folder: Path) -> int:
+    return int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]["entry_layer"])
 
 
 def load_compressor_for(
@@ -61,7 +82,8 @@ def load_compressor_for(
             shipped one too, else the untrained one; None takes the untrained one.
         codec: Where no folder is given: `deep`, concepts that enter at a middle layer, or `input`, those of CompLLM at
             the input embeddings.
-        entry_layer: Of untrained deep concepts: L; None takes half the LLM's layers.
+        entry_layer: Of deep concepts: L, with `auto` of the compressor that ships for this layer, where there is one;
+            None takes the layer of the one that ships, or of untrained ones half the LLM's layers.
         dtype: See `TargetLLM.from_pretrained`.
         device: See `TargetLLM.from_pretrained`.
         device_map: See `TargetLLM.from_pretrained`.
@@ -90,8 +112,8 @@ def load_compressor_for(
         progress=progress,
     )
     folder = Path(compressor) if compressor not in (AUTO, None) else None
-    if compressor == AUTO and reader == AUTO and entry_layer is None:
-        folder = shipped_adapter(llm, "deep" if codec == "deep" else "compressor")
+    if compressor == AUTO and reader == AUTO:
+        folder = shipped_compressor(llm, codec, entry_layer)
     made: ConceptCompressor
     if folder is not None:
         made = load_compressor(folder, target)

@@ -133,7 +133,7 @@ def create_index(
             folder.
         codec: `deep` (the default) for concepts that enter the LLM at a middle layer, `input` for those of CompLLM
             at its input embeddings; a compressor that is given says it itself.
-        entry_layer: Of untrained deep concepts: L; None takes half the LLM's layers.
+        entry_layer: Of deep concepts: L; see `load_compressor_for`.
         generation: Limits of the answers.
         progress: Called with messages while models are fetched.
         elsewhere: Class of the vector store that keeps vectors and text in the storage's place; None for none.

@@ -247,7 +247,9 @@ def going_on_from(folder: Path, llm: TargetLLM, options: DeepOptions) -> DeepCom
                 "compressor to go on from is of another kind",
                 got=f"{name} {found} in {folder}",
                 expected=f"{name} {value}",
-                next_step="give the settings it was made with, or choose another --from",
+                next_step="`train selector --entry-layer` moves it to another layer"
+                if name == "entry_layer"
+                else "give the settings it was made with, or choose another --from",
             )
     return made
 

@@ -31,6 +31,7 @@ from compllm_rag.errors import ConfigurationError
 from compllm_rag.models.adapters import load_lora_state, lora_state
 from compllm_rag.prompt import ConceptSpan
 from compllm_rag.training.deep_task import concepts_of, drawn_at
+from compllm_rag.training.entry_layer import at_entry_layer
 from compllm_rag.training.examples import Example, pack_deep, targets_of
 from compllm_rag.training.job_options import DEEP_DATA
 from compllm_rag.training.material import Material
@@ -50,6 +51,7 @@ def train_selector(
     progress: Progress,
     *,
     reader: str = AUTO,
+    entry_layer: int | None = None,
     n_groups: int = 1000,
     n_gates: int = 300,
     seed: int = 0,
@@ -65,6 +67,7 @@ def train_selector(
         llm: Its target LLM.
         progress: Called with a message and the share that is done.
         reader: Folder of the reader it was made with, "auto" for the shipped one, "none" for the LLM as it is.
+        entry_layer: Move the concepts to this layer, see `at_entry_layer`; None leaves them where they are.
         n_groups: See `fit_selector`.
         n_gates: See `fit_selector`.
         seed: See `fit_selector`.
@@ -75,7 +78,7 @@ def train_selector(
         What was done, as plain values.
 
     Raises:
-        ConfigurationError: `init` is no compressor of deep concepts, or there is nothing to learn.
+        ConfigurationError: `init` is no compressor of deep concepts, it cannot be moved, or there is nothing to learn.
         DataFileError, EvaluationDataError: See `Material`.
         FingerprintMismatchError, UnknownModelError: See `load_compressor_for`.
     """
@@ -95,6 +98,8 @@ def train_selector(
             expected="a compressor of deep concepts",
             next_step="name another with --from",
         )
+    if entry_layer is not None:
+        compressor = at_entry_layer(compressor, entry_layer)
     unit_length = compressor.config.unit_length
     material = Material(questions, [], compressor.segmenter, DEEP_DATA.material, unit_length=unit_length)
     weights = fit_selector(compressor, material, n_groups=n_groups, n_gates=n_gates, seed=seed, progress=progress)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import toy
 from compllm_rag.compression import loading
 from compllm_rag.compression.deep import DeepCompressor
 from compllm_rag.compression.loading import load_compressor_for, shipped_adapter
@@ -122,8 +123,27 @@ def test_a_shipped_compressor_of_deep_concepts_is_what_auto_takes(
     monkeypatch.setattr(loading, "shipped_adapter", lambda llm, kind: folders.get(kind))
     assert load_compressor_for(shipped).fingerprint == made.fingerprint
     assert load_compressor_for(shipped, compressor=None).config.lora_rank == 0
-    assert load_compressor_for(shipped, entry_layer=1).config.lora_rank == 0
+    assert load_compressor_for(shipped, entry_layer=1).fingerprint == made.fingerprint
+    assert load_compressor_for(shipped, entry_layer=1, compressor=None).config.lora_rank == 0
     assert load_compressor_for(shipped, reader=None).config.lora_rank == 0
+
+
+def test_of_another_entry_layer_another_one_may_ship(
+    tmp_path: Path, reader: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = toy.save(tmp_path / "llm", layers=4)
+    read = TargetLLM.from_pretrained(llm, reader=reader)
+    made = {layer: trained_deep(read, entry_layer=layer) for layer in (2, 3)}
+    folders = {"reader": reader}
+    for layer, name in ((2, "deep"), (3, "deep-3")):
+        folders[name] = made[layer].save_pretrained(tmp_path / name)
+    monkeypatch.setattr(loading, "shipped_adapter", lambda _, kind: folders.get(kind))
+    for asked, layer in ((None, 2), (2, 2), (3, 3)):
+        assert load_compressor_for(str(llm), entry_layer=asked).fingerprint == made[layer].fingerprint
+    untrained = load_compressor_for(str(llm), entry_layer=1).config
+    assert (untrained.entry_layer, untrained.lora_rank) == (1, 0)
+    with pytest.raises(ConfigurationError, match="another entry layer"):
+        load_compressor_for(str(llm), codec="input", entry_layer=2)
 
 
 def test_no_reader_means_the_model_as_it_is_and_an_untrained_compressor(shipped: str) -> None:
