@@ -236,8 +236,9 @@ class Registry:
             named = LoadedEmbedder(index.embedder, source, index.manifest.embedder_identity)
             halves = generator.halves if isinstance(generator, LocalGenerator) else None
             self._models[key] = _Models(index, index.library._compressor, named, halves, scheduler)
+        index._texts.discreet = True
         if not self.read_only and index._uploads is None:
-            UploadQueue(index, max_documents=self.settings.max_queue)
+            UploadQueue(index, max_documents=self.settings.max_queue, discreet=True)
         self._open[name] = index
         return index
 
