@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check pages install install-dev vllm-venv clean
+.PHONY: demo test check pages install install-dev vllm-venv image clean
 
 demo: $(VENV)/.installed
 	$(BIN)/compllm-rag models fetch
@@ -28,6 +28,11 @@ pages: $(VENV)/.installed-dev
 # vLLM's CPU build for the tests, in an environment of its own in the user's cache directory.
 vllm-venv: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.vllm_environment
+
+# The image of deploy/. Where pip looks for packages may stand in PIP_INDEX_URL and PIP_EXTRA_INDEX_URL.
+image:
+	@docker info >/dev/null 2>&1 || { echo "error: no docker daemon can be used here. Next step: start one, or see docs/guide/deploy.md" >&2; exit 2; }
+	docker build -f deploy/Dockerfile -t compllm-rag:0.1.0 --build-arg PIP_INDEX_URL --build-arg PIP_EXTRA_INDEX_URL .
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev

@@ -70,6 +70,14 @@ def serve(
     ] = DEFAULT_LLM,
     embedder: Annotated[str, typer.Option(help="Of a storage that is made.")] = DEFAULT_EMBEDDER,
     codec: CodecName = None,
+    concept_store: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="redis://HOST:PORT/NUMBER: concepts of a storage that is made are kept there; for one that keeps them "
+            "in Redis already, where that is now.",
+        ),
+    ] = None,
     generator: GeneratorAddress = None,
     rate: ReadRate = None,
     narrow: NarrowingName = None,
@@ -102,6 +110,8 @@ def serve(
     for chatty in ("uvicorn", "httpx", "sentence_transformers", "faiss"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     options: dict[str, Any] = {"dtype": dtype, "offline": offline}
+    if concept_store:  # an empty one is what compose makes of a variable that is not set
+        options["concept_store"] = concept_store
     with bound_socket(host, port) as bound, progress_show(False) as show:
         new = {"llm": llm, "embedder": embedder, "codec": codec, "progress": show.fetching, **options}
         registry = Registry(

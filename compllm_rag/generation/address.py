@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
-from compllm_rag.config import GenerationConfig
+from compllm_rag.config import Codec, GenerationConfig
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.generation.base import Generator
 from compllm_rag.generation.vllm import VLLMGenerator, VLLMSettings
@@ -52,6 +52,42 @@ def check_address(address: str) -> str:
     return address
 
 
+def codec_of(address: str) -> Codec:
+    """The concepts that the server behind an address reads.
+
+    Raises:
+        ConfigurationError: See `check_address`.
+    """
+    return "deep" if check_address(address).startswith("vllm-deep:") else "input"
+
+
+def check_codec(address: str, *, deep: bool) -> None:
+    """Refuse a server that cannot read the concepts of a storage.
+
+    Args:
+        address: See `check_address`.
+        deep: Whether they are deep.
+
+    Raises:
+        ConfigurationError: It cannot; or see `check_address`.
+    """
+    if codec_of(address) == "input" and deep:
+        raise ConfigurationError(
+            "an ordinary vLLM cannot read deep concepts",
+            got="a vllm: address for a storage of --codec deep",
+            expected="a storage of --codec input, or vllm-deep:",
+            next_step="make another storage with `--codec input`; or serve what `models export --deep` writes and give "
+            "vllm-deep: in place of vllm:; or leave the generator out, and this process runs the LLM",
+        )
+    if codec_of(address) == "deep" and not deep:
+        raise ConfigurationError(
+            "this storage has no deep concepts",
+            got="a vllm-deep: address for concepts at the input embeddings",
+            expected="a storage of --codec deep",
+            next_step="serve the LLM as it is, and give vllm: in place of vllm-deep:",
+        )
+
+
 def check_generator(generator: Generator | str | None) -> None:
     """Look at a generator that may be given as an address, before anything is opened for it.
 
@@ -80,12 +116,7 @@ def generator_at(
     kind, _, place = check_address(address).partition(":")
     url, _, model = place.partition("#")
     deep = kind == "vllm-deep"
-    if deep and halves is None:
-        raise ConfigurationError(
-            "this storage has no deep concepts",
-            got="a vllm-deep: address for concepts at the input embeddings",
-            expected="a storage of --codec deep",
-            next_step="serve the LLM as it is, and give vllm: in place of vllm-deep:",
-        )
+    if deep:  # the other way round text can still be read
+        check_codec(address, deep=halves is not None)
     settings = VLLMSettings.from_environment(model=model or None)
     return VLLMGenerator(url, llm, config, settings=settings, halves=halves if deep else None)

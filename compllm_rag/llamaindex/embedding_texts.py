@@ -25,11 +25,14 @@ class EmbeddingTexts:
 
     Args:
         embedder: One whose tokenizer and limit cannot be told is given everything.
+
+    Attributes:
+        discreet: Whether the warning names no document: the logs of a server are kept elsewhere than its documents.
     """
 
     def __init__(self, embedder: BaseEmbedding) -> None:
         self._limit, self._tokenizer = _reading(embedder)
-        self._warned = False
+        self._warned = self.discreet = False
 
     def begin(self) -> None:
         """Warn again: something else is brought in."""
@@ -62,10 +65,10 @@ class EmbeddingTexts:
         if not self._warned:
             self._warned = True
             logger.warning(
-                "metadata of document %r are longer than what the embedder reads beside the text: %d tokens, of %d "
+                "metadata of %s are longer than what the embedder reads beside the text: %d tokens, of %d "
                 "that it reads in all; they are embedded up to %d, the text whole. Keep long ones from the embedder by "
                 "excluded_embed_metadata_keys. Other documents may be alike; this is said once",
-                node.ref_doc_id or node.node_id,
+                "a document" if self.discreet else f"document {node.ref_doc_id or node.node_id!r}",
                 length,
                 self._limit,
                 room,

@@ -90,19 +90,22 @@ class UploadQueue:
         index: Where documents go.
         workers: Threads that compress. One keeps a CPU or a GPU busy.
         max_documents: Most documents that may wait for their concepts.
+        discreet: Log errors by their kind alone: their words may quote a document.
 
     Raises:
         ConfigurationError: A number makes no sense, or the index has a queue already.
         StoreReadOnlyError: The storage was opened for reading.
     """
 
-    def __init__(self, index: UploadTarget, *, workers: int = 1, max_documents: int = 1000) -> None:
+    def __init__(
+        self, index: UploadTarget, *, workers: int = 1, max_documents: int = 1000, discreet: bool = False
+    ) -> None:
         for name, value in (("workers", workers), ("max_documents", max_documents)):
             if value < 1:
                 raise ConfigurationError(f"{name} makes no sense", got=value, expected="at least 1")
         if index.faiss.catalog.read_only:
             raise StoreReadOnlyError("uploads need a storage that can be written", next_step="open it for writing")
-        self._index, self._max = index, max_documents
+        self._index, self._max, self._discreet = index, max_documents, discreet
         self._changed = threading.Condition()
         self._waiting: deque[tuple[str, list[str]]] = deque()  # document and nodes
         self._left: dict[str, int] = {}  # nodes of each document, those being compressed included
@@ -272,7 +275,8 @@ class UploadQueue:
                 for node_id in node_ids:
                     self._compress([node_id])
                 return
-            logger.warning("concepts of chunk %s could not be made, it is read as text: %s", node_ids[0], error)
+            why = type(error).__name__ if self._discreet else error
+            logger.warning("concepts of chunk %s could not be made, it is read as text: %s", node_ids[0], why)
             with self._changed:
                 self._failed[node_ids[0]] = error
             return

@@ -15,6 +15,8 @@ from compllm_rag.llamaindex.account import empty_account
 from compllm_rag.llamaindex.answer import retrieve
 from compllm_rag.llamaindex.chat.engine import ConceptChatEngine
 from compllm_rag.llamaindex.decoding import generation_of
+from compllm_rag.llamaindex.llm import ConceptLLM
+from compllm_rag.server.abandoning import AbandonableGenerator
 from compllm_rag.server.failures import Refusal
 from compllm_rag.server.reading import ReadDefaults
 from compllm_rag.server.schemas import Answer, Citation, FoundNode, Plan, PlannedNode, Retrieved, Timings, Token
@@ -130,6 +132,7 @@ def converse(index: ConceptIndex, asked: Asked, said: Conversation, ticket: Tick
         mode=asked.mode,
         similarity_top_k=asked.top_k,
         generation=asked.generation,
+        condense_llm=ConceptLLM(AbandonableGenerator(index.generator, ticket.cancel)),
         **options,
     )
     stream = cast(ConceptChatEngine, made).stream_chat(asked.question)

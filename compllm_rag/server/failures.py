@@ -21,6 +21,7 @@ _KNOWN: tuple[tuple[type[Exception], int, str], ...] = (
     (errors.UploadQueueFullError, 429, "upload_queue_full"),
     (errors.StoreLockedError, 409, "storage_locked"),
     (errors.StoreFullError, 507, "storage_full"),
+    (errors.StoreUnavailableError, 503, "store_unavailable"),
     (errors.MissingConceptsError, 409, "concepts_missing"),
     (errors.StoreReadOnlyError, 403, "not_allowed"),
     (errors.PromptTooLongError, 422, "prompt_too_long"),
@@ -34,7 +35,8 @@ _KNOWN: tuple[tuple[type[Exception], int, str], ...] = (
     (errors.StorageNotFoundError, 404, "no_such_namespace"),
 )
 RETRY_AFTER_S = {
-    "upload_queue_full": 10, "storage_locked": 2, "overloaded": 5, "generator_unavailable": 5, "shutting_down": 10,
+    "upload_queue_full": 10, "storage_locked": 2, "overloaded": 5, "generator_unavailable": 5,
+    "store_unavailable": 5, "shutting_down": 10,
 }  # fmt: skip
 
 
@@ -86,6 +88,11 @@ def refusal_of(error: Exception) -> Refusal:
     if isinstance(error, errors.ConfigurationError):
         return Refusal(422, "invalid_request", str(error))
     log_fault(error)
+    return internal()
+
+
+def internal() -> Refusal:
+    """What a client learns of a fault that is not its own."""
     return Refusal(500, "internal", "the server could not do this; its log says why. Next step: tell whoever runs it")
 
 

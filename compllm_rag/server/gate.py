@@ -16,7 +16,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from compllm_rag.server.failures import Refusal, log_fault, refusal_of
+from compllm_rag.errors import CompLLMError
+from compllm_rag.server.failures import Refusal, internal, log_fault, refusal_of
 from compllm_rag.server.keys import ApiKey
 from compllm_rag.server.service import Caller, Service
 
@@ -47,6 +48,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
+        self._told: type[Exception] | None = None  # why the file of keys cannot be read: each reason is logged once
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -60,8 +62,8 @@ class Gate:
                 self._admit(scope)
                 passage.most_bytes = self._most_bytes(scope)
                 passage.check_announced()
-            except Refusal as refusal:
-                passage.refusal = refusal
+            except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer in the usual shape
+                passage.refusal = refusal_of(error)
             else:
                 try:
                     await self._app(scope, passage.receive, passage.send)
@@ -111,7 +113,7 @@ class Gate:
         origin = headers.get("origin")
         if origin is None:
             return
-        called = urlsplit(origin).netloc.lower()
+        called = _place(origin)
         if called != host.lower() and _name(called) not in self._service.origins:
             raise Refusal(403, "other_origin", "pages of other origins may not use this server")
 
@@ -120,7 +122,14 @@ class Gate:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not given.strip() or keys is None:
             raise Refusal(401, "missing_key", "an API key is needed. Next step: send Authorization: Bearer KEY")
-        key = keys.find(given.strip())
+        try:
+            key = keys.find(given.strip())
+        except (CompLLMError, OSError) as error:
+            if self._told is not type(error):
+                log_fault(error)
+            self._told = type(error)
+            raise internal() from None
+        self._told = None
         if key is None:
             raise Refusal(401, "unknown_key", "this API key is not known. Next step: ask whoever runs the server")
         if (path == "/metrics") != (key.rights == "metrics"):
@@ -169,7 +178,7 @@ class _Passage:
             Refusal: It is.
         """
         length = Headers(scope=self._scope).get("content-length", "0")
-        if length.isdigit() and int(length) > self.most_bytes:
+        if length.isdecimal() and int(length) > self.most_bytes:
             raise self._too_large()
 
     async def receive(self) -> Message:
@@ -237,6 +246,14 @@ def _namespace(headers: Mapping[str, str]) -> str | None:
         return given.encode("latin-1").decode("utf-8")
     except UnicodeDecodeError:
         raise Refusal(400, "bad_request", "X-Namespace is no UTF-8", param="X-Namespace") from None
+
+
+def _place(origin: str) -> str:
+    """Host and port of an origin; empty where it has none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
 
 
 def _name(host: str) -> str:

@@ -1,8 +1,9 @@
 """The namespaces of a storage, opened when they are first asked for; all of them share their models.
 
-Shared are the LLM, its halves, the scheduler of its answers, the compressor and the embedder: nothing in them remembers
-what it has read. Not shared is what does: each namespace has its own KV caches of earlier prompts, memo of concepts and
-store, so that no tenant can tell from how long something takes what another has asked.
+Shared are the LLM, its halves, the scheduler of its answers or the client of the vLLM server that makes them, the
+compressor and the embedder: nothing in them remembers what it has read. Not shared is what does: each namespace has its
+own KV caches of earlier prompts (at a vLLM server, by a secret salt), memo of concepts and store, so that no tenant can
+tell from how long something takes what another has asked.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from compllm_rag.catalog.pending import count_pending
 from compllm_rag.compression.rate_policies.asked import options_of
 from compllm_rag.config import GenerationConfig
 from compllm_rag.errors import CompLLMError, StorageNotFoundError
+from compllm_rag.generation.address import check_codec, codec_of
 from compllm_rag.generation.base import Generator
 from compllm_rag.generation.batch_measures import BatchMeasures
 from compllm_rag.generation.batching import BatchingGenerator
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.generation.reuse import PrefixCache
 from compllm_rag.generation.scheduler import Scheduler
+from compllm_rag.generation.vllm import VLLMGenerator
 from compllm_rag.llamaindex.embedding import LoadedEmbedder
 from compllm_rag.llamaindex.index import ConceptIndex
 from compllm_rag.llamaindex.uploads import UploadQueue
@@ -62,11 +65,12 @@ class Registry:
         storage: The storage folder.
         settings: Limits.
         read_only: Open all of them for reading.
-        create: Make the storage where there is none, with these options of `ConceptIndex.create`; None does not.
+        create: Make the storage where there is none, with these options of `ConceptIndex.create`; None does not. Its
+            concepts are of the kind that the generator reads, unless `codec` says otherwise.
         generator: Address of what runs the LLM (`generation.address`); None runs it in this process.
         reading: How all answers have their passages read; see `ReadDefaults`.
-        options: Of `ConceptIndex.load`: `dtype`, `device`, `offline`, `progress`, ...; `embedder` and `compressor`
-            where they are objects.
+        options: Of `ConceptIndex.load`: `dtype`, `device`, `offline`, `progress`, `concept_store`, ...; `embedder` and
+            `compressor` where they are objects.
 
     Attributes:
         reading: How all answers have their passages read.
@@ -97,6 +101,7 @@ class Registry:
 
         Raises:
             StorageNotFoundError: There is no storage, and none is to be made.
+            ConfigurationError: The generator cannot read the concepts of a namespace; see `check_codec`.
             CompLLMError: See `ConceptIndex.load`, `ConceptIndex.create` and `ReadDefaults.check`.
         """
         try:
@@ -104,6 +109,7 @@ class Registry:
         except StorageNotFoundError:
             names = []
         if names:
+            self._check_codecs(names)
             self.reading.check(self.get(names[0]))
             self._go_on(names[1:])
         elif self._create is None:
@@ -113,12 +119,41 @@ class Registry:
                 next_step=f"run `compllm-rag ingest PATH --storage {self.storage}` first, or pass --create",
             )
         else:
+            options = self._creation(self._create)
             with self._lock:
                 made = ConceptIndex.create(
-                    self.storage, generation=self._generation(), generator=self._address, **self._create
+                    self.storage, generation=self._generation(), generator=self._address, **options
                 )
                 self._add(None, made)
             self.reading.check(made)
+
+    def _creation(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Options of a storage that is made.
+
+        Raises:
+            ConfigurationError: See `check_codec`.
+        """
+        if self._address is None:
+            return asked
+        given: Any = asked.get("compressor")
+        if hasattr(given, "spec"):
+            check_codec(self._address, deep=given.spec.config.deep)
+            return asked
+        codec = asked.get("codec") or codec_of(self._address)
+        check_codec(self._address, deep=codec == "deep")
+        return {**asked, "codec": codec}
+
+    def _check_codecs(self, names: list[str]) -> None:
+        for name in names if self._address is not None else ():
+            try:
+                manifest = read_manifest(namespace_folder(self.storage, name))
+            except CompLLMError:  # whoever asks for it learns of it; the others are served
+                continue
+            self._check_codec(manifest)
+
+    def _check_codec(self, manifest: Manifest) -> None:
+        if self._address is not None:
+            check_codec(self._address, deep=manifest.entry_layer > 0)
 
     def _go_on(self, names: list[str]) -> None:
         """Open further namespaces whose uploads still await their concepts, so that these are gone on with."""
@@ -188,6 +223,9 @@ class Registry:
 
     def _add(self, name: str | None, index: ConceptIndex) -> ConceptIndex:
         key = _kind(index.manifest)
+        if isinstance(index.generator, VLLMGenerator):
+            index.generator.client.allow(self.settings.generations)
+            index.generator = index.generator.apart()
         if key not in self._models:
             generator, source, scheduler = index.generator, index.manifest.embedder, None
             if isinstance(generator, LocalGenerator):
@@ -198,8 +236,9 @@ class Registry:
             named = LoadedEmbedder(index.embedder, source, index.manifest.embedder_identity)
             halves = generator.halves if isinstance(generator, LocalGenerator) else None
             self._models[key] = _Models(index, index.library._compressor, named, halves, scheduler)
+        index._texts.discreet = True
         if not self.read_only and index._uploads is None:
-            UploadQueue(index, max_documents=self.settings.max_queue)
+            UploadQueue(index, max_documents=self.settings.max_queue, discreet=True)
         self._open[name] = index
         return index
 
@@ -207,10 +246,13 @@ class Registry:
         return GenerationConfig(max_new_tokens=self.settings.answer_tokens)
 
     def _load(self, name: str | None) -> ConceptIndex:
-        shared = self._models.get(_kind(read_manifest(namespace_folder(self.storage, name))))
+        manifest = read_manifest(namespace_folder(self.storage, name))
+        self._check_codec(manifest)
+        shared = self._models.get(_kind(manifest))
         options = dict(self._options)
         if shared is not None:
-            options = {"compressor": shared.compressor, "embedder": shared.embedder}
+            where = {"concept_store": options["concept_store"]} if "concept_store" in options else {}
+            options = {"compressor": shared.compressor, "embedder": shared.embedder, **where}
         return ConceptIndex.load(
             self.storage,
             namespace=name,
@@ -233,7 +275,7 @@ class Registry:
         settings: Any = options_of(manifest.ingest) | {
             "chunk_size": manifest.ingest.chunk_size,
             "encoding": manifest.ingest.encoding,
-            "concept_store": None if shared_store is None else shared_store.url,
+            "concept_store": None if shared_store is None else self._options.get("concept_store") or shared_store.url,
         }
         return ConceptIndex.create(
             self.storage,
@@ -252,7 +294,7 @@ class Registry:
         if shared is None:
             return self._address
         if self._address is not None:
-            return shared.first.generator  # one client, and its bound, for all namespaces of this LLM
+            return shared.first.generator  # one client, and its bound, for all namespaces of this LLM; see `_add`
         llm, generation, prefixes = shared.compressor.llm, self._generation(), self._caches()
         if shared.scheduler is None:
             return LocalGenerator(llm, generation, halves=shared.halves, prefixes=prefixes)

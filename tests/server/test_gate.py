@@ -121,6 +121,30 @@ def test_namespaces_share_their_models(made: Registry) -> None:
     again.close()
 
 
+async def test_a_file_of_keys_that_cannot_be_read_is_a_fault(
+    made: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = KeyFile(tmp_path / "keys.json")
+    sent = {"authorization": f"Bearer {keys.add('alice')}"}
+    sound = keys.path.read_bytes()
+    with caplog.at_level(logging.INFO, logger="compllm_rag"):
+        async with client(made, keys=keys) as asking:
+            keys.path.write_text('{"keys": "xyzzy-secret"}')
+            for _ in range(3):
+                broken = await asking.get("/v1/documents", headers=sent)
+                assert code(broken) == (500, "internal") and "no-store" in broken.headers["cache-control"]
+                assert "xyzzy" not in broken.text and str(tmp_path) not in broken.text
+            assert (await asking.get("/health")).status_code == 200
+            keys.path.write_bytes(sound)
+            assert (await asking.get("/v1/models", headers=sent)).status_code == 200
+            monkeypatch.setattr(KeyFile, "keys", property(lambda self: self.path.joinpath("x").read_text()))
+            for _ in range(2):
+                assert code(await asking.get("/v1/models", headers=sent)) == (500, "internal")
+    told = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    assert [line.split(" in ")[0] for line in told] == ["UnsupportedFormatError", "NotADirectoryError"]
+    assert not any(secret in caplog.text for secret in ("xyzzy", str(tmp_path), "Traceback"))
+
+
 async def test_a_namespace_without_keys_is_named_in_a_header(made: Registry) -> None:
     async with client(made) as asking:
         name = {"x-namespace": "Größe".encode()}
@@ -137,7 +161,7 @@ async def test_a_namespace_without_keys_is_named_in_a_header(made: Registry) -> 
 
 async def test_pages_of_others_are_kept_out(made: Registry) -> None:
     async with client(made) as asking:
-        for origin in ("https://evil.example", "null", "http://127.0.0.1:9999"):
+        for origin in ("https://evil.example", "null", "http://127.0.0.1:9999", "http://[", "http://[::1"):
             assert code(await asking.post("/v1/query", json={}, headers={"origin": origin})) == (403, "other_origin")
         own = await asking.get("/v1/info", headers={"origin": "http://127.0.0.1:8000"})
         assert own.status_code == 200 and "access-control-allow-origin" not in own.headers

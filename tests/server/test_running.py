@@ -111,6 +111,30 @@ def test_who_goes_away_ends_the_generation(made: Registry, monkeypatch: pytest.M
         assert ask(url).status_code == 200
 
 
+def test_who_goes_away_ends_the_question_that_is_made_of_a_message(
+    made: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Slow(monkeypatch)
+    slow.open.set()
+    with running(made) as (url, server):
+        service = server.config.app.state.service
+        chat = httpx.post(f"{url}/v1/chat", json={"message": QUESTION, "max_tokens": 4}, timeout=60).json()
+        assert slow.begun.acquire(timeout=30) and slow.ended.acquire(timeout=30)
+        slow.open.clear()
+        running_now = service.generations._futures
+        slow.cancelled = lambda: any(ticket.cancel.is_set() for ticket in list(running_now.values()))
+        body = {"message": "And who was she?", "session_id": chat["session_id"], "max_tokens": 500}
+        with httpx.stream("POST", f"{url}/v1/chat", json={**body, "stream": True}, timeout=60):
+            assert slow.begun.acquire(timeout=30)
+        assert slow.ended.acquire(timeout=30)
+        until(lambda: service.generations.running == service.generations._admitted == 0)
+        assert not slow.begun.acquire(timeout=0.1)  # it was the condensing, and no answer came after it
+        assert "compllm_server_cancelled_total 1.0" in httpx.get(f"{url}/metrics").text
+        slow.open.set()
+        again = httpx.post(f"{url}/v1/chat", json={**body, "max_tokens": 4}, timeout=60)
+        assert again.status_code == 200 and again.json()["turns"] == 1
+
+
 def test_a_full_queue_and_one_that_gives_up_waiting(made: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Slow(monkeypatch)
     with running(made) as (url, server), ThreadPoolExecutor(4) as clients:

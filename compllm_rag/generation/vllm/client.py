@@ -8,6 +8,7 @@ them yet.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import queue
@@ -32,6 +33,7 @@ from compllm_rag.generation.vllm.wire import Piece, pieces_of
 from compllm_rag.handles import ProcessBound
 
 _POLL_S = 0.05  # how soon a cancellation is noticed
+_MAYBE_ANOTHER = (404, 502, 503)  # the name is gone, or what a proxy says of a server that is
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class VLLMClient(ProcessBound):
         url: Such as `http://127.0.0.1:8001`.
         settings: How it is asked.
 
+    Attributes:
+        losses: How often the server was lost: a connection failed or broke, or it was not there behind a proxy. It may
+            be another one from then on.
+        heard: When it said something, last; `time.monotonic()`.
+
     Raises:
         MissingExtraError: tenacity is not installed.
     """
@@ -66,6 +73,7 @@ class VLLMClient(ProcessBound):
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = 0
+        self.losses, self.heard = 0, 0.0
 
     def get(self, path: str) -> Any:
         """JSON of a path.
@@ -83,12 +91,31 @@ class VLLMClient(ProcessBound):
         """
         return self._now(lambda: self._json("POST", path, self._body(fields)))
 
-    def stream(self, fields: Callable[[], dict[str, Any]], failed: threading.Event | None = None) -> Running:
+    def allow(self, requests: int) -> None:
+        """Let so many requests run at a time, if that is more than `concurrency` in the settings."""
+        with self._lock:
+            more = requests - self.settings.concurrency
+            if more <= 0:
+                return
+            self.settings = self.settings.model_copy(update={"concurrency": requests})
+            if self._loop is not None and self._pid == os.getpid():
+                for _ in range(more):
+                    self._loop.call_soon_threadsafe(self._slots.release)
+
+    def stream(
+        self,
+        fields: Callable[[], dict[str, Any]],
+        failed: threading.Event | None = None,
+        *,
+        before: Callable[[], None] = lambda: None,
+    ) -> Running:
         """Begin a completion; its pieces are then taken from what is returned.
 
         Args:
             fields: Makes the request when it is its turn; called in a thread.
             failed: Set when it fails.
+            before: Called in a thread in front of every try, since the server may be another one by then; what it
+                raises is what comes of the completion.
 
         Raises:
             GeneratorUnavailableError: (While pieces are taken.) No connection, or too busy, after all tries; or lost
@@ -96,7 +123,7 @@ class VLLMClient(ProcessBound):
             GeneratorRefusedError: The server refuses the request, or answers what makes no sense.
             PromptTooLongError: The request is longer than may be sent.
         """
-        return Running(self, fields, failed)
+        return Running(self, fields, failed, before)
 
     def close(self) -> None:
         """End what runs, and the thread."""
@@ -113,18 +140,33 @@ class VLLMClient(ProcessBound):
             if self._loop is None or self._pid != os.getpid():  # a forked process has no thread but its own
                 self._loop, self._pid = asyncio.new_event_loop(), os.getpid()
                 self._slots = asyncio.Semaphore(self.settings.concurrency)
+                self._looking = asyncio.Lock()
                 self._http = self._connections()
                 threading.Thread(target=_run, args=(self._loop,), name="vllm-client", daemon=True).start()
                 weakref.finalize(self, _stop, self._loop)  # a client that is forgotten leaves no thread
             return asyncio.run_coroutine_threadsafe(work(), self._loop)
 
-    async def pump(self, fields: Callable[[], dict[str, Any]], put: Callable[[object], None]) -> None:
+    async def pump(
+        self, fields: Callable[[], dict[str, Any]], put: Callable[[object], None], before: Callable[[], None]
+    ) -> None:
         """One request, its pieces given to `put`, then None; an error is given to it, too."""
+
+        async def look() -> None:
+            async with self._looking:  # one at a time: the others would wait in threads that connecting needs
+                await asyncio.to_thread(before)
+
         try:
             async with self._slots:
-                body = await asyncio.to_thread(lambda: self._body(fields()))
+                await look()
+                body, tries = await asyncio.to_thread(lambda: self._body(fields())), itertools.count()
                 put(Arrived(None, time.perf_counter()))
-                await self._retrying(lambda: self._answer(body, put))
+
+                async def once() -> None:
+                    if next(tries):
+                        await look()
+                    await self._answer(body, put)
+
+                await self._retrying(once)
             put(None)
         except Exception as error:  # noqa: BLE001 - raised again, in the thread that takes the pieces
             put(error)
@@ -133,11 +175,12 @@ class VLLMClient(ProcessBound):
         begun = False
         try:
             async with self._http.stream("POST", "/v1/completions", content=body) as response:
-                await checked(response)
+                await self._accepted(response)
                 async for piece in pieces_of(response.aiter_bytes()):
-                    begun = True
+                    begun, self.heard = True, time.monotonic()
                     put(Arrived(piece, time.perf_counter()))
         except httpx.TransportError as error:
+            self.losses += 1
             if begun:
                 raise GeneratorUnavailableError(
                     "the vLLM server was lost in the middle of an answer",
@@ -151,8 +194,9 @@ class VLLMClient(ProcessBound):
             try:
                 response = await self._http.request(method, path, content=body)
             except httpx.TransportError as error:
+                self.losses += 1
                 raise self._transport(error) from error
-            await checked(response)
+            await self._accepted(response)
             try:
                 return response.json()
             except ValueError as error:
@@ -163,6 +207,11 @@ class VLLMClient(ProcessBound):
                 ) from error
 
         return await self._retrying(once)
+
+    async def _accepted(self, response: httpx.Response) -> None:
+        self.losses += response.status_code in _MAYBE_ANOTHER
+        await checked(response)
+        self.heard = time.monotonic()
 
     async def _retrying(self, once: Callable[[], Any]) -> Any:
         tenacity = _tenacity()
@@ -238,14 +287,19 @@ class Running:
         client: Of the server.
         fields: Makes the request.
         failed: Set when it fails, whether or not somebody takes its pieces.
+        before: Called in front of every try.
     """
 
     def __init__(
-        self, client: VLLMClient, fields: Callable[[], dict[str, Any]], failed: threading.Event | None = None
+        self,
+        client: VLLMClient,
+        fields: Callable[[], dict[str, Any]],
+        failed: threading.Event | None,
+        before: Callable[[], None],
     ) -> None:
         self._arrived: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._failed = failed
-        self._future = client.submit(lambda: client.pump(fields, self._put))
+        self._future = client.submit(lambda: client.pump(fields, self._put, before))
 
     def pieces(self, cancel: threading.Event | None = None) -> Iterator[Arrived]:
         """What arrives, until the answer ends or `cancel` is set; leaving off early ends the request."""

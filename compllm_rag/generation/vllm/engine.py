@@ -17,7 +17,7 @@ from compllm_rag.errors import GeneratorMismatchError, PromptTooLongError
 from compllm_rag.generation.base import FinishReason, Generation
 from compllm_rag.generation.text import Detokenizer
 from compllm_rag.generation.vllm.deep_rows import RowLayout, deep_rows
-from compllm_rag.generation.vllm.matching import probe, refuse_another
+from compllm_rag.generation.vllm.matching import own_logprobs, probe, refuse_another
 from compllm_rag.generation.vllm.wire import is_text, refuse_deep, sampling_fields
 from compllm_rag.handles import ProcessBound
 from compllm_rag.models.halves import Halves
@@ -82,7 +82,7 @@ class VLLMEngineGenerator(ProcessBound):
             [{"prompt_token_ids": ids}], self._sampling(max_tokens=1, prompt_logprobs=0), use_tqdm=False
         )
         theirs = [float(at[token].logprob) for at, token in zip(found.prompt_logprobs[1:], ids[1:], strict=True)]
-        refuse_another(theirs, ids, llm, tolerance, halves if self._layout else None)
+        refuse_another(theirs, own_logprobs(llm, halves if self._layout else None), llm, tolerance)
 
     @property
     def name(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -11,9 +12,9 @@ from compllm_rag.config import GenerationConfig
 from compllm_rag.errors import ConfigurationError, GeneratorRefusedError, PromptTooLongError
 from compllm_rag.generation.base import FinishReason, Generation
 from compllm_rag.generation.text import Detokenizer
+from compllm_rag.generation.vllm.checks import ServerChecks
 from compllm_rag.generation.vllm.client import Running, VLLMClient
 from compllm_rag.generation.vllm.deep_rows import RowLayout
-from compllm_rag.generation.vllm.matching import check_embeddings, check_model, served_model
 from compllm_rag.generation.vllm.responses import too_large
 from compllm_rag.generation.vllm.settings import VLLMSettings
 from compllm_rag.generation.vllm.wire import is_text, payload_bytes, prompt_fields, refuse_deep, sampling_fields
@@ -30,7 +31,7 @@ class VLLMGenerator(ProcessBound):
 
     Greedy answers are those of `LocalGenerator`, as far as the server computes alike; what is drawn at random is drawn
     by the server, so that a seed gives other answers there. Nothing is asked of the server before the first prompt;
-    then it is checked that it runs this LLM (`matching`).
+    then it is checked that it runs this LLM (`matching`), and again once it may have been started anew (`checks`).
 
     Args:
         url: Of the server, such as `http://127.0.0.1:8001`.
@@ -67,9 +68,21 @@ class VLLMGenerator(ProcessBound):
         self._halves = halves
         self._layout = None if halves is None else RowLayout.of(decoder_of(llm.model).config, halves.layer)
         self.stop_ids = sorted(llm.stop_ids())
-        self._lock = threading.Lock()
-        self._served: tuple[str, int] | None = None
-        self._checked: set[str] = set()
+        self._checks = ServerChecks(self.client, llm, halves)
+        self._salt = self.client.settings.cache_salt
+
+    def apart(self, salt: str | None = None) -> VLLMGenerator:
+        """The same for another tenant: with a prefix cache of its own at the server.
+
+        So nobody learns from how soon an answer comes what others asked. Client, bound and checks are shared; closing
+        either closes both.
+
+        Args:
+            salt: See `VLLMSettings.cache_salt`; None makes a secret.
+        """
+        made = VLLMGenerator.__new__(VLLMGenerator)
+        made.__dict__.update(self.__dict__, _salt=salt or secrets.token_urlsafe(32))
+        return made
 
     @property
     def name(self) -> str:
@@ -93,7 +106,7 @@ class VLLMGenerator(ProcessBound):
         Raises:
             GeneratorUnavailableError, GeneratorMismatchError: See `stream`.
         """
-        return min(self.llm.window, self._model()[1])
+        return min(self.llm.window, self._checks.model()[1])
 
     def stream(
         self, plan: PromptPlan, config: GenerationConfig | None = None, cancel: threading.Event | None = None
@@ -145,12 +158,6 @@ class VLLMGenerator(ProcessBound):
         """End what runs, and the connections."""
         self.client.close()
 
-    def _model(self) -> tuple[str, int]:
-        with self._lock:
-            if self._served is None:
-                self._served = served_model(self.client)
-            return self._served
-
     def _check(self, plan: PromptPlan, config: GenerationConfig) -> None:
         if self._layout is None:
             refuse_deep(plan)
@@ -165,25 +172,26 @@ class VLLMGenerator(ProcessBound):
             )
         if (size := payload_bytes(plan, self.llm, self._layout)) > self.client.settings.max_payload_bytes:
             raise too_large(size, self.client.settings)
-        self._match(is_text(plan))
+        self._checks.match(text=is_text(plan))
 
-    def _match(self, text: bool) -> None:
-        """Check once that the server runs this LLM, and before the first concepts that it reads embeddings."""
-        model, _ = self._model()
-        with self._lock:
-            for name, check, due in (("model", check_model, True), ("embeddings", check_embeddings, not text)):
-                if due and name not in self._checked:
-                    check(self.client, model, self.llm, self._halves)
-                    self._checked.add(name)
+    def request(self, plan: PromptPlan, config: GenerationConfig, failed: threading.Event | None = None) -> Running:
+        """Send the request of one prompt.
 
-    def fields(self, plan: PromptPlan, config: GenerationConfig) -> dict[str, Any]:
-        """The request of one prompt."""
-        salt = self.client.settings.cache_salt
+        Args:
+            plan: The prompt.
+            config: Limits.
+            failed: Set when it fails.
+        """
+        return self.client.stream(
+            lambda: self._fields(plan, config), failed, before=lambda: self._checks.match(text=is_text(plan))
+        )
+
+    def _fields(self, plan: PromptPlan, config: GenerationConfig) -> dict[str, Any]:
         return {
-            "model": self._model()[0],
+            "model": self._checks.name,
             **prompt_fields(plan, self.llm, self._layout),
             **sampling_fields(config, self.stop_ids),
-            **({} if salt is None else {"cache_salt": salt}),
+            **({} if self._salt is None else {"cache_salt": self._salt}),
             "stream": True,
             "stream_options": {"include_usage": True},
             "return_token_ids": True,
@@ -214,9 +222,7 @@ class VLLMStream:
         """Send the request, if it is not sent; nobody needs to take what arrives yet."""
         if self._running is None:
             self._begun = time.perf_counter()
-            self._running = self._generator.client.stream(
-                lambda: self._generator.fields(self._plan, self._config), self._failed
-            )
+            self._running = self._generator.request(self._plan, self._config, self._failed)
         return self._running
 
     def end(self) -> None:

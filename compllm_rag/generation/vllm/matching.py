@@ -1,4 +1,4 @@
-"""Whether a vLLM server runs the LLM that prompts are made for: asked before the first request.
+"""Whether a vLLM server runs the LLM that prompts are made for; `checks` says when that is asked.
 
 A name says little: a server of the right name may hold the LLM without the reader that was merged into ours, or
 another revision of it. So the server is asked how likely it finds the tokens of a short text, and the LLM here is asked
@@ -59,8 +59,14 @@ def served_model(client: VLLMClient) -> tuple[str, int]:
     return asked, windows[asked]
 
 
-def check_model(client: VLLMClient, model: str, llm: TargetLLM, halves: Halves | None = None) -> None:
-    """Refuse a server whose LLM finds a text otherwise likely than ours does, by its halves where they are given.
+def check_model(client: VLLMClient, model: str, llm: TargetLLM, ours: torch.Tensor) -> None:
+    """Refuse a server whose LLM finds a text otherwise likely than ours does.
+
+    Args:
+        client: Of the server.
+        model: Its name there.
+        llm: Ours.
+        ours: See `own_logprobs`.
 
     Raises:
         GeneratorMismatchError: It does, or its vocabulary is another.
@@ -71,29 +77,36 @@ def check_model(client: VLLMClient, model: str, llm: TargetLLM, halves: Halves |
         "/v1/completions",
         {"model": model, "prompt": ids, "add_special_tokens": False, "prompt_logprobs": 0, **_GREEDY},
     )
-    refuse_another(_logprobs(found, ids), ids, llm, client.settings.tolerance, halves)
+    refuse_another(_logprobs(found, ids), ours, llm, client.settings.tolerance)
 
 
-def refuse_another(
-    theirs: list[float], ids: list[int], llm: TargetLLM, tolerance: float, halves: Halves | None = None
-) -> None:
+@torch.inference_mode()
+def own_logprobs(llm: TargetLLM, halves: Halves | None = None) -> torch.Tensor:
+    """How likely our LLM finds each token of `probe` but the first, (n_tokens - 1,).
+
+    Args:
+        llm: Ours.
+        halves: Ours as it reads deep concepts, where it should be that.
+    """
+    ids = probe(llm)
+    rows = torch.tensor([ids], device=llm.device)
+    logits = llm.model(input_ids=rows).logits if halves is None else _by_halves(halves, rows)
+    logits = logits[0, :-1].float().cpu()  # (n_tokens - 1, vocab_size)
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def refuse_another(theirs: list[float], ours: torch.Tensor, llm: TargetLLM, tolerance: float) -> None:
     """Refuse an LLM that finds a text otherwise likely than ours does.
 
     Args:
-        theirs: Log-probability of each token but the first.
-        ids: The tokens.
+        theirs: Log-probability of each token of `probe` but the first.
+        ours: The same of our LLM.
         llm: Ours.
         tolerance: Most mean difference.
-        halves: Ours as it reads deep concepts, where it should be that.
 
     Raises:
         GeneratorMismatchError: It does.
     """
-    with torch.inference_mode():
-        rows = torch.tensor([ids], device=llm.device)
-        logits = llm.model(input_ids=rows).logits if halves is None else _by_halves(halves, rows)
-        logits = logits[0, :-1].float().cpu()  # (n_tokens - 1, vocab_size)
-    ours = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]  # (n_tokens - 1,)
     apart = float((torch.tensor(theirs) - ours).abs().mean())
     if not apart <= tolerance:
         raise GeneratorMismatchError(

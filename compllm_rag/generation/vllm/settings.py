@@ -24,6 +24,9 @@ class VLLMSettings(Frozen):
     longest_wait_s: float = Field(default=20.0, ge=0.0, description="most seconds between two tries")
     concurrency: int = Field(default=8, ge=1, le=1024, description="requests at a time; others wait here")
     max_payload_bytes: int = Field(default=64 << 20, ge=1, description="longest request")
+    recheck_s: float = Field(
+        default=30.0, ge=0.0, description="seconds without a word from it after which it is checked again"
+    )
     cache_salt: str | None = Field(
         default=None, min_length=1, max_length=1024, description="who shares it shares the server's prefix cache"
     )
