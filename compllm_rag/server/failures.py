@@ -26,6 +26,7 @@ _KNOWN: tuple[tuple[type[Exception], int, str], ...] = (
     (errors.PromptTooLongError, 422, "prompt_too_long"),
     (errors.DeviceMemoryError, 503, "overloaded"),
     (errors.OverloadedError, 503, "overloaded"),
+    (errors.StoreUnavailableError, 503, "store_unavailable"),
     (errors.GeneratorUnavailableError, 503, "generator_unavailable"),
     (errors.GeneratorMismatchError, 503, "generator_unavailable"),
     (errors.GeneratorRefusedError, 503, "generator_unavailable"),
@@ -34,7 +35,8 @@ _KNOWN: tuple[tuple[type[Exception], int, str], ...] = (
     (errors.StorageNotFoundError, 404, "no_such_namespace"),
 )
 RETRY_AFTER_S = {
-    "upload_queue_full": 10, "storage_locked": 2, "overloaded": 5, "generator_unavailable": 5, "shutting_down": 10,
+    "upload_queue_full": 10, "storage_locked": 2, "overloaded": 5, "store_unavailable": 10, "generator_unavailable": 5,
+    "shutting_down": 10,
 }  # fmt: skip
 
 
