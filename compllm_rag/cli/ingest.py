@@ -139,7 +139,7 @@ def ingest(
                 prune=prune,
             )
             if len(index.pending):  # uploads that a server left unfinished
-                index.uploads.wait()
+                index.uploads.wait(patient=False)
     finally:
         if not as_json:
             _tell(documents.skipped, documents.notes, verbose=verbose)

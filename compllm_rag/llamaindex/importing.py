@@ -201,7 +201,7 @@ def _absent(index: ConceptIndex, nodes: Sequence[BaseNode]) -> list[BaseNode]:
 def _compress(index: ConceptIndex, progress: Progress | None) -> int:
     """Wait for the concepts; tells how many chunks failed."""
     queue, total = index.uploads, len(index.pending)
-    while not queue.wait(_TOLD_EVERY_S):
+    while not queue.wait(_TOLD_EVERY_S, patient=False):
         status = queue.status()
         if not status.chunks:
             break

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 _BATCH_CHARS = 400_000
 # The first batches are smaller, so that it soon shows how long all of them will take.
 _FIRST_BATCH_CHARS = 50_000
-# Seconds between commits: each one writes the whole FAISS index, and what lies after it is lost in a crash.
+# Seconds between commits: each one waits for the disk, and lets others write; what lies after it is lost in a crash.
 _COMMIT_EVERY_S = 60.0
 # From so many segments on, compressing takes so long that the time to tidy memory up does not count beside it.
 _MANY_SEGMENTS = 256

@@ -21,8 +21,10 @@ from llama_index.core.schema import BaseNode, Document, MetadataMode
 from compllm_rag.errors import (
     CompLLMError,
     ConfigurationError,
+    StoreFullError,
     StoreLockedError,
     StoreReadOnlyError,
+    StoreUnavailableError,
     UploadQueueFullError,
 )
 from compllm_rag.llamaindex.ingest import Corpus, changed_documents, remember_origins, replace_documents
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 _BATCH_CHUNKS = 32  # chunks compressed between two flushes: fills batches, and bounds how long a stop takes
 _EXIT_S = 60.0  # the longest that the end of a process waits for a worker
 _RETRY_S = 0.2  # another process writes: it will be done some time
+_LONGEST_RETRY_S = 30.0  # between two tries while the concept store is away or full; it may be so for hours
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,15 @@ class UploadStatus:
         chunks: Chunks that wait or are being compressed.
         chunks_done: Chunks that got their concepts from this queue.
         failed: Why chunks could not be compressed, by node id; the next open tries them again.
+        held_up: Why nothing goes on now: the concept store is full, or cannot be reached. Chunks wait until it takes
+            them; None while it does.
     """
 
     documents: int
     chunks: int
     chunks_done: int
     failed: dict[str, Exception]
+    held_up: Exception | None = None
 
 
 class UploadTarget(Corpus, Protocol):
@@ -112,6 +118,7 @@ class UploadQueue:
         self._done = 0
         self._finished: set[str] = set()  # have their concepts; the catalog is still to be told
         self._failed: dict[str, Exception] = {}
+        self._held_up: CompLLMError | None = None
         self._stopping = self._draining = False
         index.attach(self)
         awaiting = index.pending.nodes()
@@ -183,22 +190,30 @@ class UploadQueue:
     def status(self) -> UploadStatus:
         """How far the queue is."""
         with self._changed:
-            return UploadStatus(len(self._left), sum(self._left.values()), self._done, dict(self._failed))
+            waiting, chunks = len(self._left), sum(self._left.values())
+            return UploadStatus(waiting, chunks, self._done, dict(self._failed), self._held_up)
 
-    def wait(self, timeout: float | None = None) -> bool:
+    def wait(self, timeout: float | None = None, *, patient: bool = True) -> bool:
         """Wait until nothing waits any more.
 
         Args:
             timeout: Seconds to wait at most; None for no limit.
+            patient: Wait for a concept store that takes nothing now, too; else raise what it says.
 
         Returns:
             Whether every chunk has its concepts: false when time ran out, or chunks failed (see `status`).
+
+        Raises:
+            StoreFullError, StoreUnavailableError: Not `patient`, and chunks are held up; they still wait.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._changed:
             idle = self._changed.wait_for(
-                lambda: not self._left or not self._running, None if deadline is None else deadline - time.monotonic()
+                lambda: not self._left or not self._running or (self._held_up is not None and not patient),
+                None if deadline is None else deadline - time.monotonic(),
             )
+            if self._held_up is not None and not patient:
+                raise self._held_up
             whole = idle and not self._left and not self._failed
         self._tell_catalog()
         return whole
@@ -207,7 +222,7 @@ class UploadQueue:
         """Stop the workers. What was not compressed is found again when the storage is opened next.
 
         Args:
-            drain: Let them finish what waits; else only what they are at.
+            drain: Let them finish what waits, unless the concept store is full or away; else only what they are at.
             timeout: Seconds to wait for them at most; None for no limit.
 
         Returns:
@@ -244,7 +259,8 @@ class UploadQueue:
             if not taken:
                 self._tell_catalog()
                 continue
-            self._compress([node_id for _, node_ids in taken for node_id in node_ids])
+            if not self._compress([node_id for _, node_ids in taken for node_id in node_ids]):
+                continue  # they still wait, for the next open
             with self._changed:
                 for doc_id, node_ids in taken:
                     self._left[doc_id] -= len(node_ids)
@@ -262,40 +278,65 @@ class UploadQueue:
             room -= len(taken[-1][1])
         return taken
 
-    def _compress(self, node_ids: Sequence[str]) -> None:
-        """Make concepts of some nodes; what fails is tried alone, and noted when it fails again."""
+    def _compress(self, node_ids: Sequence[str]) -> bool:
+        """Make concepts of some nodes; what fails is tried alone, and noted when it fails again.
+
+        What is no fault of theirs is waited for; false when the queue was closed meanwhile, and they still wait.
+        """
+        pause = _RETRY_S
         try:
-            while not self._make(node_ids):
-                with self._changed:
-                    if self._stopping and not self._draining:
-                        return
-                    self._changed.wait(_RETRY_S)
+            while (obstacle := self._make(node_ids)) is not None:
+                if not self._stood_by(obstacle, pause):
+                    return False
+                if not isinstance(obstacle, StoreLockedError):
+                    pause = min(2 * pause, _LONGEST_RETRY_S)
         except Exception as error:  # noqa: BLE001 - whatever it is, the worker has to go on with the next
             if len(node_ids) > 1:
-                for node_id in node_ids:
-                    self._compress([node_id])
-                return
+                return all(self._compress([node_id]) for node_id in node_ids)
             why = type(error).__name__ if self._discreet else error
             logger.warning("concepts of chunk %s could not be made, it is read as text: %s", node_ids[0], why)
             with self._changed:
                 self._failed[node_ids[0]] = error
-            return
+            return True
         with self._changed:
             self._finished.update(node_ids)
             self._done += len(node_ids)
             for node_id in node_ids:
                 self._failed.pop(node_id, None)
         self._tell_catalog()
+        return True
 
-    def _make(self, node_ids: Sequence[str]) -> bool:
-        """Compress and flush; false when another process writes."""
+    def _make(self, node_ids: Sequence[str]) -> CompLLMError | None:
+        """Compress and flush; tells what is in the way for a time: another writer, or a store that takes nothing."""
         try:
             nodes = self._index.faiss.get_nodes(list(node_ids))  # those that were deleted meanwhile are left out
             traced_ensure(self._index.library, (node.get_content(metadata_mode=MetadataMode.NONE) for node in nodes))
             self._index.store.flush()
-        except StoreLockedError:
-            return False
-        return True
+        except (StoreLockedError, StoreFullError, StoreUnavailableError) as error:
+            return error
+        with self._changed:
+            if self._held_up is not None:
+                logger.warning("the concept store takes concepts again; uploads go on")
+                self._held_up = None
+        return None
+
+    def _stood_by(self, obstacle: CompLLMError, pause_s: float) -> bool:
+        """Wait for what is in the way; false when the queue is closed and it is not worth waiting.
+
+        Another writer will be done soon, so a queue that is drained waits for it. A store that is full or away may
+        stay so: such a queue tries once more, and leaves the rest to the next open.
+        """
+        lasting = not isinstance(obstacle, StoreLockedError)
+        with self._changed:
+            if lasting:
+                if self._held_up is None:
+                    logger.warning("uploads wait for the concept store, their chunks are read as text: %s", obstacle)
+                self._held_up = obstacle
+                if self._stopping:
+                    self._draining = False
+                self._changed.notify_all()  # for who waits without patience
+            self._changed.wait_for(lambda: self._stopping and (lasting or not self._draining), pause_s)
+            return not self._stopping or self._draining
 
     def _tell_catalog(self) -> None:
         """Take the notes of finished nodes out of the catalog, unless somebody writes: then at some later time."""

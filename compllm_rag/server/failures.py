@@ -35,8 +35,8 @@ _KNOWN: tuple[tuple[type[Exception], int, str], ...] = (
     (errors.StorageNotFoundError, 404, "no_such_namespace"),
 )
 RETRY_AFTER_S = {
-    "upload_queue_full": 10, "storage_locked": 2, "overloaded": 5, "generator_unavailable": 5,
-    "store_unavailable": 5, "shutting_down": 10,
+    "upload_queue_full": 10, "storage_locked": 2, "overloaded": 5, "store_unavailable": 10, "generator_unavailable": 5,
+    "shutting_down": 10,
 }  # fmt: skip
 
 

@@ -136,7 +136,7 @@ class PartsIngest:
         index.origins = Origins(KeyValues(index.faiss.catalog), roots_of(within))
         names = Names(index)
         with index.bulk():
-            plan = self._planned(names.settled(sound_documents(documents)))
+            plan = self._planned(names.settled(sound_documents(documents)), job)
             if not plan.met:
                 raise empty_corpus(reading.skipped if reading else ())
             planned, busy = time.perf_counter(), time.process_time() - busy
@@ -162,12 +162,12 @@ class PartsIngest:
         working = (sum(made.seconds for made in self._made), sum(made.cpu_s for made in self._made))
         return PartsReport(report, len(plan.keys), len(plan.keys) - len(missing), len(workers), *seconds, *working)
 
-    def _planned(self, documents: Iterable[Document]) -> _Plan:
+    def _planned(self, documents: Iterable[Document], job: Job) -> _Plan:
         """Write what is new or changed into parts; the order of the documents is that of the parts."""
         plan, coming = _Plan([], []), set[str]()
         batch: dict[str, Document] = {}
         size = 0
-        identity = _identity(self._index)
+        identity = _identity(self._index, job)
 
         def write() -> None:
             nonlocal size
@@ -203,6 +203,7 @@ class PartsIngest:
         for number, made in enumerate(encode(keys), 1):
             if made["error"]:
                 failed.append(made)
+                self._tell(f"part {str(made['part'])[:16]} could not be encoded: {made['error']}")
             tokens += int(made["tokens"])
             seen.add((str(made["host"]), int(made["pid"])))
             rate = tokens / (time.perf_counter() - begun)
@@ -318,7 +319,7 @@ def job_of(index: ConceptIndex, *, llm: str | None, embedder: str | None, **sett
     return Job(manifest=manifest.to_json(), llm=llm or manifest.llm, embedder=embedder or manifest.embedder, **settings)
 
 
-def _identity(index: ConceptIndex) -> str:
+def _identity(index: ConceptIndex, job: Job) -> str:
     """What beside its documents decides what becomes of a part, as text."""
     manifest = index.manifest
     return json.dumps(
@@ -327,6 +328,8 @@ def _identity(index: ConceptIndex) -> str:
             "embedder": manifest.embedder_identity,
             "encoding": manifest.encoding,
             "ingest": manifest.ingest.model_dump(mode="json"),
+            # No identity of a concept, but of this job: one storage should not get some of each.
+            "dtype": job.dtype or f"default of {job.device}",
         },
         sort_keys=True,
     )

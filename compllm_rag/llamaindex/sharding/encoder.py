@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from compllm_rag.models.device_memory import release_unused
 
 # A part that kills every worker it is given to must end, and not go round for ever.
 MOST_ATTEMPTS = 4
+_LONGEST_REASON = 500
+# Errors of the worker, not of its part: it would fail with all others as well.
+_FATAL: tuple[type[Exception], ...] = (MemoryError, getattr(torch, "AcceleratorError", MemoryError))
 
 
 class PartEncoder:
@@ -60,6 +64,9 @@ class PartEncoder:
 
         Returns:
             Columns with a row for each part: see `encode`, and `error`, empty where there was none.
+
+        Raises:
+            MemoryError, torch.AcceleratorError: The process has no memory left, or its GPU failed.
         """
         rows = list[dict[str, Any]]()
         for key in map(str, batch["part"]):
@@ -68,6 +75,10 @@ class PartEncoder:
                 made |= self.encode(key)
             except CompLLMError as error:
                 made["error"] = f"{type(error).__name__}: {error}"
+            except _FATAL:
+                raise
+            except Exception as error:  # noqa: BLE001 - of the embedder, say; whatever it is, it is told
+                made["error"] = _described(error)
             rows.append(made)
         return {name: [row[name] for row in rows] for name in rows[0]}
 
@@ -114,3 +125,10 @@ class PartEncoder:
             )
         release_unused(self.compressor.llm.device)
         return {"tokens": done.source_tokens, "compressed": done.compressed}
+
+
+def _described(error: Exception) -> str:
+    """An error that nobody expected, in one line: its class, what it says, and where it was raised."""
+    reason = " ".join(str(error).split())[:_LONGEST_REASON] or "no reason told"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {reason} (in {last.name}, {Path(last.filename).name}:{last.lineno})"

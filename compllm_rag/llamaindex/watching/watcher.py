@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -15,17 +15,26 @@ from typing import Protocol, Self
 from compllm_rag.catalog.kv import KeyValues
 from compllm_rag.catalog.origins import Origins
 from compllm_rag.errors import (
+    BudgetError,
     CompLLMError,
     ConfigurationError,
+    CorruptRecordError,
     PruneRefusedError,
+    StorageMismatchError,
     StoreFullError,
     StoreLockedError,
+    StoreReadOnlyError,
+    StoreUnavailableError,
+    UnreadableFileError,
+    UnsupportedFormatError,
 )
 from compllm_rag.llamaindex.documents import FileDocuments
 from compllm_rag.llamaindex.ingest import Corpus, IngestReport, Progress, ingest_documents
-from compllm_rag.llamaindex.readers.found import FileNote, shown
+from compllm_rag.llamaindex.pruning import prunable
+from compllm_rag.llamaindex.readers.found import FileNote, SkippedFile, shown
 from compllm_rag.llamaindex.readers.walk import Listing, as_paths
 from compllm_rag.llamaindex.watching.batch import WatchBatch
+from compllm_rag.llamaindex.watching.edits import first_edit, is_being_written
 from compllm_rag.llamaindex.watching.folders import WatchedFolders
 from compllm_rag.llamaindex.watching.ignoring import FILE
 from compllm_rag.llamaindex.watching.listener import Listener
@@ -36,8 +45,12 @@ logger = logging.getLogger(__name__)
 LOCK = "watch.lock"
 _LOOK_S = 0.5  # how often the loop looks whether it should end
 _RETRY_S = 1.0  # another process writes: it will be done some time
+# What no file is to blame for: it passes, so the step waits for it ...
+_PASSES = (StoreLockedError, StoreFullError, StoreUnavailableError)
+# ... or the storage itself can take none of them, so the watch ends.
+_LASTS = (StorageMismatchError, StoreReadOnlyError, CorruptRecordError, UnsupportedFormatError, BudgetError)
 _MANY = 1000  # changes from which on everything is looked at, as when a branch is checked out
-_FRESH_S = 60.0  # a file whose time lies further back was not edited just now, but moved here
+_MOST_NAMED = 3  # files that an error names
 
 
 class Watched(Corpus, Protocol):
@@ -80,7 +93,7 @@ class Watcher:
         self._folders = WatchedFolders(as_paths(folders), ignore, gitignore=gitignore, storage=index.storage_dir)
         if not 0 < quiet_s <= 3600:
             raise ConfigurationError("quiet_s makes no sense", got=quiet_s, expected="seconds, more than 0")
-        self._again = set[str]()  # files that could not be brought in
+        self._again = dict[str, FileNote]()  # files that could not be brought in, and why
         self._lock: WriterLock | None = None
 
     def __enter__(self) -> Self:
@@ -111,15 +124,43 @@ class Watcher:
     def sync(self, *, progress: Progress | None = None, strict: bool = False) -> WatchBatch:
         """Look at all files; those that did not change cost no more than being read.
 
+        What fails with one file is among the `problems`, and the others are brought in.
+
         Args:
             progress: Called with a running report.
-            strict: Raise where documents cannot be deleted, since not everything could be looked at.
+            strict: Raise where a file could not be brought in, or documents cannot be deleted, since not everything
+                could be looked at; the rest is done first.
 
         Raises:
-            PruneRefusedError: See `strict`; what was read is kept.
+            UnreadableFileError, PruneRefusedError: See `strict`.
             StoreLockedError: Another process writes.
+            StoreFullError, StoreUnavailableError: No space, or the shared concept store is away.
         """
-        begun, last = time.perf_counter(), IngestReport()
+        begun, listing = time.perf_counter(), self._folders.all_files()
+        self._again.clear()
+        try:
+            made, refused = self._all(listing, progress)
+        except (*_PASSES, *_LASTS):
+            raise
+        except Exception:  # whose fault it is will be found
+            logger.debug("not all files could be brought in together", exc_info=True)
+            made, refused = self._piecewise(listing)
+        if strict and self._again:
+            raise UnreadableFileError(
+                f"{len(self._again)} files could not be brought in; the others were",
+                got="; ".join(f"{one.path}: {one.what}" for one in list(self._again.values())[:_MOST_NAMED]),
+                next_step="see what is wrong with them, and run the same again",
+            )
+        if strict and refused is not None:
+            raise refused
+        if refused is not None:
+            note = FileNote(str(refused.got), "nothing was deleted: not everything could be looked at")
+            made = replace(made, problems=(note, *made.problems))
+        return self._finished(replace(made, full=True), begun)
+
+    def _all(self, listing: Listing, progress: Progress | None) -> tuple[WatchBatch, PruneRefusedError | None]:
+        """Bring all files in, and delete what is gone or left out; one commit. Tells why nothing was deleted."""
+        last, refused = IngestReport(), None
 
         def told(report: IngestReport) -> None:
             nonlocal last
@@ -127,10 +168,9 @@ class Watcher:
             if progress:
                 progress(report)
 
-        listing, named = self._folders.all_files(), self._folders.named
+        named = self._folders.named
         reading = FileDocuments(named, on_skip=lambda skipped: None, listing=listing)
         reading.logs = False
-        problems, refused = [], None
         with self._index.bulk():
             try:
                 last = ingest_documents(
@@ -138,19 +178,39 @@ class Watcher:
                 )
             except PruneRefusedError as error:
                 refused = error
-                problems.append(FileNote(str(error.got), "nothing was deleted: not everything could be looked at"))
-            left_out = self._left_out(listing)
-            for doc_id in left_out:
-                self._index.delete_ref_doc(doc_id)
-        if refused is not None and strict:
-            raise refused
-        self._again.clear()
-        made = WatchBatch.of(last, reading, problems)
-        deleted = last.documents_deleted + len(left_out)
-        return self._finished(replace(made, full=True, documents_deleted=deleted), begun)
+            left_out = self._delete(self._left_out(listing))
+        made = WatchBatch.of(last, reading)
+        return replace(made, documents_deleted=last.documents_deleted + left_out), refused
+
+    def _piecewise(self, listing: Listing) -> tuple[WatchBatch, PruneRefusedError | None]:
+        """The same in several commits, without the files that fail; those keep the documents that they had."""
+        files, skipped, refused = {found.file: found for found in listing.files}, list[SkippedFile](), None
+
+        def look(paths: Collection[str]) -> Listing:
+            return Listing(files=[files[path] for path in paths])
+
+        made = self._brought(list(files), lambda paths: self._bring(paths, look, skipped.append))
+        reading = FileDocuments(self._folders.named, on_skip=lambda skipped: None, listing=listing)
+        reading.skipped += [*listing.skipped, *skipped]  # one doubt, and nothing is deleted
+        origins = Origins(KeyValues(self._index.faiss.catalog), self._folders.named)
+        with self._index.bulk():
+            met = {id_: file for id_, file in origins.not_met(()).items() if file in files}
+            try:
+                gone = prunable(origins, met, reading, origins.roots)
+            except PruneRefusedError as error:
+                gone, refused = [], error
+            deleted = self._delete([*gone, *self._left_out(listing)])
+        missed = [FileNote(one.path, one.reason) for one in listing.skipped if one.problem]
+        problems = (*made.problems, *missed)
+        return replace(made, documents_deleted=made.documents_deleted + deleted, problems=problems), refused
+
+    def _delete(self, doc_ids: Sequence[str]) -> int:
+        for doc_id in doc_ids:
+            self._index.delete_ref_doc(doc_id)
+        return len(doc_ids)
 
     def step(self, changes: Mapping[str, float]) -> WatchBatch:
-        """Bring in what changed: one commit, or where something in it fails, one for each file.
+        """Bring in what changed: one commit, or where something in it fails, several, without the files that fail.
 
         Args:
             changes: Paths, absolute, links of the folders followed, with the time at which each was heard of.
@@ -158,14 +218,15 @@ class Watcher:
         Raises:
             StoreLockedError: Another process writes; nothing was brought in.
             StoreFullError: No space; nothing was brought in.
+            StoreUnavailableError: The shared concept store is away; nothing was brought in.
         """
-        begun, first = time.perf_counter(), _first_edit(changes)
+        begun, first = time.perf_counter(), first_edit(changes)
         if len(changes) > _MANY or any(os.path.basename(path) == FILE for path in changes):  # noqa: PTH119
             made = self.sync()
         else:
-            if _is_being_written(changes, self._quiet_s):
+            if is_being_written(changes, self._quiet_s):
                 time.sleep(self._quiet_s)
-            made = self._changed(sorted({*changes, *self._again} - self._folders.roots.keys()))
+            made = self._brought(sorted({*changes, *self._again} - self._folders.roots.keys()), self._bring)
         return replace(self._finished(made, begun), edit_s=max(0.0, time.time() - first))
 
     def run(
@@ -182,7 +243,8 @@ class Watcher:
             stop: Set it to end, from another thread or a signal handler.
             on_batch: Called after the first look at all files, and after each step of which something came.
             progress: Called during the first look.
-            on_wait: Called when a step has to wait, since another process writes or the disk is full.
+            on_wait: Called when a step has to wait, since another process writes, the disk is full, or the shared
+                concept store is away.
 
         Raises:
             UnreadableFileError: A folder is gone, or cannot be watched. Its documents stay.
@@ -208,33 +270,41 @@ class Watcher:
         while not stop.is_set():
             try:
                 return call()
-            except (StoreLockedError, StoreFullError) as error:
+            except _PASSES as error:
                 if on_wait and not told:
                     on_wait(error)
                 told = True
                 stop.wait(_RETRY_S)
         return None
 
-    def _changed(self, paths: Sequence[str]) -> WatchBatch:
+    def _brought(self, paths: Sequence[str], bring: Callable[[Sequence[str]], WatchBatch]) -> WatchBatch:
+        """Bring some files in, and where something fails, their halves: down to the file that does."""
         if not paths:
             return WatchBatch()
         try:
-            made = self._bring(paths)
-        except (StoreLockedError, StoreFullError):
+            made = bring(paths)
+        except (*_PASSES, *_LASTS):
             raise
         except Exception as error:  # one bad file must not keep the others out, nor end the watch
             if len(paths) > 1:
-                return WatchBatch.sum([self._changed([path]) for path in paths])
+                return WatchBatch.sum([self._brought(half, bring) for half in _halves(paths)])
             logger.debug("a change could not be brought in", exc_info=True)
-            self._again.add(paths[0])
             reason = " ".join(str(error).split())[:300] or type(error).__name__
-            return WatchBatch(problems=(FileNote(shown(paths[0]), reason),))
-        self._again -= {*paths}
+            self._again[paths[0]] = FileNote(shown(paths[0]), reason)
+            return WatchBatch(problems=(self._again[paths[0]],))
+        for path in paths:
+            self._again.pop(path, None)
         return made
 
-    def _bring(self, paths: Sequence[str]) -> WatchBatch:
+    def _bring(
+        self,
+        paths: Sequence[str],
+        look: Callable[[Collection[str]], Listing] | None = None,
+        on_skip: Callable[[SkippedFile], None] = lambda skipped: None,
+    ) -> WatchBatch:
         """Read some files, and delete what was read from them before and is not there any more; one commit."""
-        reading = FileDocuments((), on_skip=lambda skipped: None, listing=self._folders.files_of(paths))
+        look = look or self._folders.files_of
+        reading = FileDocuments((), on_skip=on_skip, listing=look(paths))
         reading.logs = False
         last = IngestReport()
 
@@ -250,7 +320,10 @@ class Watcher:
                 note = FileNote(shown(paths[0]), f"kept as it was: {error.got}")
                 return made if made.problems else replace(made, problems=(note,))
             return WatchBatch.sum(
-                [replace(made, files=0, chunks=0, problems=()), *(self._bring([path]) for path in paths)]
+                [
+                    replace(made, files=0, chunks=0, problems=()),
+                    *(self._bring(half, look, on_skip) for half in _halves(paths)),
+                ]
             )
         return WatchBatch.of(last, reading)
 
@@ -266,26 +339,6 @@ class Watcher:
         return [id_ for id_, file in known.items() if file not in found and self._folders.leaves_out(file)]
 
 
-def _is_being_written(paths: Iterable[str], quiet_s: float) -> bool:
-    """Whether one was emptied just now, as programs do before they write; else its documents would be deleted first."""
-    for path in paths:
-        try:
-            found = os.stat(path)  # noqa: PTH116
-        except OSError:
-            continue
-        if not found.st_size and time.time() - found.st_mtime < quiet_s:
-            return True
-    return False
-
-
-def _first_edit(changes: Mapping[str, float]) -> float:
-    """When the first of some changes was made: the file's own time where it is new, else when it was heard of."""
-    first = min(changes.values())
-    for path, heard in changes.items():
-        try:
-            edited = os.stat(path).st_mtime  # noqa: PTH116
-        except OSError:
-            continue
-        if heard - _FRESH_S < edited:
-            first = min(first, edited)
-    return first
+def _halves(paths: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    middle = len(paths) // 2
+    return paths[:middle], paths[middle:]

@@ -29,7 +29,15 @@ def write_corpus(folder: Path, n: int = 12) -> Path:
     return folder
 
 
-def in_parts(index: ConceptIndex, staging: Staging, paths: list[Path], wrap: Any = None, **options: Any) -> PartsReport:
+def in_parts(
+    index: ConceptIndex,
+    staging: Staging,
+    paths: list[Path],
+    wrap: Any = None,
+    *,
+    dtype: str | None = None,
+    **options: Any,
+) -> PartsReport:
     """Ingest by one worker within this process."""
 
     def encode(keys: list[str]) -> Iterator[dict[str, Any]]:
@@ -41,7 +49,7 @@ def in_parts(index: ConceptIndex, staging: Staging, paths: list[Path], wrap: Any
                 wrap(key)
 
     with staging.driven():
-        job = job_of(index, llm=None, embedder=None)
+        job = job_of(index, llm=None, embedder=None, dtype=dtype)
         return PartsIngest(index, staging, **options).run(load_documents(paths), encode, job, within=paths)
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import toy
 from compllm_rag.errors import (
@@ -18,7 +21,9 @@ from compllm_rag.errors import (
 )
 from compllm_rag.llamaindex.documents import load_documents
 from compllm_rag.llamaindex.index import ConceptIndex
+from compllm_rag.llamaindex.sharding import encoder
 from compllm_rag.llamaindex.sharding.staging import Staging
+from compllm_rag.llamaindex.storage_parts import load_embedder_of
 from tests.llamaindex.sharding.sharding_samples import assert_same, in_parts, write_corpus
 from toy_embedder import save_sentence_transformer
 
@@ -94,6 +99,24 @@ def test_a_run_goes_on_where_another_ended(tmp_path: Path, made) -> None:
     assert again.ingest.chunks == report.ingest.chunks
 
 
+def test_what_another_dtype_made_is_made_anew(tmp_path: Path, made) -> None:
+    corpus, staging = write_corpus(tmp_path / "corpus", 4), Staging(tmp_path / "staging")
+
+    def stop(key: str) -> None:
+        raise KeyboardInterrupt
+
+    with made("s") as index, pytest.raises(KeyboardInterrupt):
+        in_parts(index, staging, [corpus], stop, dtype="bfloat16", part_chars=700)
+    with made("s") as index, pytest.raises(KeyboardInterrupt):
+        in_parts(index, staging, [corpus], stop, dtype="float32", part_chars=700)
+    with made("s") as index:
+        report = in_parts(index, staging, [corpus], dtype="float32", part_chars=700)
+    assert report.parts_reused == 1
+    with made("usual") as index:
+        index.ingest(load_documents([corpus]), within=[corpus])
+    assert_same(tmp_path / "s", tmp_path / "usual")
+
+
 def test_changes_replace_what_they_change(tmp_path: Path, made) -> None:
     corpus, staging = write_corpus(tmp_path / "corpus"), Staging(tmp_path / "staging")
     for name in ("one", "two"):
@@ -146,6 +169,62 @@ def test_a_part_that_cannot_be_encoded_costs_no_other(tmp_path: Path, made) -> N
         spoilt[0].unlink()
         report = in_parts(index, staging, [corpus], part_chars=1500)
     assert report.parts_reused == report.parts - 1
+
+
+@pytest.fixture
+def failing_embedder(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[BaseException]]:
+    """The workers' embedder raises what the list holds, for one text."""
+    raised: list[BaseException] = []
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        embedder = load_embedder_of(*arguments, **options)
+        embed = embedder.get_text_embedding_batch
+
+        def fails(texts: list[str], **more: Any) -> Any:
+            if raised and any("Keeper 2 wrote" in text for text in texts):
+                raise raised[0]
+            return embed(texts, **more)
+
+        object.__setattr__(embedder, "get_text_embedding_batch", fails)
+        return embedder
+
+    monkeypatch.setattr(encoder, "load_embedder_of", load)
+    yield raised
+
+
+def test_an_error_of_any_kind_is_told_and_costs_no_other_part(
+    tmp_path: Path, made, failing_embedder: list[BaseException]
+) -> None:
+    corpus, staging, told = write_corpus(tmp_path / "corpus", 6), Staging(tmp_path / "staging"), list[str]()
+    failing_embedder.append(RuntimeError("expected all tensors\non the same device"))
+    for _ in range(2):  # the second time that part alone is tried again
+        told.clear()
+        with made("s") as index, pytest.raises(WorkersFailedError, match="1 of .* missing.*RuntimeError: expected all"):
+            in_parts(index, staging, [corpus], part_chars=700, tell=told.append)
+        (line,) = (line for line in told if "could not be encoded" in line)
+        assert ": RuntimeError: expected all tensors on the same device (in fails, test_parts.py:" in line
+    assert "1 of them to encode" in told[0]
+    failing_embedder.clear()
+    with made("s") as index:
+        report = in_parts(index, staging, [corpus], part_chars=700)
+    assert report.parts_reused == report.parts - 1
+    with made("usual") as index:
+        index.ingest(load_documents([corpus]), within=[corpus])
+    assert_same(tmp_path / "s", tmp_path / "usual")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), KeyboardInterrupt(), getattr(torch, "AcceleratorError", MemoryError)("the GPU is lost")],
+    ids=repr,
+)
+def test_what_ends_a_worker_is_no_error_of_a_part(
+    tmp_path: Path, made, failing_embedder: list[BaseException], error: BaseException
+) -> None:
+    corpus, staging = write_corpus(tmp_path / "corpus", 4), Staging(tmp_path / "staging")
+    failing_embedder.append(error)
+    with made("s") as index, pytest.raises(type(error)):
+        in_parts(index, staging, [corpus], part_chars=700)
 
 
 def test_a_part_that_kills_its_workers_does_not_go_round_for_ever(tmp_path: Path, made) -> None:
