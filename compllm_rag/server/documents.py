@@ -12,7 +12,7 @@ from compllm_rag.catalog.documents import documents_after
 from compllm_rag.errors import StoreLockedError
 from compllm_rag.llamaindex.uploads import UploadReceipt
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
-from compllm_rag.server.failures import Refusal
+from compllm_rag.server.failures import Refusal, code_of
 from compllm_rag.server.files import Read
 from compllm_rag.server.jobs import Jobs, UploadJob
 from compllm_rag.server.schemas import (
@@ -149,6 +149,7 @@ def queue_status(index: ConceptIndex, generations: Workers) -> QueueStatus:
         chunks_waiting=running.chunks if running else len(index.pending),
         chunks_done=running.chunks_done if running else 0,
         chunks_failed=len(running.failed) if running else 0,
+        held_up=code_of(running.held_up) if running and running.held_up else None,
         generations_running=generations.running,
         generations_waiting=generations.waiting,
         generations_limit=generations.limit,

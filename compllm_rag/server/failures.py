@@ -96,6 +96,11 @@ def internal() -> Refusal:
     return Refusal(500, "internal", "the server could not do this; its log says why. Next step: tell whoever runs it")
 
 
+def code_of(error: Exception) -> str:
+    """What is wrong, as the code that a client would be told."""
+    return next((code for kind, _, code in _KNOWN if isinstance(error, kind)), "internal")
+
+
 def log_fault(error: BaseException) -> None:
     """Log where an error happened, without its message: that may quote a document or a question."""
     frames = traceback.extract_tb(error.__traceback__)[-6:]

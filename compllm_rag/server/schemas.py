@@ -131,6 +131,7 @@ class QueueStatus(BaseModel):
         chunks_waiting: Chunks of those.
         chunks_done: Chunks that got their concepts since the server started.
         chunks_failed: Chunks that could not be compressed, and stay text until the next start.
+        held_up: Why no concepts are made just now, as a code of errors; null while nothing is in the way.
         generations_running: Answers that are being made now, of all namespaces.
         generations_waiting: Answers that wait for their turn, of all namespaces.
         generations_limit: Most that may wait.
@@ -140,6 +141,7 @@ class QueueStatus(BaseModel):
     chunks_waiting: int
     chunks_done: int
     chunks_failed: int
+    held_up: str | None = None
     generations_running: int
     generations_waiting: int
     generations_limit: int

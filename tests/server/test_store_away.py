@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from compllm_rag import Compressor
+from compllm_rag.errors import StoreFullError
 from compllm_rag.storage import stores
 from tests.faults.fault_samples import create
 from tests.redis_servers import RedisProcess
@@ -24,6 +25,10 @@ async def test_questions_and_uploads_are_told_to_come_again(
         async with client(made) as http:
             assert (await http.post("/v1/documents", json=DOCUMENTS)).status_code == 202
             assert made.get(None).uploads.wait(60)
+            assert (await http.get("/v1/queue")).json()["held_up"] is None
+            made.get(None).uploads._held_up = StoreFullError("the concept store is full")
+            assert (await http.get("/v1/queue")).json()["held_up"] == "storage_full"
+            made.get(None).uploads._held_up = None
             redis_server.kill()
             more = {"documents": [{"id": "new.md", "text": "The ferry leaves at seven in the morning."}]}
             for path, body in (("/v1/query", {"query": QUESTION}), ("/v1/documents", more)):
