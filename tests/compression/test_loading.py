@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import toy
 from compllm_rag.compression import loading
 from compllm_rag.compression.deep import DeepCompressor
-from compllm_rag.compression.loading import load_compressor_for, shipped_adapter
+from compllm_rag.compression.loading import load_compressor_for, shipped_adapter, shipped_compressor
 from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.config import DEFAULT_LLM
 from compllm_rag.errors import (
@@ -67,6 +67,17 @@ def test_shipped_reader_of_the_embedded_llm() -> None:
     assert folder is not None
     assert (folder / "adapter_config.json").is_file()
     assert (folder / "adapter_model.safetensors").is_file()
+
+
+def test_shipped_compressors_of_the_embedded_llm() -> None:
+    for asked, layer in ((None, 15), (15, 15), (18, 18)):
+        folder = shipped_compressor(DEFAULT_LLM, "deep", asked)
+        assert folder is not None
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
+        assert (config["entry_layer"], config["selector"]) == (layer, "learned")
+        assert (folder / "compressor.safetensors").stat().st_size < 25_000_000
+    assert shipped_compressor(DEFAULT_LLM, "deep", 12) is None
+    assert shipped_compressor(DEFAULT_LLM, "input") is not None and shipped_compressor(DEFAULT_LLM, "input", 3) is None
 
 
 @pytest.mark.parametrize(
