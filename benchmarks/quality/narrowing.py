@@ -156,10 +156,8 @@ def tables(record: Record) -> list[str]:
         ]
         for row in sorted(record["rows"], key=lambda row: -row["prefill_cost"])
     ]
-    further = 2 * record["entry_layer"] != record["depth"]  # not the default of what ships
-    title = f"## Narrowing, entry layer {record['entry_layer']}" if further else "## Narrowing"
     return [
-        title,
+        "## Narrowing",
         "",
         f"Deep concepts of {record['llm']} (entry layer {record['entry_layer']} of {record['depth']}) on {record['n']} "
         f"held-out training questions behind {number(record['passages'], 1)} passages each in the mean "
@@ -170,7 +168,7 @@ def tables(record: Record) -> list[str]:
         f"passages. Brackets are bootstrap 95 % intervals over questions. {measured(record)}.",
         "",
         *table(["rate", "narrowed", "prefill cost", "NLL", "recovered"], rows),
-        f"![Recovered over prefill cost, narrowed and not]({'narrowing_further' if further else 'narrowing'}.png)",
+        "![Recovered over prefill cost, narrowed and not](narrowing.png)",
         "",
     ]
 

@@ -31,7 +31,7 @@ def shipped_adapter(llm: str, kind: str) -> Path | None:
 
     Args:
         llm: The LLM's alias.
-        kind: `reader`, `compressor`, `deep`, or `deep-L` of another entry layer than its default.
+        kind: `reader`, `deep` or `compressor`.
     """
     if "/" in llm or llm in (".", ".."):
         return None
@@ -45,14 +45,12 @@ def shipped_compressor(llm: str, codec: Codec | str, entry_layer: int | None = N
     Args:
         llm: The LLM's alias.
         codec: Of which kind.
-        entry_layer: Of deep concepts: at which layer they enter; None takes the default one.
+        entry_layer: Of deep concepts: at which layer they are to enter; None leaves that to what ships.
     """
     if codec != "deep":
         return shipped_adapter(llm, "compressor") if entry_layer is None else None
-    default = shipped_adapter(llm, "deep")
-    if entry_layer is None or (default is not None and _entry_layer_of(default) == entry_layer):
-        return default
-    return shipped_adapter(llm, f"deep-{entry_layer}")
+    found = shipped_adapter(llm, "deep")
+    return found if found is None or entry_layer in (None, _entry_layer_of(found)) else None
 
 
 def _entry_layer_of(folder: Path) -> int:

@@ -42,7 +42,7 @@ def test_a_compressor_of_version_1_keeps_it_and_new_ones_have_2(llm: TargetLLM, 
     assert len(fingerprints) == 2
 
 
-@pytest.mark.parametrize("kind", ["compressor", "deep", "deep-18"])
+@pytest.mark.parametrize("kind", ["compressor", "deep"])
 def test_the_adapters_that_ship_say_version_2(kind: str) -> None:
     folder = shipped_adapter("smollm2-135m-instruct", kind)
     assert folder is not None
