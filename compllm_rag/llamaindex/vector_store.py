@@ -248,6 +248,13 @@ class FaissTextVectorStore(ProcessBound, ThreadedVectorStore):
             rows = node_rows.read_ids(connection, ids)
             return [rows[id_].node_id for id_ in ids]
 
+    def document_nodes(self, ref_doc_id: str) -> list[BaseNode]:
+        """The nodes of a document in order of arrival, all of one commit: none of a replacement that is being made."""
+        with self._catalog.snapshot() as (connection, _):
+            ids = sorted(node_rows.ids_where(connection, "ref_doc_id", [ref_doc_id]))
+            rows = node_rows.read_ids(connection, ids)
+            return [decode_node(rows[id_]) for id_ in ids]
+
     def embedded_nodes(self, node_ids: Sequence[str]) -> list[BaseNode]:
         """Nodes that are named, with their embeddings (of length 1); ids that are not there are skipped."""
         with self._catalog.reading() as connection:

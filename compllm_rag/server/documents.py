@@ -111,10 +111,10 @@ def detail(index: ConceptIndex, doc_id: str, *, text: bool) -> DocumentDetail:
     Raises:
         Refusal: There is none.
     """
-    node_ids = _must_exist(index, doc_id)
-    by_id = {node.node_id: node for node in index.faiss.get_nodes(node_ids)}
-    nodes = [by_id[node_id] for node_id in node_ids if node_id in by_id]
-    waiting, failed = index.pending.among(node_ids), _failed(index)
+    nodes = cast(FaissTextVectorStore, index.faiss).document_nodes(doc_id)
+    if not nodes:
+        _must_exist(index, doc_id)
+    waiting, failed = index.pending.among([node.node_id for node in nodes]), _failed(index)
     return DocumentDetail(
         id=doc_id,
         title=_title(nodes[0]) if nodes else "",

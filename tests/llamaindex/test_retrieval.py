@@ -76,6 +76,22 @@ def test_who_searches_beside_an_upload_sees_the_last_commit(tmp_path: Path, comp
         assert other.submit(found, "yq 1234").result(30) == found("yq 1234") == ["The spare part is YQ-1234-C."]
 
 
+def test_a_document_is_never_seen_half_replaced(tmp_path: Path, compressor: Compressor) -> None:
+    with open_index(tmp_path / "s", compressor) as index, ThreadPoolExecutor(1) as other:
+        index.ingest([Document(id_="part", text="The spare part is XK-4711-B.")])
+
+        def read() -> list[str]:
+            return [node.get_content() for node in index.faiss.document_nodes("part")]
+
+        with index.bulk():
+            index.delete_ref_doc("part")
+            assert read() == [] and other.submit(read).result(30) == ["The spare part is XK-4711-B."]
+            index.insert(Document(id_="part", text="The spare part is YQ-1234-C."))
+            assert other.submit(read).result(30) == ["The spare part is XK-4711-B."]
+        assert other.submit(read).result(30) == read() == ["The spare part is YQ-1234-C."]
+        assert index.faiss.document_nodes("none") == []
+
+
 @pytest.mark.parametrize("kind", ["bm25", "hybrid"])
 def test_limits_are_heeded(index: ConceptIndex, kind: str) -> None:
     make = index.as_bm25_retriever if kind == "bm25" else index.as_hybrid_retriever
