@@ -235,11 +235,11 @@ async def test_logs_and_faults_tell_no_words(made: Registry, caplog: pytest.LogC
             await asking.post("/v1/query", json={"query": secret, "top_k": secret})
             index = made.get(None)
             fail = lambda *args, **options: (_ for _ in ()).throw(RuntimeError(secret))  # noqa: E731
-            index.faiss.__dict__["node_ids"] = fail
+            index.faiss.__dict__["document_nodes"] = fail
             try:
                 broken = await asking.get(f"/v1/documents/{secret}")
             finally:
-                del index.faiss.__dict__["node_ids"]
+                del index.faiss.__dict__["document_nodes"]
     assert code(broken) == (500, "internal") and secret not in broken.text
     told = "\n".join(record.getMessage() for record in caplog.records)
     assert "RuntimeError in" in told and "PUT /v1/documents/{document_id:path} 202" in told
