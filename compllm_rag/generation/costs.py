@@ -121,15 +121,19 @@ class CostModel:
             ) from error
 
 
+def layers_passed(concepts: int, *, entry_layer: int, depth: int, narrowing: Narrowing | None = None) -> int:
+    """Concepts of a prompt times the layers that they pass: those from the entry layer on.
+
+    Where the prompt is narrowed from a layer T on, a share of them passes those from T on.
+    """
+    passed = concepts * (depth - entry_layer)
+    if narrowing is not None:
+        passed -= (concepts - kept_concepts(concepts, narrowing.share)) * (depth - narrowing.layer)
+    return passed
+
+
 def counted_prefill(
     tokens: float, concepts: int, *, entry_layer: int, depth: int, narrowing: Narrowing | None = None
 ) -> float:
-    """What a prompt takes at prefill in text tokens.
-
-    A concept passes the layers from the entry layer on; where the prompt is narrowed from a layer T on, a share of them
-    passes those from T on.
-    """
-    passed = concepts * (depth - entry_layer)  # concepts times layers
-    if narrowing is not None:
-        passed -= (concepts - kept_concepts(concepts, narrowing.share)) * (depth - narrowing.layer)
-    return tokens + passed / depth
+    """What a prompt takes at prefill in text tokens; see `layers_passed`."""
+    return tokens + layers_passed(concepts, entry_layer=entry_layer, depth=depth, narrowing=narrowing) / depth

@@ -9,6 +9,7 @@ from typing import Any
 from llama_index.core.schema import NodeWithScore
 
 from compllm_rag.config import Mode
+from compllm_rag.generation.costs import layers_passed
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.models.narrowing import kept_concepts
 from compllm_rag.prompt import PromptPlan, Span
@@ -83,12 +84,10 @@ class PromptCost:
         """The cost of a plan; concepts pass the layers from the entry layer on, or up to layer T, text all of them."""
         concepts = sum(fact.n_concepts for fact in facts)
         replaced = sum(fact.n_tokens - fact.read_as_text for fact in facts)  # as concepts, or left out of what is read
-        depth, upper = library.spec.depth, library.spec.depth - library.spec.config.entry_layer
-        passed = (plan.positions - concepts) * depth + concepts * upper  # positions times layers
-        kept = None
-        if plan.narrowing is not None:
-            kept = kept_concepts(concepts, plan.narrowing.share)
-            passed -= (concepts - kept) * (depth - plan.narrowing.layer)
+        depth, layer, narrowing = library.spec.depth, library.spec.config.entry_layer, plan.narrowing
+        passed = (plan.positions - concepts) * depth  # positions times layers
+        passed += layers_passed(concepts, entry_layer=layer, depth=depth, narrowing=narrowing)
+        kept = None if narrowing is None else kept_concepts(concepts, narrowing.share)
         return cls(passed, (plan.positions - concepts + replaced) * depth, passed * library.llm.kv_bytes, kept)
 
 

@@ -155,7 +155,7 @@ def narrowing_of(
     given, spec = options.get("narrowing"), library.spec
     if given is None:
         return None
-    against = [name for name in ("ttft_budget_s",) if options.get(name) is not None]
+    against = [] if options.get("ttft_budget_s") is None else ["ttft_budget_s"]
     against += ["mode text"] if mode == "text" and not decides_otherwise else []
     against += [] if spec.config.deep else ["concepts at the input embeddings"]
     if against:
