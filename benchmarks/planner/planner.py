@@ -19,6 +19,7 @@ from typing import Any
 from benchmarks.common import any_compressor_of, dtype_of, journal_of, parsed, parser, part, progress, written
 from benchmarks.planner.candidates import SETS, asked, found, recall, with_passages
 from benchmarks.planner.contenders import CONTENDERS, PLANNERS
+from benchmarks.remembered import remember_states
 from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.config import DEFAULT_EMBEDDER, GenerationConfig, Narrowing
 from compllm_rag.evaluation.asking import Asker
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> Row:
     args = parsed(options, argv)
     if args.data_dir is None:
         options.error("--data-dir is needed")
-    compressor = any_compressor_of(args)
+    compressor = remember_states(any_compressor_of(args))
     spec = compressor.spec
     if args.narrow is not None:
         check_narrowing(args.narrow, spec.config.entry_layer, spec.depth)

@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks.common import Tenths, any_compressor_of, dtype_of, journal_of, parsed, parser, part, progress, written
 from benchmarks.rates.bodies import ChosenBodies, priced
+from benchmarks.remembered import remember_states
 from compllm_rag.compression.rate_policies.choosing import RateChooser, best_losses, chooser_of, rates_within
 from compllm_rag.compression.rate_policies.measures import TextMeasures
 from compllm_rag.compression.rate_policies.policies import PricedRate
@@ -165,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--max-new-tokens", type=int, default=32)
     options.set_defaults(rates=[1.0, 1.5, 2.0, 3.0, 4.0])
     args = parsed(options, argv)
-    compressor = any_compressor_of(args)
+    compressor = remember_states(any_compressor_of(args))
     names = ("limit", "rates", "losses", "shares", "max_new_tokens")
     predictor = None if compressor.losses is None else compressor.losses.model_dump_json()
     same = {"llm": args.llm, "fingerprint": compressor.fingerprint, "losses_learned": predictor}
