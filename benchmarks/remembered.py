@@ -22,7 +22,7 @@ Unit = tuple[int, ...]
 def remember_states(compressor: ConceptCompressor, most: int = _MOST) -> ConceptCompressor:
     """Let a compressor keep states and scores of units that it read; one that is not of deep concepts stays as it is.
 
-    For measuring answers alone: what is timed would be too fast, and no gradient flows.
+    For measuring answers alone: what is timed would be too fast.
 
     Args:
         compressor: Changed in place; its weights must not change any more.
@@ -33,7 +33,7 @@ def remember_states(compressor: ConceptCompressor, most: int = _MOST) -> Concept
     """
     if isinstance(compressor, DeepCompressor):
         kept = _Kept(compressor, most)
-        for name in ("states_with_grad", "scores"):
+        for name in ("states", "scores"):
             setattr(compressor, name, getattr(kept, name))
     return compressor
 
@@ -42,17 +42,16 @@ class _Kept:
     """Stands in front of two methods of a compressor."""
 
     def __init__(self, compressor: DeepCompressor, most: int) -> None:
-        self._states_of, self._scores_of, self._most = compressor.states_with_grad, compressor.scores, most
+        self._states_of, self._scores_of, self._most = compressor.states, compressor.scores, most
         self._states, self._scores = dict[Unit, torch.Tensor](), dict[Unit, torch.Tensor]()
 
-    def states_with_grad(self, units: Sequence[Sequence[int]]) -> torch.Tensor:
-        """See `DeepCompressor.states_with_grad`; without gradient."""
+    def states(self, units: Sequence[Sequence[int]]) -> torch.Tensor:
+        """See `DeepCompressor.states`."""
         rows = [tuple(unit) for unit in units]
         missing = [row for row in dict.fromkeys(rows) if row not in self._states]
         found = dict[Unit, torch.Tensor]()
         if missing:
-            with torch.no_grad():
-                made = self._states_of(missing)  # (batch, most tokens, hidden_size)
+            made = self._states_of(missing)  # (batch, most tokens, hidden_size)
             # Copies: a slice would keep the whole batch, padding and all.
             found = {row: states[: len(row)].clone() for row, states in zip(missing, made, strict=True)}
         found |= {row: self._states[row] for row in rows if row not in found}

@@ -212,7 +212,7 @@ def _retrieved(one: Sought, library: ConceptLibrary) -> list[Retrieved]:
 def _written(compressor: DeepCompressor, query: str) -> torch.Tensor:
     """States (n_tokens, hidden_size) of a question that runs through the lower half as passages do."""
     ids = list(encode_plain(compressor.llm.tokenizer, query)["input_ids"])
-    return compressor.states_with_grad([ids])[0].float().cpu()
+    return compressor.states([ids])[0].float().cpu()
 
 
 def _centred(question: torch.Tensor, passages: Sequence[torch.Tensor]) -> list[torch.Tensor]:

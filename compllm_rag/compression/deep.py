@@ -14,6 +14,7 @@ arXiv 2005.00697); CompLLM's concepts (arXiv 2509.19228) enter at layer 0.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,8 +34,10 @@ from compllm_rag.errors import ConfigurationError
 from compllm_rag.fingerprint import tagged_digest, tensor_digest
 from compllm_rag.models.adapters import inject_lora, load_lora_state, lora_state
 from compllm_rag.models.device_memory import memory_trouble, out_of_memory, release_unused, room_for
-from compllm_rag.models.halves import Halves, lower_half
+from compllm_rag.models.halves import Halves, lower_half, merged_tree
 from compllm_rag.models.llm import TargetLLM
+
+logger = logging.getLogger(__name__)
 
 # Positions of one forward, and of one that gives logits over the vocabulary: (positions, vocab_size) in float32.
 _BATCH_POSITIONS = {"cpu": 4096, "cuda": 65536}
@@ -85,6 +88,7 @@ class DeepCompressor:
         self.segmenter = Segmenter(llm.tokenizer, config.segment_length, config.segmenter_version)
         self.losses: LossPredictor | None = None  # what rates lose, if that was fitted; see `rate_policies.losses`
         self._fingerprint: str | None = None
+        self._merged: Any = None  # see `_writing`
         self._most_positions = max(_BATCH_POSITIONS.values())  # of one forward; less once memory was short
 
     @classmethod
@@ -125,6 +129,7 @@ class DeepCompressor:
 
     def refresh_fingerprint(self) -> str:
         """Compute the fingerprint again; whoever changes the weights calls this."""
+        self._merged = None
         self._fingerprint = tagged_digest(
             "compllm-rag/deep-compressor",
             target=self.llm.identity,
@@ -248,7 +253,7 @@ class DeepCompressor:
 
     @torch.inference_mode()
     def _forward(self, units: Sequence[Sequence[int]], kept: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        hidden = self.states_with_grad(units)  # (batch, longest, hidden_size)
+        hidden = self.states(units)  # (batch, longest, hidden_size)
         out = []
         for row, places in zip(hidden, kept, strict=True):
             at = torch.tensor(places)  # (K,)
@@ -256,16 +261,44 @@ class DeepCompressor:
             out.append(torch.cat([states, at[:, None].float()], 1))  # (K, hidden_size + 1)
         return out
 
-    def states_with_grad(self, units: Sequence[Sequence[int]]) -> torch.Tensor:
-        """One batched forward of the lower half, differentiable in the LoRA that writes.
+    @torch.inference_mode()
+    def states(self, units: Sequence[Sequence[int]]) -> torch.Tensor:
+        """One batched forward of the lower half.
 
         Returns:
             Tensor (batch, most tokens, hidden_size) in the compute dtype: the residual stream in front of the entry
             layer at every token of each unit; rows beyond a unit's length are meaningless.
         """
+        return self._through(self._writing(), units)
+
+    def states_with_grad(self, units: Sequence[Sequence[int]]) -> torch.Tensor:
+        """The same as `states`, differentiable in the LoRA that writes; slower."""
+        return self._through(self.decoder, units)
+
+    def _writing(self) -> Any:
+        """The lower half that passages run through: its LoRA merged into weights of its own, where memory allows.
+
+        Live, a LoRA of rank 32 makes each layer of a small LLM a fifth slower. What is trained is `decoder`; whoever
+        changes that calls `refresh_fingerprint`.
+        """
+        if not self.config.lora_rank:
+            return self.decoder
+        if self._merged is None:
+            try:
+                self._merged = merged_tree(self.decoder)
+            except (RuntimeError, MemoryError) as error:
+                if memory_trouble(error) is None:
+                    raise
+                self._merged = self.decoder
+            if self._merged is self.decoder:
+                release_unused(self.llm.device)
+                logger.warning("no memory to merge the LoRA that writes concepts: chunks are compressed more slowly")
+        return self._merged
+
+    def _through(self, tree: Any, units: Sequence[Sequence[int]]) -> torch.Tensor:
         begin = len(self.config.opening)
         ids, mask = self._rows(units)  # (batch, begin + most tokens) each
-        hidden: torch.Tensor = self.decoder(
+        hidden: torch.Tensor = tree(
             inputs_embeds=self.llm.embedding(ids),
             attention_mask=None if bool(mask.all()) else mask,
             use_cache=False,

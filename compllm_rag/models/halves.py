@@ -102,8 +102,7 @@ class Halves:
         if not has_lora(self.upper):
             return self
         made = copy.copy(self)
-        made.upper = second_tree(self.upper)
-        merge_lora(made.upper)
+        made.upper = merged_tree(self.upper)
         return made
 
     def caches(self) -> tuple[Any, Any]:
@@ -207,6 +206,13 @@ def second_tree(module: Any) -> Any:
     """A second module tree, config included, over the same tensors."""
     shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, shared).requires_grad_(False).eval()
+
+
+def merged_tree(tree: Any) -> Any:
+    """A second module tree without LoRA layers: what they add is added to weights of its own, where they stand."""
+    made = second_tree(tree)
+    merge_lora(made)
+    return made
 
 
 def keep_layers(tree: Any, decoder: Any, first: int, last: int) -> None:

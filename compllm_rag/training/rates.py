@@ -172,7 +172,7 @@ def measured_losses(compressor: DeepCompressor, example: Example, rates: Sequenc
     targets = targets_of([example], prompt_weight=0.0, kind_weights={}, device=llm.device)
     bodies = example.bodies
     units = [unit for body in bodies for unit in body.segments]
-    hidden, scores = list(compressor.states_with_grad(units)), list(compressor.scores(units))
+    hidden, scores = list(compressor.states(units)), list(compressor.scores(units))
 
     def nll(states: torch.Tensor) -> float:
         total, tokens = nll_by_kind(llm, states, targets)["qa"]

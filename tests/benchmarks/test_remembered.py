@@ -23,13 +23,13 @@ def alike(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Units of each pass through the lower half."""
     seen: list[int] = []
-    own = DeepCompressor.states_with_grad
+    own = DeepCompressor.states
 
     def counted(self: DeepCompressor, units: Sequence[Sequence[int]]) -> torch.Tensor:
         seen.append(len(units))
         return own(self, units)
 
-    monkeypatch.setattr(DeepCompressor, "states_with_grad", counted)
+    monkeypatch.setattr(DeepCompressor, "states", counted)
     return seen
 
 

@@ -233,3 +233,54 @@ def test_a_unit_that_does_not_fit_the_memory_is_an_error_that_says_so(
     monkeypatch.setattr(compressor.decoder if part == "decoder" else llm.model, "forward", full)
     with pytest.raises(DeviceMemoryError, match="no memory is left"):
         compressor.compress(UNITS[:1], [3])
+
+
+def live_states(compressor: DeepCompressor, unit: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return compressor.states_with_grad([unit])[0]
+
+
+@pytest.mark.parametrize("architecture", toy.ARCHITECTURES)
+def test_the_lora_that_writes_is_merged_and_says_the_same(architecture: str) -> None:
+    compressor = trained_deep(toy.llm(architecture, layers=4))
+    before = {name: tensor.clone() for name, tensor in compressor.llm.model.state_dict().items()}
+    [rows] = compressor.compress(UNITS[:1], FULL[:1])
+    assert close(rows[:, :-1], live_states(compressor, UNITS[0]))
+    bare = untrained_deep(compressor.llm, information=information(compressor.llm))
+    assert not close(rows[:, :-1], live_states(bare, UNITS[0])), "the LoRA does something"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in compressor.llm.model.state_dict().items())
+    assert any(".lora_" in name for name, _ in compressor.decoder.named_parameters()), "what is trained stays"
+
+
+def test_changed_weights_are_merged_anew() -> None:
+    compressor = trained_deep(llm_of("llama"))
+    compressor.compress(UNITS[:1], FULL[:1])
+    with torch.no_grad():
+        for name, parameter in compressor.decoder.named_parameters():
+            if ".lora_B" in name:
+                parameter.mul_(-2)
+    compressor.refresh_fingerprint()
+    [rows] = compressor.compress(UNITS[:1], FULL[:1])
+    assert close(rows[:, :-1], live_states(compressor, UNITS[0]))
+
+
+def test_where_memory_is_short_the_lora_stays_apart(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = trained_deep(llm_of("llama")).compress(UNITS, THIRD)
+
+    def full(tree: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("compllm_rag.compression.deep.merged_tree", full)
+    compressor = trained_deep(llm_of("llama"))
+    for _ in range(2):
+        assert all(close(a, b) for a, b in zip(compressor.compress(UNITS, THIRD), wanted, strict=True))
+    assert sum("no memory to merge" in record.message for record in caplog.records) == 1
+
+    def broken(tree: Any) -> Any:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("compllm_rag.compression.deep.merged_tree", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        trained_deep(llm_of("llama")).compress(UNITS, THIRD)
