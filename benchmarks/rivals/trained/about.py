@@ -71,6 +71,14 @@ KINDS: dict[str, Kind] = {
         "keys and values of kept tokens at all layers; LoRA that changes kept tokens alone, by KL both ways",
         "tokens are chosen by our scores, not by a trained scorer; each passage is compressed on its own",
     ),
+    "lingua2": Kind(
+        "LLMLingua-2's recipe",
+        "arXiv 2403.12968, sections 3 and 4",
+        "the tokens of kept words, as text; the retrieval embedder with two classes for each word piece, all of its "
+        "weights trained, says which words",
+        "labels: a word is kept that stands in a training question about its passage or in a gold answer, function "
+        "words aside, where the paper has GPT-4 drop words; the encoder is MiniLM; exactly K tokens are kept",
+    ),
     "icae": Kind(
         "ICAE-like slots",
         "arXiv 2307.06945",
