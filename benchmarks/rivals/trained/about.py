@@ -24,6 +24,8 @@ class Kind:
     rated: bool = True
 
 
+# Of the encoder of `lingua2`, all of whose weights are trained: what LoRA and heads learn at is far too fast for it.
+ENCODER_LR = 1e-4
 _CHUNK = "a chunk of at most 240 tokens"
 KINDS: dict[str, Kind] = {
     "untrained": Kind(
@@ -77,7 +79,8 @@ KINDS: dict[str, Kind] = {
         "the tokens of kept words, as text; the retrieval embedder with two classes for each word piece, all of its "
         "weights trained, says which words",
         "labels: a word is kept that stands in a training question about its passage or in a gold answer, function "
-        "words aside, where the paper has GPT-4 drop words; the encoder is MiniLM; exactly K tokens are kept",
+        "words aside, where the paper has GPT-4 drop words; the encoder is MiniLM; exactly K tokens are kept; peak "
+        f"learning rate {ENCODER_LR:g}, ten times the paper's",
     ),
     "icae": Kind(
         "ICAE-like slots",

@@ -7,10 +7,11 @@ known then, and nothing of the LLM is trained.
 
 Unlike the paper: the encoder is the retrieval embedder (MiniLM, 22 million weights) and not XLM-RoBERTa or multilingual
 BERT; labels come from training questions and answers and not from GPT-4's compressions (`asked_words`); words are kept
-until exactly K of the LLM's tokens are, where the paper keeps what is above a quantile of the probabilities. Fewer
-words are worth keeping than not; as in the paper nothing is done about that, for it moves the probabilities and not
-their order. All weights are trained, as there, at ten times the paper's learning rate: it has ten epochs, we minutes.
-Dropout is left out, since there is hardly time to see a passage twice.
+until exactly K of the LLM's tokens are, chunk by chunk, where the paper keeps a share of the words. About one word in
+six is worth keeping; as in the paper nothing is done about that, for it moves the probabilities and not their order.
+All weights are trained, as there, at ten times the paper's learning rate, which is for ten epochs, not for minutes.
+Dropout is left out, since there is hardly time to see a passage twice. A step takes the same few examples as those of
+other rows, and of these the passages that questions are asked about.
 
 The original tokens of kept words stay: made text and tokenised again, they could be more or fewer than K.
 """
@@ -28,6 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.rivals.base import LeftOutError
+from benchmarks.rivals.trained.about import ENCODER_LR
 from benchmarks.rivals.trained.asked_words import asked_about, labels
 from benchmarks.rivals.trained.kept_words import ChunkWords, kept_tokens, words_of
 from benchmarks.rivals.trained.row import Cost, Row, Setup
@@ -99,7 +101,7 @@ class WordClassifier(nn.Module):
 class Lingua2(Row):
     """Kept words as text; see the module."""
 
-    lr = 1e-4
+    lr = ENCODER_LR
 
     def __init__(self, setup: Setup, rate: float) -> None:
         super().__init__(setup, rate)
