@@ -24,7 +24,9 @@ def about() -> list[str]:
         "frozen LLM and reader, the same training examples in the same order (questions over one to six passages, "
         "distractors among them), as many minutes of one CPU thread, LoRA of one rank on the same layers, one learning "
         "rate for LoRA and twice that for what else is learned, tuned for none of them. They learn by cross-entropy of "
-        "the gold answers and KL to the LLM that reads text, where nothing else is said. Minutes on a CPU say which "
+        "the gold answers and KL to the LLM that reads text, where nothing else is said. `lingua2` alone trains all of "
+        "an encoder, at a learning rate of its own, and learns by labels of words; of the LLM it has nothing but the "
+        "tokens. Minutes on a CPU say which "
         "way learns soonest; the papers trained for GPU-days, and none of their figures is to be expected here.",
         "",
         *table(["row", "", "what stands for a passage, what is learned", "after", "differs"], rows),

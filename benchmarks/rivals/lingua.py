@@ -1,4 +1,7 @@
-"""LLMLingua and LLMLingua-2 (arXiv 2310.05736 and 2403.12968) by Microsoft's package, at the rate concepts achieve."""
+"""LLMLingua and LLMLingua-2 (arXiv 2310.05736 and 2403.12968) by Microsoft's package, at the rate concepts achieve.
+
+LLMLingua-2 needs its published weights. Its recipe, on a small encoder that is trained here, is `trained.lingua2`.
+"""
 
 from __future__ import annotations
 

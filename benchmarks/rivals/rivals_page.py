@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.cells import apart, difference, measured, number, table, with_interval
 
+ALIKE = "Rivals trained alike"  # the section of `alike_page`
 PUBLISHED = Path(__file__).parent / "published.json"
 _COLOURS = ("tab:blue", "tab:orange", "tab:green")
 # A rival can be far worse than no passages at all; below this the plot gives the number alone.
@@ -89,9 +90,11 @@ def _notes(record: dict[str, Any]) -> list[str]:
                 said.append(f"the same LLM {what}: NLL {there:.4f} there, {here:.4f} here")
         if said:
             lines.append(f"* {row['title']} at rate {row['rate']:g}: " + "; ".join(said) + ".")
-    for left in record["left_out"].values():
+    for name, left in record["left_out"].items():
         how = f"`{left['how']}`" if str(left["how"]).startswith("python") else left["how"]
         lines.append(f"* {left['title']} was left out: {left['why']}" + (f" ({how})." if how else "."))
+        if name == "llmlingua2":
+            lines[-1] += f" Its recipe, trained here on a small encoder, is the row `lingua2` of *{ALIKE}*."
     return [*lines, ""] if lines else []
 
 

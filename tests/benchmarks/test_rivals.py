@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import toy
-from benchmarks.rivals import environments, rivals, run_kvpress
+from benchmarks.rivals import alike_page, environments, rivals, run_kvpress
 from benchmarks.rivals.base import LeftOutError, ask_with
 from benchmarks.rivals.folders import for_transformers_4
 from benchmarks.rivals.inside import inside
@@ -20,7 +20,7 @@ from benchmarks.rivals.kv_pruning import KVPruning, _groups, _request
 from benchmarks.rivals.lingua import Lingua
 from benchmarks.rivals.matching import match
 from benchmarks.rivals.process import Runner, RunnerError
-from benchmarks.rivals.rivals_page import PUBLISHED, plot, tables
+from benchmarks.rivals.rivals_page import ALIKE, PUBLISHED, plot, tables
 from benchmarks.rivals.run_llmlingua import even_window
 from benchmarks.rivals.sentences import best_first, chosen
 from compllm_rag.compression.compressor import Compressor
@@ -130,6 +130,8 @@ def test_all_rivals_are_measured_on_the_same(task, tmp_path: Path, monkeypatch: 
     assert f"| {rows['truncation', 4.0]['nll']:.2f} |" in page
     assert "KV pruning, SnapKV was left out" in page and "environments make kvpress" in page
     ours, published = page.split("### Published by others")
+    assert f"is the row `lingua2` of *{ALIKE}*" in ours and f"*{ALIKE}*" in published
+    assert f"## {ALIKE}" in alike_page.about()
     assert "| LLMLingua-2 | 4 | 47.53 |" in published and "47.53" not in ours
     assert len(plot(head | made).axes) == 2
 

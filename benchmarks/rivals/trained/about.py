@@ -24,6 +24,8 @@ class Kind:
     rated: bool = True
 
 
+# Of the encoder of `lingua2`, all of whose weights are trained: what LoRA and heads learn at is far too fast for it.
+ENCODER_LR = 1e-4
 _CHUNK = "a chunk of at most 240 tokens"
 KINDS: dict[str, Kind] = {
     "untrained": Kind(
@@ -70,6 +72,15 @@ KINDS: dict[str, Kind] = {
         "arXiv 2503.10337",
         "keys and values of kept tokens at all layers; LoRA that changes kept tokens alone, by KL both ways",
         "tokens are chosen by our scores, not by a trained scorer; each passage is compressed on its own",
+    ),
+    "lingua2": Kind(
+        "LLMLingua-2's recipe",
+        "arXiv 2403.12968, sections 3 and 4",
+        "the tokens of kept words, as text; the retrieval embedder with two classes for each word piece, all of its "
+        "weights trained, says which words",
+        "labels: a word is kept that stands in a training question about its passage or in a gold answer, function "
+        "words aside, where the paper has GPT-4 drop words; the encoder is MiniLM; exactly K tokens are kept; peak "
+        f"learning rate {ENCODER_LR:g}, ten times the paper's",
     ),
     "icae": Kind(
         "ICAE-like slots",

@@ -117,11 +117,14 @@ class Fit:
         self, row: Row, schedule: Schedule, folder: Path, facts: dict[str, Any], progress: Callable[[str], None]
     ) -> None:
         self.row, self.schedule, self._folder, self._progress = row, schedule, folder, progress
-        self._facts = json.loads(json.dumps(facts | asdict(schedule)))
+        own = {} if row.lr is None else {"row_lr": row.lr}
+        self._facts = json.loads(json.dumps(facts | asdict(schedule) | own))
         self.weights = row.learned()
         lora = [p for name, p in self.weights.items() if "lora_" in name]
         other = [p for name, p in self.weights.items() if "lora_" not in name]
         groups = [{"params": lora, "times": 1.0}, {"params": other, "times": schedule.other_lr}]
+        if row.lr is not None:
+            groups = [{"params": [*lora, *other], "times": row.lr / schedule.lr}]
         self._groups = [group for group in groups if group["params"]]
         self.step, self.seconds, self.curve = 0, 0.0, list[dict[str, float]]()
         if self.weights:

@@ -130,12 +130,14 @@ class Row:
     Attributes:
         objective: What it learns by: `answers`, as ours does; `hidden`, CompLLM's; `both ways`, KV-Distill's.
         cut: What its passages are cut into.
+        lr: Peak learning rate of all it learns, where what the schedule says for LoRA and heads makes no sense for it.
         module: Holds what is learned.
         halves: The LLM in two halves, where concepts enter above the input embeddings.
     """
 
     objective: Objective = "answers"
     cut: Literal["units", "segments"] = "units"
+    lr: float | None = None
 
     def __init__(self, setup: Setup, rate: float) -> None:
         self.setup, self.llm, self.rate = setup, setup.llm, rate
@@ -160,7 +162,7 @@ class Row:
         """What stands for every passage of every example, with gradient.
 
         Returns:
-            A tensor (n_concepts, hidden_size) each, or a span of deep concepts.
+            A tensor (n_concepts, hidden_size) each, a span of deep concepts, or one of text.
         """
         raise NotImplementedError
 

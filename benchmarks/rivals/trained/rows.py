@@ -8,6 +8,7 @@ from benchmarks.rivals.trained.about import KINDS, Kind
 from benchmarks.rivals.trained.compllm import CompLLM, CompLLMDeep, MeanInput
 from benchmarks.rivals.trained.icae import ICAE
 from benchmarks.rivals.trained.kv_distill import KVDistill
+from benchmarks.rivals.trained.lingua2 import Lingua2
 from benchmarks.rivals.trained.ours import Deep, MeanDeep, SegmentDeep, Untrained
 from benchmarks.rivals.trained.projected import EncoderDeep, EncoderInput, XRag
 from benchmarks.rivals.trained.row import Row, Setup
@@ -21,6 +22,7 @@ _MADE_BY: dict[str, type[Row]] = {
     "compllm_deep": CompLLMDeep,
     "xrag": XRag,
     "kv_distill": KVDistill,
+    "lingua2": Lingua2,
     "icae": ICAE,
     "mean_input": MeanInput,
     "mean_deep": MeanDeep,
@@ -30,7 +32,8 @@ _MADE_BY: dict[str, type[Row]] = {
 # The two rates of ours, every rival at rate 2, and the encoder where it has about one word piece for each concept.
 DEFAULT = [
     *("untrained@1", "untrained@2", "deep@1", "deep@2", "segment_deep@2", "compllm@2", "compllm_deep@2", "xrag"),
-    *("kv_distill@2", "icae@2", "mean_input@2", "mean_deep@2", "encoder_input@2", "encoder_deep@2", "encoder_deep@1"),
+    *("kv_distill@2", "lingua2@2", "icae@2", "mean_input@2", "mean_deep@2"),
+    *("encoder_input@2", "encoder_deep@2", "encoder_deep@1"),
 ]
 
 
