@@ -122,6 +122,10 @@ def explained(found: dict[str, Any], segmenter: Segmenter) -> list[str]:
         titles = {source["node_id"]: source["title"] for source in found["sources"]}
         titles |= {name: gone["title"] for name, gone in policy["left_out"].items()}
         out += _judged(policy.get("relevance"), titles)
+        if kept := policy.get("kept"):
+            out.append(
+                f"concepts valued by {'a table of rates' if kept['by'] == 'table' else kept['by']} ({kept['why']})"
+            )
     if narrowed := found["narrowing"]:
         out.append(f"from layer {narrowed['layer']} on {narrowed['concepts']} of the concepts are read")
     if found["prefill_cost"] is not None:
@@ -163,4 +167,5 @@ def _part(part: dict[str, Any], text: str, offsets: list[tuple[int, int]]) -> st
     said = " ".join(text[offsets[part["start"]][0] : offsets[part["end"] - 1][1]].split())
     said = said if len(said) <= _SHOWN else f"{said[: _SHOWN - 3]}..."
     at = f" at rate {part['rate']:g}" if part["rate"] is not None else ""
-    return f"      {part['used'] + at:<20} {said!r}{_because(part['why'])}"
+    at += f", worth {part['kept']:.2f}" if part.get("kept") is not None else ""
+    return f"      {part['used'] + at:<32} {said!r}{_because(part['why'])}"

@@ -29,6 +29,7 @@ class Part:
         used: `text`, `concepts` or `left out`.
         rate: Of concepts: source tokens per concept.
         why: In plain words.
+        kept: Of concepts: the share of what text gives that a policy reckoned them to keep; None where it did not.
     """
 
     start: int
@@ -36,6 +37,7 @@ class Part:
     used: Used
     rate: float | None = None
     why: str = ""
+    kept: float | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ class ReadSpec:
             or nobody minds that they are made now.
         n_concepts: How many concepts stand for the tokens from `start` to `end` of a passage at a rate.
         states: What late interaction compares. Nothing is compressed for it.
+        shares: The share of what text gives that concepts of a passage are predicted to keep at a rate (None: at
+            `rate`), by losses that were fitted to this compressor; or why nothing is predicted, in plain words.
         told: A policy puts in here, as plain values by name, what accounts should tell of its decision.
     """
 
@@ -143,6 +147,7 @@ class ReadSpec:
     at_hand: Callable[[Candidate, float | None], bool]
     n_concepts: Callable[[Candidate, int, int, float | None], int]
     states: States
+    shares: Callable[[Candidate, float | None], float] | str = "nothing predicts losses"
     told: dict[str, Any] = field(default_factory=dict)
 
 

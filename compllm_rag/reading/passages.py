@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 
+from compllm_rag.compression.rate_policies.shares import PredictedShares
 from compllm_rag.config import MissingChoice, MissingPolicy, Mode
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.library import ConceptLibrary, Fetched, Passage
@@ -182,7 +184,17 @@ class _OneQuestion:
             self._look_up(candidate)
         meter = self._budget.meter(self._library.spec, prompt_tokens, beside_s=self._in_line_s)
         states = StatesAtHand(self._library, self._stored, meter.spend_beside)
-        spec = ReadSpec(self._library.spec, self._of.mode, self._own, meter, self._at_hand, self._n_concepts, states)
+        predicted = self._library.shares
+        spec = ReadSpec(
+            self._library.spec,
+            self._of.mode,
+            self._own,
+            meter,
+            self._at_hand,
+            self._n_concepts,
+            states,
+            predicted if isinstance(predicted, str) else partial(self._share, predicted),
+        )
         policy = self._of.policy
         readings = checked_readings(policy, candidates, policy.choose(query, candidates, spec))
         out = [self._read(number, *pair) for number, pair in enumerate(zip(candidates, readings, strict=True))]
@@ -235,6 +247,11 @@ class _OneQuestion:
         if n == candidate.n_tokens:
             return end - start  # every token has one
         return int(_within(self._fetch(candidate, rate), start, end).sum())
+
+    def _share(self, predicted: PredictedShares, candidate: Candidate, rate: float | None) -> float:
+        """What concepts of a passage keep, unit by unit as they are stored."""
+        passage = self._library.at_rate(self._own if rate is None else rate).passage(candidate.text)
+        return predicted.of(passage.segments, passage.n_concepts) if passage.n_concepts else 0.0
 
     def _stored(self, candidate: Candidate) -> PassageStates | str:
         """States of a passage as far as they are stored, or were made for a question of before."""
