@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compllm_rag.compression.rate_policies.guard import guard_words
 from compllm_rag.config import Narrowing
 from compllm_rag.errors import ConfigurationError
 
@@ -107,7 +108,7 @@ def explained(found: dict[str, Any], segmenter: Segmenter) -> list[str]:
     out = [""]
     for number, source in enumerate(found["sources"], 1):
         title = source["title"] or source["doc_id"]
-        out.append(f"[{number}] {title}: {size_of(source)}{_because(source['why'])}")
+        out.append(f"[{number}] {title}: {size_of(source)}{because(source)}")
         if source["parts"]:
             tokenized = segmenter.tokenize(source["text"])
             out += [_part(part, tokenized.text, tokenized.offsets) for part in source["parts"]]
@@ -157,6 +158,13 @@ def _judged(relevance: dict[str, Any] | None, titles: dict[str, str]) -> list[st
         line += f"{relevance['question_s']:.2f} s"
     instead = relevance.get("by_words", {})
     return [line, *(f"by its words: {titles.get(name) or name}{_because(why)}" for name, why in instead.items())]
+
+
+def because(source: dict[str, Any]) -> str:
+    """Why a passage was read as it was, in brackets; with what a guard found of it."""
+    told = [source["why"]] if source["why"] else []
+    told += [guard_words(source["guard"])] if source.get("guard") else []
+    return _because(": ".join(told))
 
 
 def _because(why: str | None) -> str:

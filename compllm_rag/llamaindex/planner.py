@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.schema import NodeWithScore, QueryBundle
 
+from compllm_rag.compression.rate_policies.guard import guard_facts
 from compllm_rag.config import MissingChoice, Mode, OverflowPolicy
 from compllm_rag.errors import ConfigurationError, PromptTooLongError
 from compllm_rag.library import ConceptLibrary
@@ -343,6 +344,7 @@ class Planner:
             sum(map(len, body.spans)) - sum(map(len, concepts)) if decided else None,
             body.why or guarded,
             told(body.reading) if body.reading is not None else None,
+            guard_facts(self._at_rate.chooser.guard, known.expected) if known.reason and not concepts else None,
         )
 
 

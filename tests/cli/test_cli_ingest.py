@@ -175,7 +175,12 @@ def test_rates_by_the_text_and_side_by_side(here: Path, models: tuple[str, ...])
     assert found["chunks_as_text"]["guard"] >= 1 and sum(found["chunks_by_rate"].values()) == 2
     asked = json.loads(run("query", "What was the price?", "--storage", "s", "--top-k", "9", "--json").stdout)
     assert {source["why"] for source in asked["sources"]} == {None, "kept as text by the guard"}
-    assert "(kept as text by the guard)" in run("query", "What was the price?", "--storage", "s", "--top-k", "9").stdout
+    guard, *_ = [source["guard"] for source in asked["sources"] if source["guard"]]
+    told = run("query", "What was the price?", "--storage", "s", "--top-k", "9").stdout
+    assert (guard["by"], guard["limit"]) == ("exact", 0.25) and guard["expected"] > 0.25
+    assert f"kept as text by the guard: share of its signs to give back exactly {guard['expected']:.2f}, limit" in told
+    explained = run("query", "What was the price?", "--storage", "s", "--top-k", "9", "--explain").stdout
+    assert f"exactly {guard['expected']:.2f}, limit 0.25)" in explained
     again = run("ingest", "docs", "--storage", "s", "--rate", "auto", "--also-rate", "3", "--guard", "exact", *models)
     assert "0 new or changed" in again.stdout
 
