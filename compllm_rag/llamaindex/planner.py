@@ -140,7 +140,9 @@ class Planner:
         made, policy = bodies, None
         if self.reading is not None and bodies is None and nodes:
             tokens = sum(map(len, self.template.spans(self.unread(messages), [])))
-            read = read_nodes(self.reading, self.template, bundle.query_str, nodes, tokens, queued)
+            # Whoever asks for an error where something does not fit is not to be spared it by leaving that out.
+            window = left if (overflow or self.overflow) == "drop" else None
+            read = read_nodes(self.reading, self.template, bundle.query_str, nodes, tokens, queued, window)
             nodes, made, policy = read.nodes, read.bodies, read.account
         for i, node in enumerate(nodes):
             number = len(prompt.nodes)

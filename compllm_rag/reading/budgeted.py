@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from compllm_rag.errors import ConfigurationError
+from compllm_rag.reading.budget import extent_of
 from compllm_rag.reading.choice import Candidate, Part, Reading, ReadSpec, Used
 from compllm_rag.reading.kept import DEEP, INPUT, checked_table, kept_at
 from compllm_rag.reading.relevance import Weights, relevance
@@ -180,6 +181,7 @@ class _Spending:
         self._now = [[_NOTHING for _ in row] for row in options]
         self._begun = [False for _ in nodes]
         self._tokens = self._concepts = 0
+        self._extents = [0 for _ in nodes]
         # Per position, as a share of the budget: steps are compared by it, and measured exactly before they are taken.
         size = max(1, sum(node.n_tokens for node in nodes))
         self._weight = (spec.meter.share(size, 0) / size, spec.meter.share(0, size) / size)
@@ -200,9 +202,11 @@ class _Spending:
                 heapq.heappush(waiting, (-now, n, s, o))
                 continue
             tokens, concepts = self._after(n, s, option)
-            if not self._meter.fits(tokens, concepts):
+            extent = self._extent_after(n, s, option)
+            if not self._meter.fits(tokens, concepts, sum(self._extents) - self._extents[n] + extent):
                 continue
             self._now[n][s], self._tokens, self._concepts = option, tokens, concepts
+            self._extents[n] = extent
             self._push(waiting, n, s)
             if not self._begun[n]:
                 self._begun[n] = True
@@ -210,16 +214,22 @@ class _Spending:
                     self._push(waiting, n, other)
         return self._now
 
-    def least(self) -> tuple[int, int]:
-        """The least that could be read: positions as text, and as concepts."""
+    def least(self) -> tuple[int, int, int] | None:
+        """The least that could be read: positions as text, as concepts, and of the window; None for nothing.
+
+        What a budget would do for comes first; where that is more than one, what takes least of the window.
+        """
         each = [
-            (self._nodes[n].around + option.tokens, option.concepts)
+            (self._nodes[n].around + option.tokens, option.concepts, self._extent_after(n, s, option))
             for n, row in enumerate(self._options)
             for s, options in enumerate(row)
             for option in options
             if option.kept
         ]
-        return min(each, key=lambda taken: (self._meter.share(*taken), taken))
+        within = [taken for taken in each if self._meter.fits(*taken[:2])]
+        if within:
+            return min(within, key=lambda taken: (taken[2], taken))
+        return min(each, key=lambda taken: (self._meter.share(*taken[:2]), taken), default=None)
 
     def _push(self, waiting: list[tuple[float, int, int, int]], n: int, s: int) -> None:
         for o, option in enumerate(self._options[n][s]):
@@ -232,6 +242,14 @@ class _Spending:
         text, concept = self._weight
         takes = (tokens - self._tokens) * text + (concepts - self._concepts) * concept
         return self._values[n][s] * (option.kept - self._now[n][s].kept) / max(takes, 1e-9)
+
+    def _extent_after(self, n: int, s: int, option: _Option) -> int:
+        """Positions of the window that a passage takes once one of its sentences is read so."""
+        if self._meter.window is None:
+            return 0
+        row = [*self._now[n][:s], option, *self._now[n][s + 1 :]]
+        parts = [(o.used, len(x), o.concepts) for o, x in zip(row, self._nodes[n].sentences, strict=True)]
+        return self._nodes[n].around + extent_of(parts, deep=self._meter.deep)
 
     def _after(self, n: int, s: int, option: _Option) -> tuple[int, int]:
         now = self._now[n][s]

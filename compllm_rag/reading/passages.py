@@ -128,6 +128,7 @@ class PassageReading:
         prompt_tokens: int,
         queued: Collection[str] = (),
         budget: ReadBudget | None = None,
+        window: int | None = None,
     ) -> Decision:
         """Decide what passages are read as.
 
@@ -137,13 +138,14 @@ class PassageReading:
             prompt_tokens: The prompt's own, without any passage.
             queued: Ids of those whose concepts are in the making; they are read as text.
             budget: For this question; None takes the one given before.
+            window: Positions of the LLM's window that passages may take; None where somebody else sees to that.
 
         Raises:
             ReadBudgetError: Nothing fits the budget.
             ConfigurationError: The policy chose what cannot be read, or more than the budget.
             MissingConceptsError: See `ConceptLibrary.fetch`.
         """
-        return _OneQuestion(self, queued, budget or self.budget).read(query, passages, prompt_tokens)
+        return _OneQuestion(self, queued, budget or self.budget).read(query, passages, prompt_tokens, window)
 
     def candidate(self, rank: int, passage: Retrieved) -> Candidate:
         """A passage as policies see it."""
@@ -178,11 +180,13 @@ class _OneQuestion:
         self._bypassed: set[str] = set()
         self._in_line_s = 0.0
 
-    def read(self, query: str, passages: Sequence[Retrieved], prompt_tokens: int) -> Decision:
+    def read(
+        self, query: str, passages: Sequence[Retrieved], prompt_tokens: int, window: int | None = None
+    ) -> Decision:
         candidates = [self._of.candidate(rank, passage) for rank, passage in enumerate(passages)]
         for candidate in candidates:
             self._look_up(candidate)
-        meter = self._budget.meter(self._library.spec, prompt_tokens, beside_s=self._in_line_s)
+        meter = self._budget.meter(self._library.spec, prompt_tokens, beside_s=self._in_line_s, window=window)
         states = StatesAtHand(self._library, self._stored, meter.spend_beside)
         predicted = self._library.shares
         spec = ReadSpec(
