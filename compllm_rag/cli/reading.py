@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compllm_rag.compression.rate_policies.guard import guard_words
 from compllm_rag.config import Narrowing
 from compllm_rag.errors import ConfigurationError
 
@@ -163,7 +162,10 @@ def _judged(relevance: dict[str, Any] | None, titles: dict[str, str]) -> list[st
 def because(source: dict[str, Any]) -> str:
     """Why a passage was read as it was, in brackets; with what a guard found of it."""
     told = [source["why"]] if source["why"] else []
-    told += [guard_words(source["guard"])] if source.get("guard") else []
+    if source.get("guard"):
+        from compllm_rag.compression.rate_policies.guard import guard_words
+
+        told.append(guard_words(source["guard"]))
     return _because(": ".join(told))
 
 
