@@ -19,6 +19,9 @@ import torch
 
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.compression.rate_policies.choosing import Choice, RateChooser
+from compllm_rag.compression.rate_policies.losses import LossPredictor
+from compllm_rag.compression.rate_policies.measures import TextMeasures
+from compllm_rag.compression.rate_policies.shares import PredictedShares, shares_of
 from compllm_rag.compression.rates import FixedRate, RatePolicy
 from compllm_rag.compression.several_rates import compressed_once
 from compllm_rag.compression.spec import ConceptCompressor, DeferredCompressor
@@ -104,12 +107,27 @@ class ConceptLibrary(ProcessBound):
         self._known: OrderedDict[str, tuple[Passage, ...]] = OrderedDict()  # at each rate held, the default first
         self._lock, self._memo = threading.Lock(), ConceptMemo()
         self._at: OrderedDict[float, ConceptLibrary] = OrderedDict()  # the same passages at other rates
+        self._shares: tuple[LossPredictor | None, PredictedShares | str] | None = None
         self._most_rms = _MOST_RMS * self.spec.scale
 
     @property
     def policy(self) -> RatePolicy:
         """Decides K of what is read unless another rate is asked for."""
         return self.chooser.policy
+
+    @property
+    def shares(self) -> PredictedShares | str:
+        """What concepts are predicted to keep of what text gives, or why nothing is predicted; no weights are loaded.
+
+        Raises:
+            UnsupportedFormatError: See `LossPredictor.load`.
+        """
+        predictor = self._compressor.losses
+        with self._lock:
+            if self._shares is None or self._shares[0] is not predictor:
+                measures = TextMeasures(lambda: self.compressor, self.llm)
+                self._shares = predictor, shares_of(predictor, self.spec.fingerprint, measures)
+            return self._shares[1]
 
     @property
     def compressor(self) -> ConceptCompressor:

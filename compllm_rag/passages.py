@@ -47,6 +47,11 @@ class Passage:
         return None if self.choice is None else self.choice.reason
 
     @property
+    def expected(self) -> float | None:
+        """What the guard measured of it; None without a guard, or where that was not kept."""
+        return None if self.choice is None else self.choice.expected
+
+    @property
     def all_keys(self) -> tuple[str, ...]:
         """Keys of all its records."""
         return self.keys + self.others

@@ -9,6 +9,8 @@ import torch
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.compression.deep import DeepCompressor
 from compllm_rag.compression.loading import untrained_deep
+from compllm_rag.compression.rate_policies.losses import RATES, LossPredictor
+from compllm_rag.compression.rate_policies.measures import FEATURES
 from compllm_rag.config import CompressorConfig
 from compllm_rag.models.llm import TargetLLM
 
@@ -50,3 +52,17 @@ def trained_deep(llm: TargetLLM, *, seed: int = 0, strength: float = 0.2, **conf
                 if ".lora_" in name:
                     parameter.copy_((torch.randn(parameter.shape, generator=generator) * strength).half())
     return made
+
+
+def rising_losses(compressor: DeepCompressor, *, gain: float | None = None) -> LossPredictor:
+    """Losses of a compressor that rise with the rate alone."""
+    width = len(FEATURES)
+    return LossPredictor(
+        mean=(0.0,) * width,
+        scale=(1.0,) * width,
+        weights=((0.0,) * width,) * len(RATES),
+        offsets=tuple(0.05 * (rate - 1) for rate in RATES),
+        units=10,
+        compressor=compressor.fingerprint,
+        gain=gain,
+    )

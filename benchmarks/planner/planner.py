@@ -20,6 +20,7 @@ from benchmarks.common import any_compressor_of, dtype_of, journal_of, parsed, p
 from benchmarks.planner.candidates import SETS, asked, found, recall, with_passages
 from benchmarks.planner.contenders import CONTENDERS, PLANNERS
 from benchmarks.remembered import remember_states
+from compllm_rag.compression.rate_policies.shares import shares_identity
 from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.config import DEFAULT_EMBEDDER, GenerationConfig, Narrowing
 from compllm_rag.evaluation.asking import Asker
@@ -67,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> Row:
         "pool": args.pool,
         "narrowing": None if args.narrow is None else str(args.narrow),
         "policy": repr(BudgetedReadPolicy()),
+        **shares_identity(compressor.losses, compressor.fingerprint),
     }
     journal = journal_of(args.json, same)
     halves = compressor.halves.merged() if compressor.halves else None

@@ -39,6 +39,7 @@ class ChosenRates:
         by_rate: Chunks with concepts by the rate achieved: the upper end of the band it lies in.
         by_reason: Chunks that stay text, by why.
         text_tokens: Tokens of those.
+        expected: Of those, the least, the mean and the most that the guard measured; None where that was not kept.
         fluctuation: Root mean square of what achieved rates differ from the wished ones, in shares of these; None
             where no chunk has concepts.
         slow: Different chunks that took longer than `SLOW_S` to compress.
@@ -49,6 +50,7 @@ class ChosenRates:
     by_rate: dict[str, int] = field(default_factory=dict)
     by_reason: dict[str, int] = field(default_factory=dict)
     text_tokens: int = 0
+    expected: dict[str, float] | None = None
     fluctuation: float | None = None
     slow: int = 0
     slowest: list[dict[str, Any]] = field(default_factory=list)
@@ -173,10 +175,16 @@ class Choices:
 
 def _add_rates(connection: sqlite3.Connection, made: ChosenRates) -> None:
     squares = weight = 0.0
-    rows = connection.execute("SELECT n, tokens, concepts, wished, reason FROM choices WHERE n > 0 AND tokens > 0")
-    for n, tokens, concepts, wished, reason in rows:
+    found: list[tuple[float, int]] = []  # what the guard measured of how many chunks
+    rows = connection.execute(
+        "SELECT n, tokens, concepts, wished, reason, CASE WHEN reason IS NULL THEN '' ELSE value END "
+        "FROM choices WHERE n > 0 AND tokens > 0"
+    )
+    for n, tokens, concepts, wished, reason, value in rows:
         made.chunks += n
         if reason is not None:
+            choice = _decode(value)
+            found += [] if choice is None or choice.expected is None else [(choice.expected, n)]
             made.by_reason[reason] = made.by_reason.get(reason, 0) + n
             made.text_tokens += n * tokens
         elif concepts:
@@ -186,6 +194,9 @@ def _add_rates(connection: sqlite3.Connection, made: ChosenRates) -> None:
             if wished:
                 squares, weight = squares + n * (rate / wished - 1) ** 2, weight + n
     made.fluctuation = (squares / weight) ** 0.5 if weight else None
+    if found:
+        mean = sum(value * n for value, n in found) / sum(n for _, n in found)
+        made.expected = {"least": min(found)[0], "mean": mean, "most": max(found)[0]}
 
 
 def _slowest(connection: sqlite3.Connection, slow_s: float) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -63,6 +63,24 @@ def ingest(
     guard_limit: Annotated[
         float | None, typer.Option(help="From which share of such characters, or which loss, on.")
     ] = None,
+    rate_bands: Annotated[
+        str | None,
+        typer.Option(metavar="R,R,R,R", help="Of rate information: rates from dense to thin text [1,1.5,3,4]."),
+    ] = None,
+    rate_window: Annotated[
+        int | None, typer.Option(min=2, help="Of rate information: tokens that density is measured over [40].")
+    ] = None,
+    rate_measure: Annotated[
+        str | None,
+        typer.Option(
+            metavar="unigram|surprisal",
+            help="Of rate information: by a table of how rare tokens are, or by the LLM (one more pass) [unigram].",
+        ),
+    ] = None,
+    most_loss: Annotated[
+        float | None,
+        typer.Option(help="Of rate learned: most predicted loss, in nats per token of an answer [0.1]."),
+    ] = None,
     codec: CodecName = None,
     entry_layer: EntryLayer = None,
     chunk_size: Annotated[int | None, typer.Option(help="Tokens per chunk, about. Default: 200.")] = None,
@@ -101,6 +119,7 @@ def ingest(
     Example: compllm-rag ingest docs/ --storage storage
     """
     stdin = _stdin(paths, lines=lines, key=key, title=title)
+    rate_options = _rate_options(rate_bands, rate_window, rate_measure, most_loss)
     from compllm_rag.llamaindex.documents import FileDocuments
 
     files = [path for path in paths if path != _STDIN]
@@ -122,6 +141,7 @@ def ingest(
                 budget=budget,
                 guard=guard,
                 guard_limit=guard_limit,
+                rate_options=rate_options,
                 codec=codec,
                 entry_layer=entry_layer,
                 chunk_size=chunk_size,
@@ -165,6 +185,30 @@ def _rates(rate: str | None, also: Sequence[float] | None) -> list[float | str] 
             "--also-rate needs --rate, the one that queries read", got="--also-rate alone", next_step="add --rate 1"
         )
     return [rate, *also]
+
+
+def _rate_options(
+    bands: str | None, window: int | None, measure: str | None, most_loss: float | None
+) -> dict[str, Any] | None:
+    """The options of rate policies that are asked for; None where none are.
+
+    Raises:
+        ConfigurationError: Bands are not four numbers.
+    """
+    given = {"bands": bands, "window": window, "measure": measure, "most_loss": most_loss}
+    found: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if bands is not None:
+        try:
+            dense, below, above, thin = map(float, bands.split(","))
+            found["bands"] = dense, below, above, thin
+        except ValueError:
+            raise ConfigurationError(
+                "--rate-bands cannot be read",
+                got=bands,
+                expected="four rates from dense to thin text",
+                next_step="write them as 1,1.5,3,4",
+            ) from None
+    return found or None
 
 
 def _stdin(paths: Sequence[Path], *, lines: bool, key: str | None, title: str | None) -> StdinSource | None:

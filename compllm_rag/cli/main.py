@@ -45,6 +45,7 @@ from compllm_rag.cli.reading import (
     ReadRate,
     RelevanceName,
     TtftBudget,
+    because,
     explained,
     read_options,
 )
@@ -169,7 +170,7 @@ def query(
     typer.echo("")
     for number, source in enumerate(found["sources"], 1):
         size = f"{source['n_concepts']} concepts" if source["used"] == "concepts" else "text"
-        size += f" ({source['why']})" if source["why"] and not source["parts"] else ""
+        size += because(source) if not source["parts"] else ""
         title = source["title"] or source["doc_id"]
         typer.echo(f"[{number}] {title} (score {source['score']:.2f}, {source['n_tokens']} tokens as {size})")
     if found["dropped"]:

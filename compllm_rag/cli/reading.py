@@ -107,7 +107,7 @@ def explained(found: dict[str, Any], segmenter: Segmenter) -> list[str]:
     out = [""]
     for number, source in enumerate(found["sources"], 1):
         title = source["title"] or source["doc_id"]
-        out.append(f"[{number}] {title}: {size_of(source)}{_because(source['why'])}")
+        out.append(f"[{number}] {title}: {size_of(source)}{because(source)}")
         if source["parts"]:
             tokenized = segmenter.tokenize(source["text"])
             out += [_part(part, tokenized.text, tokenized.offsets) for part in source["parts"]]
@@ -122,6 +122,10 @@ def explained(found: dict[str, Any], segmenter: Segmenter) -> list[str]:
         titles = {source["node_id"]: source["title"] for source in found["sources"]}
         titles |= {name: gone["title"] for name, gone in policy["left_out"].items()}
         out += _judged(policy.get("relevance"), titles)
+        if kept := policy.get("kept"):
+            out.append(
+                f"concepts valued by {'a table of rates' if kept['by'] == 'table' else kept['by']} ({kept['why']})"
+            )
     if narrowed := found["narrowing"]:
         out.append(f"from layer {narrowed['layer']} on {narrowed['concepts']} of the concepts are read")
     if found["prefill_cost"] is not None:
@@ -155,6 +159,16 @@ def _judged(relevance: dict[str, Any] | None, titles: dict[str, str]) -> list[st
     return [line, *(f"by its words: {titles.get(name) or name}{_because(why)}" for name, why in instead.items())]
 
 
+def because(source: dict[str, Any]) -> str:
+    """Why a passage was read as it was, in brackets; with what a guard found of it."""
+    told = [source["why"]] if source["why"] else []
+    if source.get("guard"):
+        from compllm_rag.compression.rate_policies.guard import guard_words
+
+        told.append(guard_words(source["guard"]))
+    return _because(": ".join(told))
+
+
 def _because(why: str | None) -> str:
     return f" ({why})" if why else ""
 
@@ -163,4 +177,5 @@ def _part(part: dict[str, Any], text: str, offsets: list[tuple[int, int]]) -> st
     said = " ".join(text[offsets[part["start"]][0] : offsets[part["end"] - 1][1]].split())
     said = said if len(said) <= _SHOWN else f"{said[: _SHOWN - 3]}..."
     at = f" at rate {part['rate']:g}" if part["rate"] is not None else ""
-    return f"      {part['used'] + at:<20} {said!r}{_because(part['why'])}"
+    at += f", worth {part['kept']:.2f}" if part.get("kept") is not None else ""
+    return f"      {part['used'] + at:<32} {said!r}{_because(part['why'])}"

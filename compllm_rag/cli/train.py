@@ -207,6 +207,13 @@ def rates(
         int, typer.Option("--groups", min=1, help="Held-out groups of questions to read at all rates, at most.")
     ] = 400,
     seed: Annotated[int, typer.Option("--seed", help="Of their choice.")] = 0,
+    gain_only: Annotated[
+        bool,
+        typer.Option(
+            "--gain-only",
+            help="Keep the losses that were fitted, and add what text gains over no passage; same --groups and --seed.",
+        ),
+    ] = False,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="Of the frozen LLM: float32, bfloat16 or float16.")
     ] = None,
@@ -214,6 +221,8 @@ def rates(
     as_json: AsJson = False,
 ) -> None:
     """Learn what rates lose of a chunk, for `ingest --rate learned`, `--budget` and `--guard loss`; concepts stay.
+
+    Queries with a budget value concepts by it, too.
 
     Example: compllm-rag train rates --data-dir data --from runs/deep/best --out runs/deep/best
     """
@@ -229,6 +238,7 @@ def rates(
             reader=reader,
             n_groups=groups,
             seed=seed,
+            gain_only=gain_only,
             dtype=dtype,
             device=device,
         )
@@ -238,4 +248,5 @@ def rates(
     for number, (rate, loss) in enumerate(zip(record["rates"], record["mean_loss"], strict=True)):
         told = f" (R² {record['explained'][number]:.2f} on rows left out)" if record["explained"] else ""
         typer.echo(f"rate {rate:g}: {loss:.3f} nats per token lost on average{told}")
+    typer.echo(f"text gains {record['gain']:.3f} nats per token over no passage")
     typer.echo(f"learned from {record['units']} chunks: {record['out']}")

@@ -5,6 +5,7 @@ Whoever only reads concepts loads no compressor. It is loaded on the first miss.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -133,14 +134,29 @@ class DeferredCompressor:
         llm: The target LLM.
         load: Loads it.
         halves: Of deep concepts: the LLM in two halves, as it reads them.
+        losses: Reads what rates lose, where that was fitted; it needs no weights.
     """
 
     def __init__(
-        self, spec: ConceptSpec, llm: TargetLLM, load: Callable[[], ConceptCompressor], halves: Halves | None = None
+        self,
+        spec: ConceptSpec,
+        llm: TargetLLM,
+        load: Callable[[], ConceptCompressor],
+        halves: Halves | None = None,
+        losses: Callable[[], LossPredictor | None] = lambda: None,
     ) -> None:
-        self.spec, self.llm, self._load, self.halves = spec, llm, load, halves
+        self.spec, self.llm, self._load, self.halves, self._losses = spec, llm, load, halves, losses
         self._loaded: ConceptCompressor | None = None
         self._lock = threading.Lock()
+
+    @functools.cached_property
+    def losses(self) -> LossPredictor | None:
+        """What rates lose, if that was fitted; the weights stay where they are.
+
+        Raises:
+            UnsupportedFormatError: See `LossPredictor.load`.
+        """
+        return self._losses()
 
     @property
     def loaded(self) -> bool:

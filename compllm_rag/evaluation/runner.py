@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 from compllm_rag import __version__
+from compllm_rag.compression.rate_policies.shares import shares_identity
 from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.config import GenerationConfig, Narrowing
 from compllm_rag.errors import ConfigurationError, PromptTooLongError
@@ -147,6 +148,7 @@ def evaluate_many(
         what = run | {"setting": _named(setting), "answer": answer}
         if setting.mode == "budgeted":
             what["read_policy"] = repr(read_policy or BudgetedReadPolicy())
+            what |= shares_identity(compressor.losses, compressor.fingerprint)
         known = journal.get(what)
         if known is not None:
             runs[setting] = [Record.from_dict(record) for record in known["records"]], known["seconds"]

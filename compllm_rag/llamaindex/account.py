@@ -31,6 +31,7 @@ class NodeFacts:
         n_text: Of its tokens, those read as text; None where all of it was read in one way.
         why: Why it was read like that, where something was decided.
         parts: Where a read policy decided: what each run of its tokens was read as.
+        guard: Where it was left as text when it was ingested: `by` which guard, what was `expected` of it, the `limit`.
     """
 
     node_id: str
@@ -43,6 +44,7 @@ class NodeFacts:
     n_text: int | None = None
     why: str | None = None
     parts: list[dict[str, Any]] | None = None
+    guard: dict[str, Any] | None = None
 
     @property
     def read_as_text(self) -> int:
@@ -54,7 +56,7 @@ class NodeFacts:
     def account(self) -> dict[str, Any]:
         """As it stands in the account, without what there is not."""
         held = asdict(self)
-        optional = ("n_text", "why", "parts")
+        optional = ("n_text", "why", "parts", "guard")
         return {k: v for k, v in held.items() if k != "node_id" and (k not in optional or v is not None)}
 
 

@@ -111,6 +111,7 @@ def _source(node: NodeWithScore, facts: dict[str, Any]) -> dict[str, Any]:
         "n_concepts": facts["n_concepts"],
         "why": facts.get("why"),
         "parts": facts.get("parts"),
+        "guard": facts.get("guard"),
         "text": node.node.get_content(metadata_mode=MetadataMode.NONE),
     }
 

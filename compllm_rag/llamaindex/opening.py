@@ -24,7 +24,7 @@ from compllm_rag.catalog.tracked import TrackedNodes, vectors_elsewhere
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.compression.deep import DeepCompressor
 from compllm_rag.compression.loading import AUTO, load_compressor_for
-from compllm_rag.compression.rate_policies.asked import rate_settings
+from compllm_rag.compression.rate_policies.asked import check_heeded, rate_settings
 from compllm_rag.compression.rate_policies.choosing import chooser_of, learned_losses, resolved
 from compllm_rag.compression.rate_policies.measures import TextMeasures
 from compllm_rag.compression.spec import ConceptCompressor, DeferredCompressor
@@ -159,6 +159,8 @@ def create_index(
         budget_asked: dict[str, int] = {
             name: asked.pop(name) for name in ("budget_positions", "budget_bytes") if name in asked
         }
+        if isinstance(rate_options, Mapping):  # what is not named may be as it is
+            asked["rate_options"] = rate_options
         parts = load_index(
             folder,
             llm=llm,
@@ -174,6 +176,8 @@ def create_index(
             **settings,
         )
         return _with_budget(parts, budget_asked) if budget_asked else parts
+    default = DEFAULT_RATES["deep"]  # any number: only a policy heeds options
+    check_heeded(rate_options, guard_limit, asked.get("rate", default), asked.get("guard", "off"))
     made = (
         compressor
         if isinstance(compressor, Compressor | DeepCompressor)
@@ -189,6 +193,7 @@ def create_index(
     )
     _check_codec(codec, entry_layer, made.config)
     asked["rate"] = resolved(asked.get("rate", DEFAULT_RATES["deep" if made.config.deep else "input"]), made)
+    check_heeded(rate_options, guard_limit, asked["rate"], asked.get("guard", "off"))
     if not made.config.trained:
         _warn_untrained(made)
     config = _config(chunk_size=chunk_size, namespace=namespace, encoding=encoding, **asked)

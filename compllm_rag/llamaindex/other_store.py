@@ -80,7 +80,7 @@ def parts_beside(
         parts = create_index(None, namespace=namespace, **options)
     elif read_only:
         # As where it is opened for writing: settings that are given must be the storage's own.
-        expected = {name: options.pop(name, None) for name in ("chunk_size", "encoding", "guard_limit")}
+        expected = {name: options.pop(name, None) for name in ("chunk_size", "encoding", "guard_limit", "rate_options")}
         expected |= rate_settings(*(options.pop(name, None) for name in ("rate", "rates", "budget", "guard")))
         folder = existing_namespace(storage_dir, namespace)
         parts = load_index(folder, read_only=True, expect=expected, **options)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.schema import NodeWithScore, QueryBundle
 
+from compllm_rag.compression.rate_policies.guard import guard_facts
 from compllm_rag.config import MissingChoice, Mode, OverflowPolicy
 from compllm_rag.errors import ConfigurationError, PromptTooLongError
 from compllm_rag.library import ConceptLibrary
@@ -139,7 +140,9 @@ class Planner:
         made, policy = bodies, None
         if self.reading is not None and bodies is None and nodes:
             tokens = sum(map(len, self.template.spans(self.unread(messages), [])))
-            read = read_nodes(self.reading, self.template, bundle.query_str, nodes, tokens, queued)
+            # Whoever asks for an error where something does not fit is not to be spared it by leaving that out.
+            window = left if (overflow or self.overflow) == "drop" else None
+            read = read_nodes(self.reading, self.template, bundle.query_str, nodes, tokens, queued, window)
             nodes, made, policy = read.nodes, read.bodies, read.account
         for i, node in enumerate(nodes):
             number = len(prompt.nodes)
@@ -343,6 +346,7 @@ class Planner:
             sum(map(len, body.spans)) - sum(map(len, concepts)) if decided else None,
             body.why or guarded,
             told(body.reading) if body.reading is not None else None,
+            guard_facts(self._at_rate.chooser.guard, known.expected) if known.reason and not concepts else None,
         )
 
 

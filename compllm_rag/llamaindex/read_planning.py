@@ -77,6 +77,7 @@ def read_nodes(
     nodes: Sequence[NodeWithScore],
     prompt_tokens: int,
     queued: Collection[str],
+    window: int | None = None,
 ) -> ReadNodes:
     """Have the policy decide.
 
@@ -87,6 +88,7 @@ def read_nodes(
         nodes: Best first.
         prompt_tokens: The prompt's own, without any passage.
         queued: Ids of nodes whose concepts are in the making.
+        window: Positions of the LLM's window that passages may take; None where somebody else sees to that.
 
     Raises:
         ReadBudgetError, ConfigurationError, MissingConceptsError: See `PassageReading.read`.
@@ -101,7 +103,7 @@ def read_nodes(
         )
         for number, node in enumerate(nodes, 1)
     ]
-    decided = reading.read(query, retrieved, prompt_tokens, queued)
+    decided = reading.read(query, retrieved, prompt_tokens, queued, window=window)
     pairs = list(zip(nodes, decided.passages, strict=True))
     read = [(node, one) for node, one in pairs if not one.reading.left_out]
     if not read:

@@ -11,6 +11,7 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 
 from compllm_rag.compression.loading import AUTO, load_compressor, load_compressor_for, shipped_adapter
 from compllm_rag.compression.pretrained import load_reading, load_spec
+from compllm_rag.compression.rate_policies.losses import LossPredictor
 from compllm_rag.compression.spec import ConceptCompressor, DeferredCompressor
 from compllm_rag.errors import StorageMismatchError, StorageNotFoundError
 from compllm_rag.llamaindex.embedding import LoadedEmbedder, embedder_identity, load_embedder
@@ -80,7 +81,13 @@ def defer_own_compressor(
     )
     spec = load_spec(folder / COMPRESSOR, target)
     halves = load_reading(folder / COMPRESSOR, target, spec.config) if spec.config.deep else None
-    return DeferredCompressor(spec, target, lambda: load_compressor(folder / COMPRESSOR, target), halves)
+    return DeferredCompressor(
+        spec,
+        target,
+        lambda: load_compressor(folder / COMPRESSOR, target),
+        halves,
+        lambda: LossPredictor.load(folder / COMPRESSOR),
+    )
 
 
 def load_embedder_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from compllm_rag.compression.spec import ConceptSpec
@@ -74,15 +75,18 @@ class ReadBudget:
         """The limits that there are, by the names of `as_query_engine`."""
         return {name: getattr(self, field) for field, name in NAMES.items() if getattr(self, field) is not None}
 
-    def meter(self, spec: ConceptSpec, prompt_tokens: int, *, beside_s: float = 0.0) -> Meter:
+    def meter(
+        self, spec: ConceptSpec, prompt_tokens: int, *, beside_s: float = 0.0, window: int | None = None
+    ) -> Meter:
         """Measures prompts against this budget.
 
         Args:
             spec: Of the concepts.
             prompt_tokens: The prompt's own, without any passage.
             beside_s: Seconds that are spent before anything is read.
+            window: Positions of the LLM's window that passages may take; None where somebody else sees to that.
         """
-        return Meter(self, spec, prompt_tokens, beside_s)
+        return Meter(self, spec, prompt_tokens, beside_s, window)
 
 
 class Meter:
@@ -93,10 +97,19 @@ class Meter:
         spec: Of the concepts.
         prompt_tokens: The prompt's own, without any passage.
         beside_s: Seconds that are spent before anything is read.
+        window: See `ReadBudget.meter`.
     """
 
-    def __init__(self, budget: ReadBudget, spec: ConceptSpec, prompt_tokens: int, beside_s: float = 0.0) -> None:
-        self.budget, self._prompt_tokens, self._beside_s = budget, prompt_tokens, beside_s
+    def __init__(
+        self,
+        budget: ReadBudget,
+        spec: ConceptSpec,
+        prompt_tokens: int,
+        beside_s: float = 0.0,
+        window: int | None = None,
+    ) -> None:
+        self.budget, self._prompt_tokens, self._beside_s, self.window = budget, prompt_tokens, beside_s, window
+        self.deep = spec.config.deep
         self._entry_layer, self._depth = spec.config.entry_layer, spec.depth
 
     def spend_beside(self, tokens: int) -> None:
@@ -126,8 +139,17 @@ class Meter:
             out["ttft_budget_s"] = self._beside_s + read * (1 + _BESIDE)
         return {name: out[name] for name in out if name in self.budget.limits}
 
-    def fits(self, tokens: int, concepts: int) -> bool:
-        """Whether passages that take so much are within every limit."""
+    def fits(self, tokens: int, concepts: int, extent: int = 0) -> bool:
+        """Whether passages that take so much are within every limit.
+
+        Args:
+            tokens: Read as text, numbers and titles included.
+            concepts: Read as such.
+            extent: Positions of the window: more than tokens and concepts, since deep concepts keep gaps between their
+                positions (`extent_of`). Passages that do not fit the window are dropped afterwards, bought or not.
+        """
+        if self.window is not None and extent > self.window:
+            return False
         return all(took <= self.budget.limits[name] + 1e-9 for name, took in self.taken(tokens, concepts).items())
 
     def share(self, tokens: int, concepts: int) -> float:
@@ -142,14 +164,24 @@ class Meter:
         ]
         return max(shares, default=0.0)
 
-    def too_small(self, tokens: int, concepts: int) -> ReadBudgetError:
+    def too_small(self, tokens: int, concepts: int, extent: int = 0) -> ReadBudgetError:
         """The error that says the least that would do.
 
         Args:
             tokens: Of the least that could be read, as text.
             concepts: And as concepts.
+            extent: Positions of the window that it takes.
         """
         limits, least = self.budget.limits, self.taken(tokens, concepts)
+        if self.window is not None and extent > self.window and self.fits(tokens, concepts):
+            return ReadBudgetError(
+                "none of the retrieved passages fits the window of the LLM",
+                got=f"{max(0, self.window)} positions beside the question",
+                expected=f"at least {extent}: number and title of a passage, and its smallest piece with the gaps that "
+                "deep concepts keep between their positions",
+                next_step="shorten the question, lower max_new_tokens, ingest in smaller chunks, or keep long metadata "
+                "from the LLM (excluded_llm_metadata_keys)",
+            )
         short = {name: least[name] for name in limits if least[name] > limits[name]}
         # Rounded up: what is named here must do.
         named = {
@@ -162,3 +194,23 @@ class Meter:
             + ": the prompt, and the smallest piece of the first passage",
             next_step="raise the budget, or keep long titles and metadata from the LLM (excluded_llm_metadata_keys)",
         )
+
+
+def extent_of(parts: Iterable[tuple[str, int, int]], *, deep: bool) -> int:
+    """Positions of the LLM's window that the parts of one passage take, its number and title aside.
+
+    Deep concepts stand at the positions of their tokens: a run of parts that holds any reaches from its first token to
+    its last, what is left out among them included.
+
+    Args:
+        parts: From the passage's first token to its last: what each is used as, its tokens, and its concepts read.
+        deep: Whether concepts are deep; others stand one behind the other.
+    """
+    out = run = concepts_in_run = 0
+    for used, tokens, concepts in parts:
+        if used == "text":
+            out, run, concepts_in_run = out + tokens + (run if concepts_in_run else 0), 0, 0
+        else:
+            run += tokens if deep else concepts
+            concepts_in_run += concepts
+    return out + (run if concepts_in_run else 0)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from compllm_rag.errors import ConfigurationError
+from compllm_rag.reading.budget import extent_of
 from compllm_rag.reading.choice import Candidate, Part, Reading, ReadSpec, Used
 from compllm_rag.reading.kept import DEEP, INPUT, checked_table, kept_at
 from compllm_rag.reading.relevance import Weights, relevance
@@ -27,8 +28,11 @@ class _Option:
     tokens: int
     concepts: int
     kept: float
+    share: float | None = None  # of concepts, as it is told
 
 
+# What concepts count that are predicted to keep nothing: a prediction may be wrong, and they come last, not never.
+_LEAST_KEPT = 1e-3
 _NOTHING = _Option("left out", None, 0, 0, 0.0)
 
 
@@ -38,15 +42,16 @@ class BudgetedReadPolicy:
 
     Every sentence of the retrieved passages has a value: how likely it matters (it, its neighbours and its passage
     beside the question by a signal, BM25 unless another is named, and its passage's rank) times the share of it that is
-    kept (1 as text; concepts by the table of their rate). The budget is spent step by step on whatever adds most value
+    kept: 1 as text; as concepts by what is predicted of their passage, where losses are fitted to the compressor
+    (`compllm-rag train rates`), else by a table of rates. The budget is spent step by step on whatever adds most value
     for what it takes: a sentence more, or one at a lower rate, or as text. What is not reached is left out.
 
     Args:
         rates: Rates of concepts to choose from; None takes those at which the storage keeps the passage. Others are
             read where they are stored, and never made.
         text: Whether sentences may be read as text.
-        kept: The share of what text gives that concepts keep, by rate; None takes what was measured with the shipped
-            compressors (`compllm_rag.reading.kept`).
+        kept: The share of what text gives that concepts keep, by rate; None takes what is predicted for each passage,
+            or where nothing is, what was measured with the shipped compressors (`compllm_rag.reading.kept`).
         weights: What makes a sentence likely to matter.
         relevance: The signal: `bm25`, `maxsim` (late interaction of the question's states with the stored concepts, for
             one pass of the LLM's lower half over the question), `bm25+maxsim` (both, by their ranks), or one of your
@@ -80,6 +85,7 @@ class BudgetedReadPolicy:
 
         Raises:
             ReadBudgetError: Not even the smallest sentence fits.
+            ConfigurationError: There is no budget, or nothing that may be read keeps anything.
         """
         if not spec.meter.budget.limits:
             raise ConfigurationError(
@@ -91,16 +97,18 @@ class BudgetedReadPolicy:
         signal = signal_named(self.relevance)
         spec.told["relevance"] = {"signal": signal.name}
         scores = relevance(nodes, signal.judge(query, nodes, spec), self.weights)
+        spec.told["kept"] = {"by": "table" if self._by_table(spec) else "predicted losses", "why": self._why(spec)}
         options = [self._options(node, spec) for node in nodes]
         spent = _Spending(nodes, options, [[score.value for score in row] for row in scores], spec)
         chosen = spent.chosen()
         if any(node.n_tokens for node in nodes) and not any(option.kept for row in chosen for option in row):
-            raise spec.meter.too_small(*spent.least())
+            least = spent.least()
+            raise self._nothing_worth() if least is None else spec.meter.too_small(*least)
         out = []
         for node, row, why in zip(nodes, chosen, scores, strict=True):
             triples = zip(node.sentences, row, why, strict=True)
             parts = tuple(
-                Part(s.start, s.end, o.used, o.rate, w.why if o.kept else f"{w.why}; others are worth more")
+                Part(s.start, s.end, o.used, o.rate, w.why if o.kept else f"{w.why}; others are worth more", o.share)
                 for s, o, w in triples
             )
             reading = Reading(parts, "" if parts else "it has no text")
@@ -111,20 +119,44 @@ class BudgetedReadPolicy:
 
     def _options(self, node: Candidate, spec: ReadSpec) -> list[list[_Option]]:
         """Ways to read each sentence, those that nothing speaks for left out, the cheapest first."""
-        table = checked_table(self.kept or (DEEP if spec.concepts.config.deep else INPUT))
         rates = [rate for rate in (node.rates if self.rates is None else self.rates) if spec.at_hand(node, rate)]
-        shares = {rate: kept_at(self._achieved(node, rate, spec), table) for rate in rates}
+        shares = {rate: self._share(node, rate, spec) for rate in rates}
         out = []
         for sentence in node.sentences:
             found = []
             for rate in rates:
                 k = spec.n_concepts(node, sentence.start, sentence.end, rate)
                 if k:
-                    found.append(_Option("concepts", rate, 0, k, shares[rate]))
+                    share, least = shares[rate], 0.0 if self._by_table(spec) else _LEAST_KEPT
+                    found.append(_Option("concepts", rate, 0, k, max(share, least), share))
             if self.text or not rates:  # a passage whose concepts are missing is read as text or not at all
                 found.append(_Option("text", None, len(sentence), 0, 1.0))
             out.append(found)
         return out
+
+    def _by_table(self, spec: ReadSpec) -> bool:
+        return self.kept is not None or isinstance(spec.shares, str)
+
+    def _why(self, spec: ReadSpec) -> str:
+        """Why shares come from where they come from."""
+        if self.kept is not None:
+            return "it was given"
+        return spec.shares if isinstance(spec.shares, str) else "they are fitted to this compressor"
+
+    def _share(self, node: Candidate, rate: float | None, spec: ReadSpec) -> float:
+        """What concepts of a passage keep of what its text gives."""
+        if self.kept is None and not isinstance(spec.shares, str):
+            return spec.shares(node, rate)
+        table = checked_table(self.kept or (DEEP if spec.concepts.config.deep else INPUT))
+        return kept_at(self._achieved(node, rate, spec), table)
+
+    def _nothing_worth(self) -> ConfigurationError:
+        return ConfigurationError(
+            "no passage can be read in a way that keeps anything of it",
+            got="text=False" + ("" if self.kept is None else f" and kept={dict(self.kept)}"),
+            expected="passages with concepts that keep more than nothing",
+            next_step="allow text, or correct the table",
+        )
 
     @staticmethod
     def _achieved(node: Candidate, rate: float | None, spec: ReadSpec) -> float:
@@ -149,6 +181,7 @@ class _Spending:
         self._now = [[_NOTHING for _ in row] for row in options]
         self._begun = [False for _ in nodes]
         self._tokens = self._concepts = 0
+        self._extents = [0 for _ in nodes]
         # Per position, as a share of the budget: steps are compared by it, and measured exactly before they are taken.
         size = max(1, sum(node.n_tokens for node in nodes))
         self._weight = (spec.meter.share(size, 0) / size, spec.meter.share(0, size) / size)
@@ -169,9 +202,11 @@ class _Spending:
                 heapq.heappush(waiting, (-now, n, s, o))
                 continue
             tokens, concepts = self._after(n, s, option)
-            if not self._meter.fits(tokens, concepts):
+            extent = self._extent_after(n, s, option)
+            if not self._meter.fits(tokens, concepts, sum(self._extents) - self._extents[n] + extent):
                 continue
             self._now[n][s], self._tokens, self._concepts = option, tokens, concepts
+            self._extents[n] = extent
             self._push(waiting, n, s)
             if not self._begun[n]:
                 self._begun[n] = True
@@ -179,15 +214,22 @@ class _Spending:
                     self._push(waiting, n, other)
         return self._now
 
-    def least(self) -> tuple[int, int]:
-        """The least that could be read: positions as text, and as concepts."""
+    def least(self) -> tuple[int, int, int] | None:
+        """The least that could be read: positions as text, as concepts, and of the window; None for nothing.
+
+        What a budget would do for comes first; where that is more than one, what takes least of the window.
+        """
         each = [
-            (self._nodes[n].around + option.tokens, option.concepts)
+            (self._nodes[n].around + option.tokens, option.concepts, self._extent_after(n, s, option))
             for n, row in enumerate(self._options)
-            for options in row
+            for s, options in enumerate(row)
             for option in options
+            if option.kept
         ]
-        return min(each, key=lambda taken: (self._meter.share(*taken), taken))
+        within = [taken for taken in each if self._meter.fits(*taken[:2])]
+        if within:
+            return min(within, key=lambda taken: (taken[2], taken))
+        return min(each, key=lambda taken: (self._meter.share(*taken[:2]), taken), default=None)
 
     def _push(self, waiting: list[tuple[float, int, int, int]], n: int, s: int) -> None:
         for o, option in enumerate(self._options[n][s]):
@@ -200,6 +242,14 @@ class _Spending:
         text, concept = self._weight
         takes = (tokens - self._tokens) * text + (concepts - self._concepts) * concept
         return self._values[n][s] * (option.kept - self._now[n][s].kept) / max(takes, 1e-9)
+
+    def _extent_after(self, n: int, s: int, option: _Option) -> int:
+        """Positions of the window that a passage takes once one of its sentences is read so."""
+        if self._meter.window is None:
+            return 0
+        row = [*self._now[n][:s], option, *self._now[n][s + 1 :]]
+        parts = [(o.used, len(x), o.concepts) for o, x in zip(row, self._nodes[n].sentences, strict=True)]
+        return self._nodes[n].around + extent_of(parts, deep=self._meter.deep)
 
     def _after(self, n: int, s: int, option: _Option) -> tuple[int, int]:
         now = self._now[n][s]

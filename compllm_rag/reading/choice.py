@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 from compllm_rag.compression.spec import ConceptSpec
 from compllm_rag.config import Mode
 from compllm_rag.errors import ConfigurationError
-from compllm_rag.reading.budget import Meter
+from compllm_rag.reading.budget import Meter, extent_of
 from compllm_rag.reading.sentences import Sentence
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class Part:
         used: `text`, `concepts` or `left out`.
         rate: Of concepts: source tokens per concept.
         why: In plain words.
+        kept: Of concepts: the share of what text gives that a policy reckoned them to keep; None where it did not.
     """
 
     start: int
@@ -36,6 +37,7 @@ class Part:
     used: Used
     rate: float | None = None
     why: str = ""
+    kept: float | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ class ReadSpec:
             or nobody minds that they are made now.
         n_concepts: How many concepts stand for the tokens from `start` to `end` of a passage at a rate.
         states: What late interaction compares. Nothing is compressed for it.
+        shares: The share of what text gives that concepts of a passage are predicted to keep at a rate (None: at
+            `rate`), by losses that were fitted to this compressor; or why nothing is predicted, in plain words.
         told: A policy puts in here, as plain values by name, what accounts should tell of its decision.
     """
 
@@ -143,6 +147,7 @@ class ReadSpec:
     at_hand: Callable[[Candidate, float | None], bool]
     n_concepts: Callable[[Candidate, int, int, float | None], int]
     states: States
+    shares: Callable[[Candidate, float | None], float] | str = "nothing predicts losses"
     told: dict[str, Any] = field(default_factory=dict)
 
 
@@ -197,8 +202,8 @@ class FixedReadPolicy:
         mode = "text" if spec.mode == "text" else self.mode or spec.mode
         rate = spec.rate if self.rate is None else self.rate
         out: list[Reading] = []
-        tokens = concepts = 0
-        least: tuple[int, int] | None = None
+        tokens = concepts = extent = 0
+        least: tuple[int, int, int] | None = None
         for node in nodes:
             as_concepts = mode == "concepts" and spec.at_hand(node, rate)
             k = spec.n_concepts(node, 0, node.n_tokens, rate) if as_concepts else 0
@@ -206,15 +211,19 @@ class FixedReadPolicy:
             if not node.n_tokens:
                 out.append(Reading((), "it has no text"))
                 continue
-            least = least or (text, k)
-            if not spec.meter.fits(tokens + text, concepts + k):
-                out.append(Reading.whole(node, "left out", why="does not fit the budget beside the passages before it"))
+            used: Used = "concepts" if as_concepts else "text"
+            takes = node.around + extent_of([(used, node.n_tokens, k)], deep=spec.meter.deep)
+            least = least or (text, k, takes)
+            if not spec.meter.fits(tokens + text, concepts + k, extent + takes):
+                what = "budget" if not spec.meter.fits(tokens + text, concepts + k) else "window of the LLM"
+                why = f"does not fit the {what} beside the passages before it"
+                out.append(Reading.whole(node, "left out", why=why))
                 continue
-            tokens, concepts = tokens + text, concepts + k
+            tokens, concepts, extent = tokens + text, concepts + k, extent + takes
             # Why concepts at the engine's own rate cannot be read, whoever looked them up says.
             other = not as_concepts and mode == "concepts" and rate != spec.rate
             why = f"its concepts are not stored at rate {rate:g}" if other and rate is not None else ""
-            out.append(Reading.whole(node, "concepts" if as_concepts else "text", rate if as_concepts else None, why))
+            out.append(Reading.whole(node, used, rate if as_concepts else None, why))
         if least and all(reading.left_out for reading in out):
             raise spec.meter.too_small(*least)
         return out

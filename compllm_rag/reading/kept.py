@@ -1,4 +1,4 @@
-"""How much of what text gives is kept by concepts, by rate: what policies reckon losses with.
+"""How much of what text gives is kept by concepts, by rate: what policies reckon with where no losses are predicted.
 
 The share of text's gain over no passages in the likelihood of the gold answer (*recovered*, docs/design.md section 7),
 as `compllm-rag bench quality` measured it with the shipped compressors (docs/quality.md). Deep concepts: the mean of

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 
+from compllm_rag.compression.rate_policies.shares import PredictedShares
 from compllm_rag.config import MissingChoice, MissingPolicy, Mode
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.library import ConceptLibrary, Fetched, Passage
@@ -126,6 +128,7 @@ class PassageReading:
         prompt_tokens: int,
         queued: Collection[str] = (),
         budget: ReadBudget | None = None,
+        window: int | None = None,
     ) -> Decision:
         """Decide what passages are read as.
 
@@ -135,13 +138,14 @@ class PassageReading:
             prompt_tokens: The prompt's own, without any passage.
             queued: Ids of those whose concepts are in the making; they are read as text.
             budget: For this question; None takes the one given before.
+            window: Positions of the LLM's window that passages may take; None where somebody else sees to that.
 
         Raises:
             ReadBudgetError: Nothing fits the budget.
             ConfigurationError: The policy chose what cannot be read, or more than the budget.
             MissingConceptsError: See `ConceptLibrary.fetch`.
         """
-        return _OneQuestion(self, queued, budget or self.budget).read(query, passages, prompt_tokens)
+        return _OneQuestion(self, queued, budget or self.budget).read(query, passages, prompt_tokens, window)
 
     def candidate(self, rank: int, passage: Retrieved) -> Candidate:
         """A passage as policies see it."""
@@ -176,13 +180,25 @@ class _OneQuestion:
         self._bypassed: set[str] = set()
         self._in_line_s = 0.0
 
-    def read(self, query: str, passages: Sequence[Retrieved], prompt_tokens: int) -> Decision:
+    def read(
+        self, query: str, passages: Sequence[Retrieved], prompt_tokens: int, window: int | None = None
+    ) -> Decision:
         candidates = [self._of.candidate(rank, passage) for rank, passage in enumerate(passages)]
         for candidate in candidates:
             self._look_up(candidate)
-        meter = self._budget.meter(self._library.spec, prompt_tokens, beside_s=self._in_line_s)
+        meter = self._budget.meter(self._library.spec, prompt_tokens, beside_s=self._in_line_s, window=window)
         states = StatesAtHand(self._library, self._stored, meter.spend_beside)
-        spec = ReadSpec(self._library.spec, self._of.mode, self._own, meter, self._at_hand, self._n_concepts, states)
+        predicted = self._library.shares
+        spec = ReadSpec(
+            self._library.spec,
+            self._of.mode,
+            self._own,
+            meter,
+            self._at_hand,
+            self._n_concepts,
+            states,
+            predicted if isinstance(predicted, str) else partial(self._share, predicted),
+        )
         policy = self._of.policy
         readings = checked_readings(policy, candidates, policy.choose(query, candidates, spec))
         out = [self._read(number, *pair) for number, pair in enumerate(zip(candidates, readings, strict=True))]
@@ -235,6 +251,11 @@ class _OneQuestion:
         if n == candidate.n_tokens:
             return end - start  # every token has one
         return int(_within(self._fetch(candidate, rate), start, end).sum())
+
+    def _share(self, predicted: PredictedShares, candidate: Candidate, rate: float | None) -> float:
+        """What concepts of a passage keep, unit by unit as they are stored."""
+        passage = self._library.at_rate(self._own if rate is None else rate).passage(candidate.text)
+        return predicted.of(passage.segments, passage.n_concepts) if passage.n_concepts else 0.0
 
     def _stored(self, candidate: Candidate) -> PassageStates | str:
         """States of a passage as far as they are stored, or were made for a question of before."""

@@ -191,6 +191,7 @@ def _plan(index: ConceptIndex, asked: Asked, account: dict[str, Any]) -> Plan:
                 kv_bytes=round(passed * each),
                 why=facts.get("why"),
                 parts=facts.get("parts"),
+                guard=facts.get("guard"),
             )
         )
     text_positions = account["prompt_positions"] + saved

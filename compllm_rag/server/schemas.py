@@ -252,8 +252,10 @@ class PlannedNode(BaseModel):
         prefill_cost: Of reading it, as a share of what reading it as text would take.
         kv_bytes: Of its part of the KV cache.
         why: Why it is read like that, where something was decided; null else.
-        parts: Where a read policy decided: what each run of its tokens is read as, with `used`, `start`, `end`, `rate`
-            and `why`; null else.
+        parts: Where a read policy decided: what each run of its tokens is read as, with `used`, `start`, `end`,
+            `rate`, `why` and `kept`; null else.
+        guard: Where it was left as text when it was ingested: `by` which guard, what was `expected` of it, and the
+            `limit`; null else.
     """
 
     node_id: str
@@ -265,6 +267,7 @@ class PlannedNode(BaseModel):
     kv_bytes: int
     why: str | None = None
     parts: list[dict[str, Any]] | None = None
+    guard: dict[str, Any] | None = None
 
 
 class Plan(BaseModel):

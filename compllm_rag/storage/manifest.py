@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
 from compllm_rag.catalog.database import connected, has_tables
-from compllm_rag.config import FORMAT_VERSION, Frozen, IngestConfig
+from compllm_rag.compression.rate_policies.asked import check_heeded
+from compllm_rag.config import FORMAT_VERSION, Frozen, IngestConfig, RateOptions, checked
 from compllm_rag.errors import (
     EmbedderMismatchError,
     FingerprintMismatchError,
@@ -158,11 +160,21 @@ class Manifest(Frozen):
     def check_ingest(self, **asked: object) -> None:
         """Refuse settings other than the storage's; None means the storage's own.
 
+        Options of rate policies are `RateOptions`, or a dictionary of those that are asked for.
+
         Raises:
             StorageMismatchError: With both values.
+            ConfigurationError: Options that the storage's rate does not heed.
         """
-        for name, value in asked.items():
-            own = getattr(self.ingest, name)
+        options: Any = asked.get("rate_options")
+        limit: Any = asked.get("guard_limit")
+        check_heeded(options, limit, self.ingest.rate, self.ingest.guard)
+        pairs = [(name, value, getattr(self.ingest, name)) for name, value in asked.items()]
+        if isinstance(options, Mapping):
+            named, own = checked(RateOptions, **options), self.ingest.rate_options
+            pairs = [pair for pair in pairs if pair[0] != "rate_options"]
+            pairs += [(f"rate option {name}", getattr(named, name), getattr(own, name)) for name in options]
+        for name, value, own in pairs:
             if name == "rate" and value == "auto" and isinstance(own, str):
                 continue  # whatever was taken for it when the storage was made
             if value is not None and value != own:

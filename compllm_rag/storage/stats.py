@@ -12,6 +12,7 @@ from compllm_rag.catalog.choices import SLOW_S, ChosenRates
 from compllm_rag.catalog.kv import KeyValues
 from compllm_rag.catalog.pending import PendingChunks
 from compllm_rag.compression.pretrained import saved_config
+from compllm_rag.compression.rate_policies.guard import guard_words, limit_of
 from compllm_rag.config import IngestConfig
 from compllm_rag.errors import UnsupportedFormatError
 from compllm_rag.storage.adapter_files import COMPRESSOR
@@ -90,16 +91,26 @@ def _rate_fields(config: IngestConfig, chosen: ChosenRates, chunks: int) -> dict
         "also_rates": list(config.also_rates),
         "budget": config.budget_positions if config.budget_bytes is None else f"{config.budget_bytes} bytes",
         "guard": config.guard,
+        "guard_limit": limit_of(config),
         "chunks_by_rate": dict(sorted(chosen.by_rate.items())) if known else None,
         "rate_fluctuation": chosen.fluctuation if known else None,
         "chunks_as_text": chosen.by_reason if known else None,
         "tokens_as_text": chosen.text_tokens if known else None,
+        "guard_expected": chosen.expected if known else None,
         "slow_chunks": chosen.slow,
         "slowest_chunks": chosen.slowest,
     }
 
 
 _STABLE = 0.05  # what achieved rates may differ from the wished ones
+
+
+def _measured(stats: Mapping[str, Any]) -> str:
+    found = stats["guard_expected"]
+    if found is None or stats["guard_limit"] is None:
+        return ""
+    words = guard_words({"by": stats["guard"], "expected": found["mean"], "limit": stats["guard_limit"]})
+    return f"; mean of the {words} ({found['least']:.2f} to {found['most']:.2f})"
 
 
 def rate_notes(stats: Mapping[str, Any]) -> list[str]:
@@ -113,7 +124,7 @@ def rate_notes(stats: Mapping[str, Any]) -> list[str]:
     for reason, n in (stats["chunks_as_text"] or {}).items():
         notes.append(
             f"note: {n} chunks stay text ({reason}): compression would lose too much of their numbers, identifiers and "
-            "code; they are read as text, at the cost of text"
+            f"code; they are read as text, at the cost of text{_measured(stats)}"
         )
     if stats["slow_chunks"]:
         worst = stats["slowest_chunks"][0]

@@ -2,13 +2,14 @@
 
 On training rows that no compressor was trained on, the LLM reads each passage as text and as concepts at each rate, and
 the gold answers' negative log-likelihoods are compared. What a chunk looks like (`FEATURES`) takes no pass of an LLM,
-so that the rate of a chunk is known before it is compressed.
+so that the rate of a chunk is known before it is compressed. The LLM reads the same questions without a passage, too:
+what text gains over that is what a loss is a share of (`compllm_rag.compression.rate_policies.shares`).
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def train_rates(
     reader: str = AUTO,
     n_groups: int = 400,
     seed: int = 0,
+    gain_only: bool = False,
     dtype: str | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
@@ -59,6 +61,8 @@ def train_rates(
         reader: Folder of the reader it was made with, "auto" for the shipped one, "none" for the LLM as it is.
         n_groups: See `fit_losses`.
         seed: See `fit_losses`.
+        gain_only: Leave the predicted losses as they are, and find out what text gains over no passage: for those that
+            were fitted without it. Number of groups and seed should be those of the fit, so that it is the same groups.
         dtype: Of the LLM.
         device: A torch device.
 
@@ -66,7 +70,8 @@ def train_rates(
         What was done, as plain values.
 
     Raises:
-        ConfigurationError: `init` is no compressor of deep concepts, or there is nothing to learn from.
+        ConfigurationError: `init` is no compressor of deep concepts, or there is nothing to learn from; with
+            `gain_only`, no losses are fitted to it.
         DataFileError, EvaluationDataError: See `Material`.
         FingerprintMismatchError, UnknownModelError: See `load_compressor_for`.
     """
@@ -86,9 +91,16 @@ def train_rates(
             expected="a compressor of deep concepts",
             next_step="name another with --from, or ingest by rate information",
         )
+    fitted = _fitted(compressor, init) if gain_only else None
     unit_length = compressor.config.unit_length
     material = Material(questions, [], compressor.segmenter, DEEP_DATA.material, unit_length=unit_length)
-    made = fit_losses(compressor, material, n_groups=n_groups, seed=seed, progress=progress)
+    made = (
+        fit_losses(compressor, material, n_groups=n_groups, seed=seed, progress=progress)
+        if fitted is None
+        else fitted.model_copy(
+            update={"gain": mean_gain(compressor, material, n_groups=n_groups, seed=seed, progress=progress)}
+        )
+    )
     compressor.losses = made
     compressor.save_pretrained(out)
     return {
@@ -97,6 +109,7 @@ def train_rates(
         "rates": list(made.rates),
         "mean_loss": list(made.offsets),
         "explained": list(made.explained),
+        "gain": made.gain,
         "fingerprint": compressor.fingerprint,
         "skipped": len(material.skipped),
     }
@@ -124,26 +137,18 @@ def fit_losses(
     Raises:
         ConfigurationError: Nothing is held out.
     """
-    rng, measures = random.Random(seed), TextMeasures(lambda: compressor)
-    groups = rng.sample(material.held_out, min(n_groups, len(material.held_out)))
+    measures = TextMeasures(lambda: compressor)
     features, losses, of_group = list[Floats](), list[Floats](), list[int]()
-    for number, group in enumerate(groups):
-        example = material.questions(group, rng, 0, extras=False)
-        units = [unit for body in example.bodies for unit in body.segments]
-        if units and all(body.segments for body in example.bodies):
-            found = measured_losses(compressor, example, rates)
-            features += [measures.features(unit) for unit in units]
-            losses += [found] * len(units)
-            of_group += [number] * len(units)
-        if progress:
-            progress(f"reading {len(groups)} groups of questions at {len(rates)} rates", (number + 1) / len(groups))
+    gains = list[float]()
+    told = f"at {len(rates)} rates"
+    for number, example, units in _examples(material, n_groups, seed, told, progress):
+        found = measured_losses(compressor, example, rates)
+        features += [measures.features(unit) for unit in units]
+        losses += [found] * len(units)
+        gains += [measured_gain(compressor, example)] * len(units)
+        of_group += [number] * len(units)
     if not features:
-        raise ConfigurationError(
-            "nothing can be learned about rates",
-            got=f"{len(material.held_out)} groups of questions held out of {len(material.groups)}",
-            expected="training questions, one group in 40 of which no compressor is trained on",
-            next_step="give more questions with --data-dir",
-        )
+        raise _nothing_held_out(material)
     x, y = np.stack(features), np.clip(np.stack(losses), -_MOST, _MOST)  # (n_units, n_features), (n_units, n_rates)
     mean, scale = x.mean(0), x.std(0) + 1e-6
     weights = _ridge((x - mean) / scale, y - y.mean(0))
@@ -156,7 +161,98 @@ def fit_losses(
         units=len(x),
         explained=_explained((x - mean) / scale, y, np.array(of_group)),
         compressor=compressor.fingerprint,
+        gain=_mean_of(gains),
     )
+
+
+def mean_gain(
+    compressor: DeepCompressor,
+    material: Material,
+    *,
+    n_groups: int = 400,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> float:
+    """What text gains over no passage, as `fit_losses` finds it: with the same material, number and seed, the same.
+
+    It takes two passes of the LLM for each group, where a fit takes two and two more for each rate, about.
+
+    Args:
+        compressor: As it is.
+        material: See `fit_losses`.
+        n_groups: See `fit_losses`.
+        seed: See `fit_losses`.
+        progress: See `fit_losses`.
+
+    Raises:
+        ConfigurationError: Nothing is held out.
+    """
+    gains = list[float]()
+    for _, example, units in _examples(material, n_groups, seed, "as text and without a passage", progress):
+        gains += [measured_gain(compressor, example)] * len(units)
+    if not gains:
+        raise _nothing_held_out(material)
+    return _mean_of(gains)
+
+
+def _examples(
+    material: Material, n_groups: int, seed: int, told: str, progress: Progress | None
+) -> Iterator[tuple[int, Example, list[tuple[int, ...]]]]:
+    """Groups of questions that are held out: number, passages with questions, and the units of all passages."""
+    rng = random.Random(seed)
+    groups = rng.sample(material.held_out, min(n_groups, len(material.held_out)))
+    for number, group in enumerate(groups):
+        example = material.questions(group, rng, 0, extras=False)
+        units = [unit for body in example.bodies for unit in body.segments]
+        if units and all(body.segments for body in example.bodies):
+            yield number, example, units
+        if progress:
+            progress(f"reading {len(groups)} groups of questions {told}", (number + 1) / len(groups))
+
+
+def _nothing_held_out(material: Material) -> ConfigurationError:
+    return ConfigurationError(
+        "nothing can be learned about rates",
+        got=f"{len(material.held_out)} groups of questions held out of {len(material.groups)}",
+        expected="training questions, one group in 40 of which no compressor is trained on",
+        next_step="give more questions with --data-dir",
+    )
+
+
+def _fitted(compressor: DeepCompressor, init: str) -> LossPredictor:
+    found = compressor.losses
+    if found is None or found.compressor != compressor.fingerprint:
+        raise ConfigurationError(
+            "there are no losses to complete",
+            got=f"{init} with {'none' if found is None else 'those of another compressor'}",
+            expected="a compressor with losses that `compllm-rag train rates` fitted to it",
+            next_step="leave --gain-only out: a fit measures the gain as well",
+        )
+    return found
+
+
+@torch.no_grad()
+def measured_gain(compressor: DeepCompressor, example: Example) -> float:
+    """What reading an example's passages as text gains over reading none, in nats per token of its answers.
+
+    Args:
+        compressor: Its LLM reads.
+        example: Passages, with questions behind them.
+    """
+    bare = Example((example.prefix[0],), example.branches)  # what stands in front of the first passage
+    return _nll_as_text(compressor, bare) - _nll_as_text(compressor, example)
+
+
+def _nll_as_text(compressor: DeepCompressor, example: Example) -> float:
+    llm = compressor.llm
+    targets = targets_of([example], prompt_weight=0.0, kind_weights={}, device=llm.device)
+    total, tokens = nll_by_kind(llm, last_hidden_state(llm, pack([example], llm)), targets)["qa"]
+    return total / tokens
+
+
+def _mean_of(gains: Sequence[float]) -> float:
+    """Mean of gains, one for each unit, bounded as losses are: both are parts of one quotient."""
+    return float(np.clip(gains, -_MOST, _MOST).mean())
 
 
 @torch.no_grad()
@@ -178,7 +274,7 @@ def measured_losses(compressor: DeepCompressor, example: Example, rates: Sequenc
         total, tokens = nll_by_kind(llm, states, targets)["qa"]
         return total / tokens
 
-    as_text = nll(last_hidden_state(llm, pack([example], llm)))
+    as_text = _nll_as_text(compressor, example)
     found = []
     for rate in rates:
         spans, at = list[ConceptSpan](), 0

@@ -23,7 +23,7 @@ QUERY = (
     "answer mode sources prompt_positions prefill_cost kv_bytes retrieval_s fetch_s layout_s prefill_s ttft_s total_s "
     "store"
 )
-SOURCE = "doc_id node_id title score used n_tokens n_concepts why parts text"
+SOURCE = "doc_id node_id title score used n_tokens n_concepts why parts guard text"
 STATS = (
     "documents chunks segments unique_segments source_tokens concepts achieved_rate entry_layer prefill_cost "
     "concept_bytes bytes_per_source_token fingerprint llm embedder"

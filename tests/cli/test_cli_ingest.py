@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import toy
 from compllm_rag.cli.main import app
 from compllm_rag.cli.progress import ProgressShow
+from compllm_rag.config import RateOptions
 from compllm_rag.llamaindex.ingest import IngestReport
 from compllm_rag.storage.manifest import read_manifest
 from compllm_rag.storage.stats import storage_stats
@@ -175,9 +176,57 @@ def test_rates_by_the_text_and_side_by_side(here: Path, models: tuple[str, ...])
     assert found["chunks_as_text"]["guard"] >= 1 and sum(found["chunks_by_rate"].values()) == 2
     asked = json.loads(run("query", "What was the price?", "--storage", "s", "--top-k", "9", "--json").stdout)
     assert {source["why"] for source in asked["sources"]} == {None, "kept as text by the guard"}
-    assert "(kept as text by the guard)" in run("query", "What was the price?", "--storage", "s", "--top-k", "9").stdout
+    guard, *_ = [source["guard"] for source in asked["sources"] if source["guard"]]
+    told = run("query", "What was the price?", "--storage", "s", "--top-k", "9").stdout
+    assert (guard["by"], guard["limit"]) == ("exact", 0.25) and guard["expected"] > 0.25
+    assert f"kept as text by the guard: share of its signs to give back exactly {guard['expected']:.2f}, limit" in told
+    explained = run("query", "What was the price?", "--storage", "s", "--top-k", "9", "--explain").stdout
+    assert f"exactly {guard['expected']:.2f}, limit 0.25)" in explained
     again = run("ingest", "docs", "--storage", "s", "--rate", "auto", "--also-rate", "3", "--guard", "exact", *models)
     assert "0 new or changed" in again.stdout
+
+
+def test_options_of_rate_policies(here: Path, models: tuple[str, ...]) -> None:
+    flags = ("--rate", "information", "--rate-bands", "1,1.25,2,3", "--rate-window", "20", "--guard", "exact")
+    whole = (*flags, "--rate-measure", "unigram", "--guard-limit", "0.9")
+    run("ingest", "docs", "--storage", "s", *whole, *models)
+    made = read_manifest(here / "s").ingest
+    assert made.rate_options == RateOptions(bands=(1, 1.25, 2, 3), window=20)
+    assert (made.rate, made.guard, made.guard_limit) == ("information", "exact", 0.9)
+    for same in (whole, flags, ("--rate-window", "20"), ()):  # what is not named is the storage's own
+        assert "0 new or changed" in run("ingest", "docs", "--storage", "s", *same).stdout
+    for words, said in {
+        ("--rate-window", "40"): "another rate option window: got 40, expected 20",
+        ("--rate-bands", "1,1.5,3,4"): "another rate option bands",
+        ("--guard-limit", "0.2"): "another guard limit",
+        ("--most-loss", "0.1"): "option most_loss of rate policies would be without effect",
+    }.items():
+        assert said in run("ingest", "docs", "--storage", "s", *words, code=2).stderr
+
+
+def test_options_that_nothing_would_heed_are_one_line(here: Path, models: tuple[str, ...]) -> None:
+    for words, said in {
+        ("--rate-window", "20"): "window of rate policies would be without effect",
+        ("--rate", "2", "--rate-bands", "1,1.5,3,4"): "got bands (--rate-bands), and rate 2, expected rate information",
+        ("--rate", "information", "--most-loss", "0.2"): "got most_loss (--most-loss), and rate information",
+        ("--rate", "auto", "--most-loss", "0.2"): "and rate information, expected rate learned",
+        ("--rate", "learned", "--rate-measure", "unigram"): "expected rate information",
+        ("--budget", "900", "--rate-window", "20"): "and rate budget",
+        ("--guard-limit", "0.3"): "limit without a guard",
+        (
+            "--rate",
+            "information",
+            "--rate-bands",
+            "1,2,3",
+        ): "--rate-bands cannot be read: got 1,2,3, expected four rates",
+        ("--rate", "information", "--rate-bands", "4,3,2,1"): "rise from dense to thin",
+        ("--rate", "information", "--rate-bands", "thin"): "--rate-bands cannot be read",
+        ("--rate", "information", "--rate-measure", "guess"): "setting measure makes no sense",
+    }.items():
+        done = run("ingest", "docs", "--storage", "s", *words, *models, code=2)
+        assert said in done.stderr and done.stderr.startswith("error: ") and not (here / "s").exists(), words
+    run("ingest", "docs", "--storage", "s", "--rate", "2", *models)
+    assert "and rate 2" in run("ingest", "docs", "--storage", "s", "--rate-window", "40", code=2).stderr
 
 
 def test_rates_and_budgets_that_make_no_sense_are_one_line(here: Path, models: tuple[str, ...]) -> None:

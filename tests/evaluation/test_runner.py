@@ -12,6 +12,7 @@ import pytest
 import toy
 import trained
 from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.rate_policies.losses import RATES
 from compllm_rag.errors import ConfigurationError, PromptTooLongError, RateOutOfReachError
 from compllm_rag.evaluation import asking, bodies
 from compllm_rag.evaluation.journal import Journal
@@ -240,7 +241,7 @@ def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path, text: str) -> N
 
 
 @pytest.mark.parametrize("codec", ["deep", "input"])
-def test_a_read_policy_is_a_mode_within_the_cost_of_its_rate(codec: str) -> None:
+def test_a_read_policy_is_a_mode_within_the_cost_of_its_rate(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compressor = read_samples.compressor(codec)
     config = EvalConfig(max_new_tokens=4)
     settings = [("budgeted", 2.0), ("concepts", 2.0), ("budgeted", 4.0)]
@@ -258,6 +259,12 @@ def test_a_read_policy_is_a_mode_within_the_cost_of_its_rate(codec: str) -> None
     assert four.prefill_cost < two.prefill_cost
     again = evaluate(compressor, asked, mode="budgeted", rate=2.0, config=config, journal=journal)
     assert again.records == two.records
+    if codec == "deep":  # other losses are another run: here all concepts are predicted to lose all
+        losing = trained.rising_losses(compressor, gain=2.0).model_copy(update={"offsets": (9.0,) * len(RATES)})
+        monkeypatch.setattr(compressor, "losses", losing)
+        other = evaluate(compressor, asked, mode="budgeted", rate=2.0, config=config, journal=journal)
+        assert [r.concepts for r in other.records] != [r.concepts for r in two.records]
+        monkeypatch.undo()
     policy = FixedReadPolicy("text")
     options = {"mode": "budgeted", "rate": 2.0, "config": config, "journal": journal}
     text = evaluate(compressor, asked, **options, read_policy=policy)

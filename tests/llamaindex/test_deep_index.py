@@ -29,7 +29,7 @@ from compllm_rag.prompt import ConceptSpan, TextSpan
 from compllm_rag.storage.manifest import read_manifest
 from tests.faults.fault_samples import check_whole, documents
 from toy_embedder import HashEmbedder
-from trained import trained_deep
+from trained import rising_losses, trained_deep
 
 QUESTION = "Who built the lighthouse on Gull Rock?"
 SHORT = GenerationConfig(max_new_tokens=8)
@@ -287,6 +287,7 @@ def test_whoever_only_reads_loads_no_compressor(
     tmp_path: Path, toy_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = trained_deep(TargetLLM.from_pretrained(toy_folder), entry_layer=1)
+    made.losses = rising_losses(made, gain=2.0)
     with open_index(tmp_path / "s", made) as index:
         index.ingest(documents())
         before = ask(index)[0]
@@ -296,7 +297,8 @@ def test_whoever_only_reads_loads_no_compressor(
     with ConceptIndex.load(tmp_path / "s", embedder=HashEmbedder(), generation=SHORT) as index:
         # The LoRA that reads is there from the start.
         assert ask(index)[0] == before
-        assert not loaded
+        told = ask(index, prefill_budget=60)[1]["read_policy"]
+        assert told["kept"]["by"] == "predicted losses" and not loaded
         index.insert(Document(id_="new", text="A tower of brick stands in the marsh."))
         assert len(loaded) == 1
         assert index.compressor.fingerprint == made.fingerprint

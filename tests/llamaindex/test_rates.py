@@ -13,7 +13,9 @@ from llama_index.core.vector_stores import SimpleVectorStore
 
 import toy
 from compllm_rag import ConceptIndex, GenerationConfig
+from compllm_rag.catalog.catalog import Catalog
 from compllm_rag.compression.deep import DeepCompressor
+from compllm_rag.compression.rate_policies.guard import EXACT_LIMIT, guard_words
 from compllm_rag.compression.rate_policies.losses import RATES, LossPredictor
 from compllm_rag.compression.rate_policies.measures import FEATURES
 from compllm_rag.compression.rate_policies.policies import InformationRate, PricedRate
@@ -134,6 +136,24 @@ def test_a_deleted_document_leaves_no_choice_behind(tmp_path: Path, deep: DeepCo
         assert rows(index) == []
 
 
+def index_of_before(path: Path, compressor: DeepCompressor) -> ConceptIndex:
+    """The storage as a release would have left it that did not keep what the guard measured."""
+    with Catalog.open(path) as catalog:
+        rows_ = [(json.loads(value), text) for text, value in _choices(catalog)]
+        for held, _ in rows_:
+            held.pop("expected", None)
+        with catalog.writing() as connection:
+            changed = [(json.dumps(held), text) for held, text in rows_]
+            connection.executemany("UPDATE choices SET value = ? WHERE text = ?", changed)
+        catalog.commit()
+    return open_index(path, compressor, guard="exact")
+
+
+def _choices(catalog: Catalog) -> list[tuple[str, str]]:
+    with catalog.reading() as connection:
+        return connection.execute("SELECT text, value FROM choices").fetchall()
+
+
 def test_a_table_stays_text_is_counted_and_explained(tmp_path: Path, deep: DeepCompressor) -> None:
     with open_index(tmp_path / "s", deep, guard="exact") as index:
         index.ingest([*documents(1), Document(id_="t", text=TABLE)])
@@ -147,13 +167,35 @@ def test_a_table_stays_text_is_counted_and_explained(tmp_path: Path, deep: DeepC
         _, account = ask(index)
         used = {facts["used"]: facts.get("why") for facts in account["nodes"].values()}
         assert used == {"concepts": None, "text": "kept as text by the guard"}
+        values = {node.node_id: index.library.passage(node.text).expected for node in table}
+        assert min(values.values()) > EXACT_LIMIT
+        budgeted = index.as_query_engine(similarity_top_k=4, position_budget=900).query(QUESTION).metadata["compllm"]
+        for told in (account, budgeted):
+            found = {name: facts["guard"] for name, facts in told["nodes"].items() if "guard" in facts}
+            assert found and {*found} <= {*values}
+            for name, guard in found.items():
+                assert guard == {"by": "exact", "expected": values[name], "limit": EXACT_LIMIT}
+        values = list(values.values())
         stats = index.stats()
+        assert stats["guard_limit"] == EXACT_LIMIT
+        assert stats["guard_expected"] == {
+            "least": min(values), "mean": pytest.approx(sum(values) / len(values)), "most": max(values)
+        }  # fmt: skip
         assert stats["chunks_as_text"] == {"guard": len(table)}
         assert stats["tokens_as_text"] == sum(len(index.library.passage(node.text).ids) for node in table)
         assert stats["achieved_rate"] == 1.0 and stats["prefill_cost"] is not None and 0.5 < stats["prefill_cost"] < 1
-        assert any("stay text (guard)" in note for note in rate_notes(stats))
+        [note] = [note for note in rate_notes(stats) if "stay text (guard)" in note]
+        assert f"({min(values):.2f} to {max(values):.2f})" in note and "limit 0.25" in note
         check_whole(index)
     sound(tmp_path / "s")
+    with index_of_before(tmp_path / "s", deep) as index:
+        stats = index.stats()
+        assert stats["chunks_as_text"] == {"guard": len(table)} and stats["guard_expected"] is None
+        [note] = [note for note in rate_notes(stats) if "stay text (guard)" in note]
+        assert note.endswith("at the cost of text")
+        found = [facts["guard"] for facts in ask(index)[1]["nodes"].values() if facts["used"] == "text"]
+        assert found and all(guard == {"by": "exact", "expected": None, "limit": EXACT_LIMIT} for guard in found)
+        assert "not kept, limit 0.25" in guard_words(found[0])
     all_text = open_index(None, deep, guard="exact", guard_limit=0.0)
     all_text.ingest(documents(1) + [Document(id_="t", text=TABLE)])
     assert ask(all_text)[0] is not None and all_text.stats()["guard"] == "exact"

@@ -223,6 +223,41 @@ def test_text_is_read_where_that_is_sooner_and_counted(library: ConceptLibrary) 
     assert Planner(empty).plan(QUESTION, nodes(), 2000).account()["bypassed"] == 0
 
 
+@pytest.mark.parametrize("policy", ["budgeted", "fixed"])
+def test_nothing_is_bought_that_the_window_has_no_room_for(library: ConceptLibrary, policy: str) -> None:
+    planner = Planner(library, reading={"position_budget": 150, "read_policy": policy})
+    free = planner.plan(QUESTION, nodes(), 2000)
+    assert len(free.nodes) > 1 and not free.dropped
+    for less in (1, 15, 40):
+        window = free.plan.extent - less  # what was bought would not fit: its last passage would be dropped
+        planned = planner.plan(QUESTION, nodes(), window)
+        assert planned.plan.extent <= window and not planned.dropped, "before, a passage was bought and dropped"
+        left_out = planned.account()["read_policy"]["left_out"]
+        assert {node.node.node_id for node in planned.nodes} | set(left_out) == {"n0", "n1", "n2"}
+        if policy == "fixed":
+            said = {gone["why"] for gone in left_out.values()}
+            assert said == {"does not fit the window of the LLM beside the passages before it"}
+    # Who asks for an error is not spared it.
+    strict = Planner(library, overflow="error", reading={"position_budget": 150, "read_policy": policy})
+    with pytest.raises(PromptTooLongError, match="do not fit the window"):
+        strict.plan(QUESTION, nodes(), free.plan.extent - 1)
+    with pytest.raises(ReadBudgetError, match="fits the window of the LLM: got 9 positions.*at least") as caught:
+        planner.plan(QUESTION, nodes(), free.plan.extent - sum(s.extent for s in _passages(free)) + 9)
+    if policy == "budgeted":
+        least = int(str(caught.value).split("at least ")[1].split(":")[0])
+        bare = free.plan.extent - sum(s.extent for s in _passages(free))
+        assert planner.plan(QUESTION, nodes(), bare + least).nodes
+        with pytest.raises(ReadBudgetError):
+            planner.plan(QUESTION, nodes(), bare + least - 1)
+
+
+def _passages(planned: Any) -> list[Any]:
+    """Spans of all passages, their numbers and titles included: what stands between the first body and the last."""
+    spans = list(planned.plan.spans)
+    bodies = [i for i, span in enumerate(spans) if span.passage is not None]
+    return spans[bodies[0] - 1 : bodies[-1] + 2]
+
+
 def test_in_a_chat_a_budget_holds_for_the_passages_of_a_turn(index: ConceptIndex) -> None:
     engine = index.as_chat_engine("context", position_budget=70, similarity_top_k=4)
     for message in (QUESTION, "Who wrote?", "And why?"):

@@ -20,10 +20,10 @@ from compllm_rag.compression.rates import FixedRate
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.training.deep_task import drawn_at, read_concepts
-from compllm_rag.training.examples import pack, targets_of
+from compllm_rag.training.examples import Example, pack, targets_of
 from compllm_rag.training.material import Material, MaterialConfig
 from compllm_rag.training.objective import last_hidden_state, nll_by_kind
-from compllm_rag.training.rates import _ridge, fit_losses, measured_losses
+from compllm_rag.training.rates import _ridge, fit_losses, mean_gain, measured_gain, measured_losses
 from trained import information
 
 MIX = MaterialConfig(max_context=300, qa=1.0, copy_share=0.0)
@@ -64,6 +64,30 @@ def test_losses_are_those_of_reading_at_each_rate(world: Path, selector: str) ->
         total, n = nll_by_kind(made.llm, states.detach(), targets)["qa"]
         text, _ = nll_by_kind(made.llm, last_hidden_state(made.llm, pack([example], made.llm)).detach(), targets)["qa"]
         assert loss == pytest.approx((total - text) / n, abs=1e-4)
+
+
+def test_the_gain_is_that_of_text_over_the_same_prompt_without_passages(world: Path) -> None:
+    made = compressor()
+    held = material(world, made)
+    example = held.questions(held.held_out[0], random.Random(0), 0, extras=False)
+    bare = Example(tuple(held.prompt.prefix([])), example.branches)
+    read = []
+    for each in (bare, example):
+        targets = targets_of([each], prompt_weight=0.0, kind_weights={}, device=made.llm.device)
+        total, n = nll_by_kind(made.llm, last_hidden_state(made.llm, pack([each], made.llm)).detach(), targets)["qa"]
+        read.append(total / n)
+    assert measured_gain(made, example) == pytest.approx(read[0] - read[1], abs=1e-5) != 0
+
+
+def test_a_gain_alone_is_that_of_a_fit_of_the_same_groups(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = compressor()
+    held = material(world, made)
+    monkeypatch.setattr("compllm_rag.training.rates.measured_losses", lambda c, e, rates: np.zeros(len(rates)))
+    fitted = fit_losses(made, held, n_groups=6, seed=3)
+    assert fitted.gain is not None and fitted.gain != 0
+    assert mean_gain(made, held, n_groups=6, seed=3) == fitted.gain != mean_gain(made, held, n_groups=6, seed=4)
+    monkeypatch.setattr("compllm_rag.training.rates.measured_gain", lambda c, e: 50.0)
+    assert mean_gain(made, held, n_groups=2) == 3.0, "bounded as losses are"
 
 
 def test_only_held_out_rows_are_read_and_the_fit_is_a_plain_ridge(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +137,12 @@ def test_the_command_writes_them_beside_the_compressor(world: Path, tmp_path: Pa
     assert record["rates"] == list(RATES) and record["units"] >= 12
     after = load_compressor(saved, llm)
     assert isinstance(after.losses, LossPredictor) and after.fingerprint == before.fingerprint
+    assert after.losses.gain == record["gain"] is not None
+    after.losses.model_copy(update={"gain": None}).save(saved)
+    assert load_compressor(saved, llm).losses.gain is None  # type: ignore[union-attr]
+    again = CliRunner().invoke(app, [*words, "--llm", str(toy_folder), "--gain-only"])
+    assert again.exit_code == 0 and f"text gains {record['gain']:.3f} nats per token" in again.stdout, again.output
+    assert load_compressor(saved, llm).losses == after.losses
     again = load_compressor(after.save_pretrained(tmp_path / "copy"), llm)
     assert again.losses == after.losses
     after.losses = None
@@ -124,5 +154,13 @@ def test_nothing_held_out_is_said(world: Path, monkeypatch: pytest.MonkeyPatch) 
     made = compressor()
     held = material(world, made)
     held.held_out = []
-    with pytest.raises(ConfigurationError, match="0 groups of questions held out"):
-        fit_losses(made, held)
+    for find in (fit_losses, mean_gain):
+        with pytest.raises(ConfigurationError, match="0 groups of questions held out"):
+            find(made, held)
+
+
+def test_a_gain_alone_wants_losses_of_this_compressor(world: Path, tmp_path: Path, toy_folder: Path) -> None:
+    saved = compressor(TargetLLM.from_pretrained(str(toy_folder)), selector="information").save_pretrained(tmp_path)
+    words = ["train", "rates", "--data-dir", str(world), "--from", str(saved), "--out", str(tmp_path / "o")]
+    done = CliRunner().invoke(app, [*words, "--llm", str(toy_folder), "--gain-only"])
+    assert done.exit_code == 2 and "no losses to complete" in done.stderr and not (tmp_path / "o").exists()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from compllm_rag.config import GuardName, IngestConfig, RatePolicyName
+from compllm_rag.config import GuardName, IngestConfig, RateOptions, RatePolicyName
 from compllm_rag.errors import ConfigurationError
 
 _UNITS = {
@@ -20,6 +20,18 @@ _UNITS = {
     "mib": 2**20,
     "gib": 2**30,
     "tib": 2**40,
+}
+# Options of `RateOptions` by the policy that heeds them, and how the command line calls them.
+_HEEDED: dict[str, tuple[str, ...]] = {
+    "information": ("bands", "window", "measure"),
+    "learned": ("most_loss",),
+    "auto": tuple(RateOptions.model_fields),
+}
+_FLAGS = {
+    "bands": "bands (--rate-bands)",
+    "window": "window (--rate-window)",
+    "measure": "measure (--rate-measure)",
+    "most_loss": "most_loss (--most-loss)",
 }
 _BUDGET = re.compile(r"\s*(\d+(?:[.,_]\d+)*)\s*([a-z]*)\s*", re.IGNORECASE)
 
@@ -72,12 +84,58 @@ def rate_settings(
     return found
 
 
+def named_options(given: RateOptions | Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The options of rate policies that somebody asks for: those named, or those that are not the default."""
+    if isinstance(given, RateOptions):
+        default = RateOptions()
+        return tuple(name for name in RateOptions.model_fields if getattr(given, name) != getattr(default, name))
+    return tuple(given or ())
+
+
+def check_heeded(
+    options: RateOptions | Mapping[str, Any] | None,
+    guard_limit: float | None,
+    rate: float | RatePolicyName,
+    guard: GuardName,
+) -> None:
+    """Refuse options that a rate and a guard would not heed.
+
+    Args:
+        options: Of the rate policy, as they were asked for.
+        guard_limit: Likewise; None for none.
+        rate: Of the storage; `auto` may become either policy that looks at the text.
+        guard: Of the storage.
+
+    Raises:
+        ConfigurationError: One would be without effect; it names it.
+    """
+    heeded = _HEEDED.get(rate, ()) if isinstance(rate, str) else ()
+    unheeded = [name for name in named_options(options) if name not in heeded]
+    if unheeded:
+        name = unheeded[0]
+        policy = next((policy for policy, names in _HEEDED.items() if name in names), "information")
+        raise ConfigurationError(
+            f"option {name} of rate policies would be without effect",
+            got=f"{_FLAGS.get(name, name)}, and rate {rate if isinstance(rate, str) else f'{rate:g}'}",
+            expected=f"rate {policy}",
+            next_step=f"ask for rate {policy} in a new storage, or leave the option out",
+        )
+    if guard_limit is not None and guard == "off":
+        raise ConfigurationError(
+            "a limit without a guard would be without effect",
+            got=f"guard_limit {guard_limit:g} (--guard-limit), and guard off",
+            expected="guard exact or loss",
+            next_step="ask for a guard in a new storage, or leave the limit out",
+        )
+
+
 def options_of(ingest: IngestConfig) -> dict[str, Any]:
     """The options that `rate_settings` and `ConceptIndex.create` would make the same settings of rates from."""
+    heeded = isinstance(ingest.rate, str) and ingest.rate in _HEEDED  # earlier releases kept what nothing heeds
     found: dict[str, Any] = {
         "guard": ingest.guard,
-        "guard_limit": ingest.guard_limit,
-        "rate_options": ingest.rate_options,
+        "guard_limit": None if ingest.guard == "off" else ingest.guard_limit,
+        "rate_options": ingest.rate_options if heeded else None,
     }
     if ingest.rate == "budget":
         bytes_ = ingest.budget_bytes

@@ -66,6 +66,11 @@ class LossPredictor(Frozen):
     units: int = Field(description="units it was fitted to")
     explained: tuple[float, ...] = Field(default=(), description="R² on rows left out, by rate")
     compressor: str = Field(default="", description="fingerprint of the compressor")
+    gain: float | None = Field(
+        default=None,
+        description="what reading text gains over reading no passage, mean over the units, in nats per token of a gold "
+        "answer; None where it was not measured",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> LossPredictor:

@@ -15,6 +15,7 @@ from compllm_rag.compression.selection import fitted
 
 if TYPE_CHECKING:
     from compllm_rag.compression.spec import ConceptCompressor
+    from compllm_rag.models.llm import TargetLLM
 
 Units = Sequence[Sequence[int]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -50,20 +51,26 @@ class TextMeasures:
 
     Args:
         get: Gives the compressor, on the first call of anything: it may still have to be loaded.
+        llm: The compressor's, where it is loaded already. Then whatever takes no pass of it needs no compressor.
     """
 
-    def __init__(self, get: Callable[[], ConceptCompressor]) -> None:
-        self._get = get
+    def __init__(self, get: Callable[[], ConceptCompressor], llm: TargetLLM | None = None) -> None:
+        self._get, self._llm = get, llm
 
     @property
     def compressor(self) -> ConceptCompressor:
         """The compressor itself."""
         return self._get()
 
+    @property
+    def llm(self) -> TargetLLM:
+        """The compressor's LLM."""
+        return self._get().llm if self._llm is None else self._llm
+
     @functools.cached_property
     def table(self) -> Floats:
         """Information of each token, (rows,) in nats."""
-        llm = self._get().llm
+        llm = self.llm
         table: Floats = fitted(information_for(llm.tokenizer), llm.embedding.weight.shape[0]).double().numpy()
         return table
 
@@ -79,7 +86,7 @@ class TextMeasures:
 
         Digits are frequent, and so carry little by a count of tokens; which one stands where, nothing foretells.
         """
-        tokenizer, rows = self._get().llm.tokenizer, len(self.table)
+        tokenizer, rows = self.llm.tokenizer, len(self.table)
         names = tokenizer.convert_ids_to_tokens(list(range(min(rows, len(tokenizer)))))
         exact = [bool(name) and (any(map(str.isdigit, name)) or bool(_SYMBOLS.search(name))) for name in names]
         weight = self.table / self.ordinary
@@ -97,7 +104,7 @@ class TextMeasures:
 
     def text(self, units: Units) -> str:
         """The characters of units, joined."""
-        return str(self._get().llm.tokenizer.decode([token for unit in units for token in unit]))
+        return str(self.llm.tokenizer.decode([token for unit in units for token in unit]))
 
     def features(self, unit: Sequence[int]) -> Floats:
         """What a loss is predicted from, (len(FEATURES),); no pass of the LLM.
