@@ -248,5 +248,7 @@ def rates(
     for number, (rate, loss) in enumerate(zip(record["rates"], record["mean_loss"], strict=True)):
         told = f" (R² {record['explained'][number]:.2f} on rows left out)" if record["explained"] else ""
         typer.echo(f"rate {rate:g}: {loss:.3f} nats per token lost on average{told}")
+    if not record["told_apart"]:
+        typer.echo("what chunks look like foretells no loss on rows left out: the mean stands for every chunk")
     typer.echo(f"text gains {record['gain']:.3f} nats per token over no passage")
     typer.echo(f"learned from {record['units']} chunks: {record['out']}")

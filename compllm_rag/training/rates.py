@@ -1,5 +1,8 @@
 """Learning what rates lose: a ridge regression from what a chunk looks like to what the reader loses of it.
 
+How much it trusts what chunks look like is chosen by groups of questions left out of the fit; where those are foretold
+no better than by the mean, the mean stands for every chunk.
+
 On training rows that no compressor was trained on, the LLM reads each passage as text and as concepts at each rate, and
 the gold answers' negative log-likelihoods are compared. What a chunk looks like (`FEATURES`) takes no pass of an LLM,
 so that the rate of a chunk is known before it is compressed. The LLM reads the same questions without a passage, too:
@@ -29,8 +32,9 @@ from compllm_rag.training.material import Material
 from compllm_rag.training.objective import last_hidden_state, nll_by_kind
 from compllm_rag.training.run_config import Progress
 
-# In units of text: with a few hundred of them the mean loss is trusted more than what tells two chunks apart.
-_RIDGE = 30.0
+# In units of text, and past them all the mean loss alone: which is best is found on groups left out. With a few hundred
+# units, what tells two chunks apart may be less than chance, and nobody is to be led by it.
+_RIDGES = (30.0, 100.0, 300.0, 1000.0, np.inf)
 # Nats per token; a question that the LLM gets wholly wrong says no more than that.
 _MOST = 3.0
 _FOLDS = 5
@@ -110,6 +114,7 @@ def train_rates(
         "mean_loss": list(made.offsets),
         "explained": list(made.explained),
         "gain": made.gain,
+        "told_apart": any(map(any, made.weights)),
         "fingerprint": compressor.fingerprint,
         "skipped": len(material.skipped),
     }
@@ -151,7 +156,8 @@ def fit_losses(
         raise _nothing_held_out(material)
     x, y = np.stack(features), np.clip(np.stack(losses), -_MOST, _MOST)  # (n_units, n_features), (n_units, n_rates)
     mean, scale = x.mean(0), x.std(0) + 1e-6
-    weights = _ridge((x - mean) / scale, y - y.mean(0))
+    explained, strength = _best_ridge((x - mean) / scale, y, np.array(of_group))
+    weights = _ridge((x - mean) / scale, y - y.mean(0), strength)
     return LossPredictor(
         mean=tuple(mean.tolist()),
         scale=tuple(scale.tolist()),
@@ -159,7 +165,7 @@ def fit_losses(
         weights=tuple(tuple(row) for row in weights.T.tolist()),
         offsets=tuple(y.mean(0).tolist()),
         units=len(x),
-        explained=_explained((x - mean) / scale, y, np.array(of_group)),
+        explained=explained,
         compressor=compressor.fingerprint,
         gain=_mean_of(gains),
     )
@@ -291,21 +297,32 @@ def measured_losses(compressor: DeepCompressor, example: Example, rates: Sequenc
     return np.array(found)
 
 
-def _ridge(x: Floats, y: Floats) -> Floats:
+def _ridge(x: Floats, y: Floats, strength: float) -> Floats:
     """Weights (n_features, n_rates) of x (n_units, n_features) for y (n_units, n_rates), in closed form."""
-    found = np.linalg.solve(x.T @ x + _RIDGE * np.eye(x.shape[1]), x.T @ y)
+    if not np.isfinite(strength):
+        return np.zeros((x.shape[1], y.shape[1]))
+    found = np.linalg.solve(x.T @ x + strength * np.eye(x.shape[1]), x.T @ y)
     return np.asarray(found, dtype=np.float64)
 
 
-def _explained(x: Floats, y: Floats, groups: np.ndarray[Any, Any]) -> tuple[float, ...]:
-    """R² by rate on groups left out of the fit, a fifth at a time; empty where there are too few."""
+def _best_ridge(x: Floats, y: Floats, groups: np.ndarray[Any, Any]) -> tuple[tuple[float, ...], float]:
+    """R² by rate on groups left out of the fit, and the strength at which their sum is most.
+
+    Of too few groups none can be left out: then the mean stands for all.
+    """
     if len(set(groups.tolist())) < 2 * _FOLDS:
-        return ()
+        return (), np.inf
+    tried = [(_explained(x, y, groups, strength), strength) for strength in _RIDGES]
+    return max(tried, key=lambda one: (sum(one[0]), one[1]))
+
+
+def _explained(x: Floats, y: Floats, groups: np.ndarray[Any, Any], strength: float) -> tuple[float, ...]:
+    """R² by rate on groups left out of the fit, a fifth at a time; a little below 0 is what the mean has."""
     guessed = np.empty_like(y)
     for fold in range(_FOLDS):
         out = groups % _FOLDS == fold
         mean = np.asarray(y[~out].mean(0), dtype=np.float64)
-        guessed[out] = mean + x[out] @ _ridge(x[~out], y[~out] - mean)
+        guessed[out] = mean + x[out] @ _ridge(x[~out], y[~out] - mean, strength)
     total = ((y - y.mean(0)) ** 2).sum(0)
     rest = ((y - guessed) ** 2).sum(0)
     return tuple((1 - rest / np.maximum(total, 1e-12)).tolist())

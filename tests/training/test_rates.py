@@ -118,7 +118,7 @@ def test_only_held_out_rows_are_read_and_the_fit_is_a_plain_ridge(world: Path, m
     assert numbers[0, 0] > 2 * words[0, 0]
     x, y = np.random.default_rng(0).normal(size=(500, 3)), np.ones((500, 1))
     y = x @ np.array([[1.0], [-2.0], [0.0]])
-    assert np.abs(_ridge(x, y)[:, 0] - [1, -2, 0]).max() < 0.15
+    assert np.abs(_ridge(x, y, 30.0)[:, 0] - [1, -2, 0]).max() < 0.15
 
 
 def _digits(made: DeepCompressor, example: Any) -> bool:
@@ -134,7 +134,7 @@ def test_the_command_writes_them_beside_the_compressor(world: Path, tmp_path: Pa
     result = CliRunner().invoke(app, [*words, "--llm", str(toy_folder), "--json"])
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
-    assert record["rates"] == list(RATES) and record["units"] >= 12
+    assert record["rates"] == list(RATES) and record["units"] >= 12 and isinstance(record["told_apart"], bool)
     after = load_compressor(saved, llm)
     assert isinstance(after.losses, LossPredictor) and after.fingerprint == before.fingerprint
     assert after.losses.gain == record["gain"] is not None
@@ -164,3 +164,16 @@ def test_a_gain_alone_wants_losses_of_this_compressor(world: Path, tmp_path: Pat
     words = ["train", "rates", "--data-dir", str(world), "--from", str(saved), "--out", str(tmp_path / "o")]
     done = CliRunner().invoke(app, [*words, "--llm", str(toy_folder), "--gain-only"])
     assert done.exit_code == 2 and "no losses to complete" in done.stderr and not (tmp_path / "o").exists()
+
+
+def test_what_foretells_nothing_is_not_trusted(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, chance = compressor(), np.random.default_rng(0)
+    monkeypatch.setattr(
+        "compllm_rag.training.rates.measured_losses", lambda c, e, rates: chance.normal(size=len(rates)) + 0.2
+    )
+    found = fit_losses(made, material(world, made))
+    assert not np.any(found.weights), "the mean stands for all"
+    one, other = (found.predict(np.full((1, len(found.mean)), value), [2.0]) for value in (-3.0, 5.0))
+    assert one == other and all(-0.5 < value <= 0 for value in found.explained)
+    few = fit_losses(made, material(world, made), n_groups=4)
+    assert few.explained == () and not np.any(few.weights)
