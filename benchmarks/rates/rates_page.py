@@ -53,8 +53,9 @@ def _about(record: dict[str, Any]) -> list[str]:
         "",
         "Rivals take the prefill of a fixed rate. *random*: as many deep concepts, at places taken by chance. *BM25 "
         "sentences*: as text, the sentences that answer best to the words of the question, as many as fit, and what "
-        "the titles of passages left out would take is spent on them, too; they are chosen when the question is known, "
-        "which concepts that were made at ingestion cannot be.",
+        "the titles of passages left out would take is spent on them, too. They are read whole, so that they may take "
+        "less than they are allowed, of short passages much less: look at their own prefill cost. They are chosen when "
+        "the question is known, which concepts that were made at ingestion cannot be.",
         "",
     ]
 
@@ -151,7 +152,7 @@ def _kinds(found: dict[str, Any]) -> list[str]:
         f"is predicted at it ({unit})"
         + (", and the share of chunks that guard `loss` would leave as text" if learned else "")
         + ". *Guard exact* is the share of chunks that this guard leaves as text, whatever the policy. Nothing is "
-        "asked here, and texts of these kinds were trained on.",
+        "asked here, and some of these texts were trained on.",
         "",
         *table(["kind of text", "chunks", "guard exact (%)", *labels], cells),
     ]
