@@ -23,35 +23,43 @@ class InOrder:
 
     Args:
         by_words: The order is that of BM25 beside the question; else that of retrieval and reading.
+        cut: The first sentence that does not fit is cut off where the budget ends, and nothing behind it is read; else
+            sentences that do not fit are passed over.
     """
 
     by_words: bool
+    cut: bool = False
     name: str = field(default="in order", init=False)
 
     def choose(self, query: str, nodes: Sequence[Candidate], spec: ReadSpec) -> list[Reading]:
-        """See `ReadPolicy.choose`; what does not fit any more is passed over."""
+        """See `ReadPolicy.choose`."""
         each = [(n, s) for n, node in enumerate(nodes) for s in range(len(node.sentences))]
         if self.by_words:
             matches = word_matches(query, [nodes[n].sentences[s].text for n, s in each])
             best = sorted(range(len(each)), key=lambda i: -matches[i].score)
             each = [each[i] for i in best]
-        read: set[tuple[int, int]] = set()
+        read: dict[tuple[int, int], int] = {}  # of each sentence that is read: how many of its tokens
         tokens = 0
         for n, s in each:
-            begun = any(other == n for other, _ in read)
-            more = len(nodes[n].sentences[s]) + (0 if begun else nodes[n].around)
-            if spec.meter.fits(tokens + more, 0):
-                read.add((n, s))
-                tokens += more
+            around = 0 if any(other == n for other, _ in read) else nodes[n].around
+            whole = len(nodes[n].sentences[s])
+            fits = [k for k in range(whole, 0, -1 if self.cut else -whole) if spec.meter.fits(tokens + around + k, 0)]
+            if fits:
+                read[n, s] = fits[0]
+                tokens += around + fits[0]
+            if self.cut and fits[:1] != [whole]:
+                break
         return [
-            Reading(tuple(_part(node, s, (n, s) in read) for s in range(len(node.sentences))))
+            Reading(tuple(part for s in range(len(node.sentences)) for part in _parts(node, s, read.get((n, s), 0))))
             for n, node in enumerate(nodes)
         ]
 
 
-def _part(node: Candidate, s: int, read: bool) -> Part:
-    sentence = node.sentences[s]
-    return Part(sentence.start, sentence.end, "text" if read else "left out")
+def _parts(node: Candidate, s: int, read: int) -> list[Part]:
+    """The first `read` tokens of a sentence as text, the others left out."""
+    sentence, ends = node.sentences[s], node.sentences[s].start + read
+    parts = [Part(sentence.start, ends, "text"), Part(ends, sentence.end, "left out")]
+    return [part for part in parts if part.end > part.start]
 
 
 def _planner(

@@ -53,9 +53,8 @@ def _about(record: dict[str, Any]) -> list[str]:
         "",
         "Rivals take the prefill of a fixed rate. *random*: as many deep concepts, at places taken by chance. *BM25 "
         "sentences*: as text, the sentences that answer best to the words of the question, as many as fit, and what "
-        "the titles of passages left out would take is spent on them, too. They are read whole, so that they may take "
-        "less than they are allowed, of short passages much less: look at their own prefill cost. They are chosen when "
-        "the question is known, which concepts that were made at ingestion cannot be.",
+        "the titles of passages left out would take is spent on them, too; the last is cut off where the budget ends. "
+        "They are chosen when the question is known, which concepts that were made at ingestion cannot be.",
         "",
     ]
 

@@ -98,4 +98,4 @@ def _chance(
 def _sentences(
     rate: float, compressor: ConceptCompressor, segmented: Segmented, passages: Sequence[str]
 ) -> tuple[Setting, PassageBodies | None]:
-    return Setting("text"), QuestionBodies(compressor, rate=rate, policy=InOrder(by_words=True), mode="text")
+    return Setting("text"), QuestionBodies(compressor, rate=rate, policy=InOrder(by_words=True, cut=True), mode="text")

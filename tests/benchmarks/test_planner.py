@@ -11,9 +11,14 @@ import toy
 import toy_embedder
 from benchmarks.planner import planner_page
 from benchmarks.planner.candidates import asked, found, with_passages
-from benchmarks.planner.contenders import CONTENDERS
+from benchmarks.planner.contenders import CONTENDERS, InOrder
+from compllm_rag.compression.loading import untrained_deep
 from compllm_rag.compression.segmentation import Segmenter
+from compllm_rag.evaluation.questions import Question, SourcePassage
+from compllm_rag.evaluation.read_policies import QuestionBodies
+from compllm_rag.prompt import QAPrompt, TextSpan
 from toy_embedder import HashEmbedder
+from trained import information
 
 PARTS = [part.strip() for part in toy.TEXT.split("\n\n")]
 
@@ -91,3 +96,19 @@ def test_all_of_them_narrowed(data: Path, tmp_path: Path) -> None:
     rows = {row["contender"]: row for row in record["sets"]["squad"]["rows"]}
     assert rows["concepts"]["prefill_cost"] == pytest.approx(0.2, abs=0.02)
     assert rows["planner"]["prefill_tokens"] <= rows["concepts"]["prefill_tokens"] + 0.5
+
+
+def test_sentences_that_do_not_fit_are_passed_over_or_cut_off() -> None:
+    llm = toy.llm(layers=2)
+    compressor = untrained_deep(llm, 1, information=information(llm))
+    question = Question("q", (SourcePassage("", PARTS[0]),), "Which gull?", ("x",))
+    whole = QuestionBodies(compressor, rate=3.0, policy=InOrder(by_words=True), mode="text")
+    cut = QuestionBodies(compressor, rate=3.0, policy=InOrder(by_words=True, cut=True), mode="text")
+    around = sum(map(len, QAPrompt(llm.tokenizer).template.passage(1, "", [])))
+    left = whole.budget(question) - around
+    read = {}
+    for name, bodies in (("whole", whole), ("cut", cut)):
+        [(_, spans)] = bodies.read(question) or [("", [])]
+        assert all(isinstance(span, TextSpan) for span in spans)
+        read[name] = sum(map(len, spans))
+    assert read["whole"] < read["cut"] <= left < read["cut"] + 1
