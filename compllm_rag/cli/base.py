@@ -90,6 +90,17 @@ def progress_show(quiet: bool) -> ProgressShow:
     return ProgressShow(quiet=quiet)
 
 
+def in_words(value: object) -> str:
+    """A value as people read it: numbers with three digits behind the point, several things in a row, `-` for none."""
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {in_words(each)}" for name, each in value.items()) or "-"
+    if isinstance(value, list | tuple):
+        return "; ".join(map(in_words, value)) or "-"
+    return "-" if value is None else str(value)
+
+
 def print_json(value: object) -> None:
     """One JSON value on standard output; with escapes where its encoding lacks a character."""
     text = json.dumps(value, ensure_ascii=False)

@@ -30,6 +30,7 @@ from compllm_rag.cli.base import (
     GeneratorAddress,
     Offline,
     Storage,
+    in_words,
     print_json,
     progress_show,
     reported,
@@ -212,7 +213,7 @@ def stats(
     notes = rate_notes(found)
     width = max(map(len, found))
     for name, value in found.items():
-        typer.echo(f"{name:<{width}}  {value:.3f}" if isinstance(value, float) else f"{name:<{width}}  {value}")
+        typer.echo(f"{name:<{width}}  {in_words(value)}")
     for note in notes:
         typer.echo(note, err=True)
 

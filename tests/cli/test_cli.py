@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import toy
+from compllm_rag.cli.base import in_words
 from compllm_rag.cli.main import app
 from toy_embedder import save_sentence_transformer
 
@@ -88,7 +89,10 @@ def test_ingest_query_stats(storage: Path, corpus: Path) -> None:
     assert stats["documents"] == 2
     assert (stats["entry_layer"], stats["achieved_rate"], stats["prefill_cost"]) == (1, 1.0, 0.5)
     assert (text["prefill_cost"], found["prefill_cost"] < 1) == (1.0, True)
-    assert "achieved_rate" in run("stats", "--storage", storage).stdout
+    told = dict(line.split(maxsplit=1) for line in run("stats", "--storage", storage).stdout.splitlines())
+    assert (told["achieved_rate"], told["prefill_cost"], told["budget"], told["also_rates"]) == (
+        *("1.000", "0.500"), "-", "-",
+    )  # fmt: skip
 
 
 def test_looking_after_a_storage(corpus: Path, toy_folder: Path, embedder_folder: Path, tmp_path: Path) -> None:
@@ -230,3 +234,9 @@ def test_public_names_load() -> None:
         assert getattr(compllm_rag, name) is not None
     with pytest.raises(AttributeError, match="ConceptIndex"):
         _ = compllm_rag.Nothing
+
+
+def test_values_are_told_in_words() -> None:
+    found = {"least": 0.73796791, "slowest": [{"seconds": 1.2314, "doc_id": "a.md"}, {"seconds": 2.0, "doc_id": "b"}]}
+    assert in_words(found) == "least 0.738, slowest seconds 1.231, doc_id a.md; seconds 2.000, doc_id b"
+    assert [in_words(value) for value in (None, {}, [], 3, True, "x")] == ["-", "-", "-", "3", "True", "x"]
