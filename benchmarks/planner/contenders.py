@@ -12,8 +12,11 @@ from compllm_rag.evaluation.bodies import Bodies, PassageBodies, Segmented, Sett
 from compllm_rag.evaluation.read_policies import QuestionBodies
 from compllm_rag.reading.budgeted import BudgetedReadPolicy
 from compllm_rag.reading.choice import Candidate, Part, Reading, ReadSpec
+from compllm_rag.reading.relevance import Weights
 from compllm_rag.reading.sentences import word_matches
 
+# Of `planner, likeliest alone`: chosen on held-out training questions (docs/guide/read_policy.md).
+LEAST = 0.8
 Make = Callable[[ConceptCompressor, Segmented, float, Narrowing | None], PassageBodies]
 
 
@@ -63,11 +66,18 @@ def _parts(node: Candidate, s: int, read: int) -> list[Part]:
 
 
 def _planner(
-    compressor: ConceptCompressor, segmented: Segmented, rate: float, narrowing: Narrowing | None, *, several: bool
+    compressor: ConceptCompressor,
+    segmented: Segmented,
+    rate: float,
+    narrowing: Narrowing | None,
+    *,
+    several: bool = False,
+    least: float = 0.0,
 ) -> PassageBodies:
     own = DEFAULT_RATES["deep" if compressor.config.deep else "input"]
     kept = (own, rate) if several else (own,)
-    return QuestionBodies(compressor, rate=rate, policy=BudgetedReadPolicy(), kept=kept, narrowing=narrowing)
+    policy = BudgetedReadPolicy(weights=Weights(least=least))
+    return QuestionBodies(compressor, rate=rate, policy=policy, kept=kept, narrowing=narrowing)
 
 
 def _sentences(
@@ -82,11 +92,13 @@ def _alike(
     return Bodies(compressor, Setting.of(mode, rate), segmented)
 
 
-# The planner from a storage at one rate and at two, then its rivals.
-PLANNERS = ("planner", "planner, two rates")
+# The planner from a storage at one rate and at two, and one that leaves its budget unspent where little matters; then
+# its rivals.
+PLANNERS = ("planner", "planner, two rates", "planner, likeliest alone")
 CONTENDERS: dict[str, Make] = {
-    "planner": partial(_planner, several=False),
+    "planner": _planner,
     "planner, two rates": partial(_planner, several=True),
+    "planner, likeliest alone": partial(_planner, least=LEAST),
     "BM25 sentences": partial(_sentences, by_words=True),
     "concepts": partial(_alike, mode="concepts"),
     "fewer text": partial(_sentences, by_words=False),

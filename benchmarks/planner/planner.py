@@ -2,9 +2,10 @@
 
 Passages are retrieved for each question (of SQuAD and NarrativeQA among the chunks of many questions, of HotpotQA and
 MuSiQue among its own documents), and read as text, at a share of text's prefill cost in several ways, and not at all:
-by the budgeted policy from a storage at one rate and at two, the best sentences by BM25 as text, concepts of all
-passages at the rate of that cost, fewer passages as text (the first, and of the last as many sentences as fit), and
-concepts at places taken by chance. All have the same budget a question. Differences are paired over questions.
+by the budgeted policy from a storage at one rate and at two, and where it reads but the likeliest sentences whatever is
+left of the budget, the best sentences by BM25 as text, concepts of all passages at the rate of that cost, fewer
+passages as text (the first, and of the last as many sentences as fit), and concepts at places taken by chance. All have
+the same budget a question. Differences are paired over questions.
 
 Parts that are done are kept beside the JSON (OUT.records.jsonl) and not asked again.
 """

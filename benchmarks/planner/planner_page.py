@@ -8,8 +8,8 @@ from benchmarks.cells import difference, number, source, table, with_interval
 from benchmarks.planner.contenders import PLANNERS, RIVALS
 
 _COLOURS = {
-    "planner": "tab:blue", "planner, two rates": "tab:cyan", "BM25 sentences": "tab:orange", "concepts": "tab:green",
-    "fewer text": "tab:red", "random": "tab:gray",
+    "planner": "tab:blue", "planner, two rates": "tab:cyan", "planner, likeliest alone": "navy",
+    "BM25 sentences": "tab:orange", "concepts": "tab:green", "fewer text": "tab:red", "random": "tab:gray",
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ Settings that are done are kept beside the JSON (OUT.records.jsonl) and not aske
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -223,7 +224,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if group in missing:
             options.error(f"--rows {group}: {missing[group]}")
     names = ("limit", "rates", "losses", "shares", "max_new_tokens")
-    predictor = None if compressor.losses is None else compressor.losses.model_dump_json()
+    learned = compressor.losses
+    # Its digest: told whole, it would fill a page where a journal is of another run.
+    predictor = None if learned is None else hashlib.sha256(learned.model_dump_json().encode()).hexdigest()
     same = {"llm": args.llm, "fingerprint": compressor.fingerprint, "losses_learned": predictor}
     same |= {"dtype": dtype_of(compressor)}
     same |= {name: getattr(args, name) for name in names}

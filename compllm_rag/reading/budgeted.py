@@ -18,6 +18,10 @@ from compllm_rag.reading.kept import DEEP, INPUT, checked_table, kept_at
 from compllm_rag.reading.relevance import Weights, relevance
 from compllm_rag.reading.signals import Signal, signal_named
 
+_OTHERS = "; others are worth more"
+_FAR = "all of it is too far behind the likeliest sentence"
+_WORTH_LESS = "sentences of other passages were worth more within the budget"
+
 
 @dataclass(frozen=True)
 class _Option:
@@ -108,12 +112,15 @@ class BudgetedReadPolicy:
         for node, row, why in zip(nodes, chosen, scores, strict=True):
             triples = zip(node.sentences, row, why, strict=True)
             parts = tuple(
-                Part(s.start, s.end, o.used, o.rate, w.why if o.kept else f"{w.why}; others are worth more", o.share)
+                Part(s.start, s.end, o.used, o.rate, w.why if o.kept or not w.value else f"{w.why}{_OTHERS}", o.share)
                 for s, o, w in triples
             )
             reading = Reading(parts, "" if parts else "it has no text")
             if parts and reading.left_out:
-                reading = Reading(parts, "sentences of other passages were worth more within the budget")
+                far = not any(w.value for w in why)
+                reading = Reading(
+                    parts, _FAR if far else "sentences of other passages were worth more within the budget"
+                )
             out.append(reading)
         return out
 
@@ -224,7 +231,7 @@ class _Spending:
             for n, row in enumerate(self._options)
             for s, options in enumerate(row)
             for option in options
-            if option.kept
+            if option.kept and self._values[n][s]
         ]
         within = [taken for taken in each if self._meter.fits(*taken[:2])]
         if within:
@@ -232,6 +239,8 @@ class _Spending:
         return min(each, key=lambda taken: (self._meter.share(*taken[:2]), taken), default=None)
 
     def _push(self, waiting: list[tuple[float, int, int, int]], n: int, s: int) -> None:
+        if not self._values[n][s]:  # too far behind others, see `Weights.least`
+            return
         for o, option in enumerate(self._options[n][s]):
             if option.kept > self._now[n][s].kept:
                 heapq.heappush(waiting, (-self._worth(n, s, option), n, s, o))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from compllm_rag.errors import ConfigurationError
 from compllm_rag.reading.choice import Candidate
 from compllm_rag.reading.signals import Judged
 
@@ -24,6 +25,9 @@ class Weights:
         passage: What it says of the passage, by the best passage; BM25 reads the title, too.
         rank: Falls with the retriever's rank r as 1 / (1 + r).
         length: What all of it is multiplied by is the sentence's tokens to this power: a long one says more.
+        least: A sentence is worth nothing, and left out though there be room, where it is less likely to matter than
+            this share of the likeliest one. What does not matter leads a small LLM astray, but where the signal errs
+            the answer is left out (docs/guide/read_policy.md).
     """
 
     base: float = 0.05
@@ -32,6 +36,11 @@ class Weights:
     passage: float = 0.5
     rank: float = 0.3
     length: float = 1.0
+    least: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.least <= 1:
+            raise ConfigurationError("least makes no sense", got=self.least, expected="a share, from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class Relevance:
     """Of one sentence.
 
     Attributes:
-        value: Above 0; only its size beside those of others means something.
+        value: Only its size beside those of others means something; 0 where the sentence is not worth reading.
         why: In plain words.
     """
 
@@ -55,18 +64,26 @@ def relevance(nodes: Sequence[Candidate], judged: Sequence[Judged], weights: Wei
         judged: How well each answers to the question, by a signal.
         weights: See `Weights`.
     """
-    out: list[list[Relevance]] = []
+    likely: list[list[float]] = []
+    whys: list[list[str]] = []
     for node, found in zip(nodes, judged, strict=True):
         shares = found.sentences
         fixed = weights.base + weights.passage * found.passage + weights.rank / (1 + node.rank)
-        row = []
-        for i, sentence in enumerate(node.sentences):
-            beside = max([0.0, *shares[max(0, i - 1) : i], *shares[i + 1 : i + 2]])
-            value = fixed + weights.sentence * shares[i] + weights.beside * beside
-            value *= len(sentence) ** weights.length
-            row.append(Relevance(value, _why(found.whys[i], beside, node.rank)))
-        out.append(row)
-    return out
+        besides = [max([0.0, *shares[max(0, i - 1) : i], *shares[i + 1 : i + 2]]) for i in range(len(shares))]
+        likely.append(
+            [fixed + weights.sentence * share + weights.beside * by for share, by in zip(shares, besides, strict=True)]
+        )
+        whys.append([_why(found.whys[i], beside, node.rank) for i, beside in enumerate(besides)])
+    least = weights.least * max((value for row in likely for value in row), default=0.0)
+    return [
+        [
+            Relevance(value * len(sentence) ** weights.length, why)
+            if value >= least
+            else Relevance(0.0, f"{why}; too far behind the likeliest")
+            for sentence, value, why in zip(node.sentences, row, told, strict=True)
+        ]
+        for node, row, told in zip(nodes, likely, whys, strict=True)
+    ]
 
 
 def _why(said: str, beside: float, rank: int) -> str:

@@ -160,3 +160,22 @@ def test_weights_decide_what_is_likely() -> None:
     by_rank = BudgetedReadPolicy(weights=Weights(sentence=0, beside=0, passage=0, rank=5))
     made, _ = read(library(), by_rank, {"prefill": 18})
     assert not made[0].reading.left_out and made[1].reading.left_out
+
+
+def test_what_is_far_behind_the_likeliest_is_left_out_though_there_is_room() -> None:
+    of = library()
+    size = sum(len(of.passage(text).ids) for text in PARTS)
+    made, _ = read(of, BudgetedReadPolicy(weights=Weights(least=1.0)), {"prefill": size + 15})
+    parts = [part for passage in made for part in passage.reading.parts]
+    [best] = [part for part in parts if part.used != "left out"]
+    assert best.used == "text" and best.why == "says marsh"
+    assert all(part.why.endswith("; too far behind the likeliest") for part in parts if part is not best)
+    [out, *_] = [passage.reading for passage in made if passage.reading.left_out]
+    assert out.why == "all of it is too far behind the likeliest sentence"
+    some, _ = read(of, BudgetedReadPolicy(weights=Weights(least=0.5)), {"prefill": size + 15})
+    assert 1 < sum(part.used != "left out" for p in some for part in p.reading.parts) < len(parts)
+    with pytest.raises(ReadBudgetError, match="at least"):
+        read(of, BudgetedReadPolicy(weights=Weights(least=1.0)), {"prefill": 2})
+    for least in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ConfigurationError, match="least makes no sense"):
+            Weights(least=least)
