@@ -283,17 +283,19 @@ class DeepCompressor:
         """
         if not self.config.lora_rank:
             return self.decoder
-        if self._merged is None:
+        made = self._merged  # at hand, whoever lets go of it meanwhile
+        if made is None:
             try:
-                self._merged = merged_tree(self.decoder)
+                made = merged_tree(self.decoder)
             except (RuntimeError, MemoryError) as error:
                 if memory_trouble(error) is None:
                     raise
-                self._merged = self.decoder
-            if self._merged is self.decoder:
+                made = self.decoder
+            if made is self.decoder:
                 release_unused(self.llm.device)
                 logger.warning("no memory to merge the LoRA that writes concepts: chunks are compressed more slowly")
-        return self._merged
+            self._merged = made
+        return made
 
     def _through(self, tree: Any, units: Sequence[Sequence[int]]) -> torch.Tensor:
         begin = len(self.config.opening)

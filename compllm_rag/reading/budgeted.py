@@ -118,9 +118,7 @@ class BudgetedReadPolicy:
             reading = Reading(parts, "" if parts else "it has no text")
             if parts and reading.left_out:
                 far = not any(w.value for w in why)
-                reading = Reading(
-                    parts, _FAR if far else "sentences of other passages were worth more within the budget"
-                )
+                reading = Reading(parts, _FAR if far else _WORTH_LESS)
             out.append(reading)
         return out
 
