@@ -170,7 +170,7 @@ def test_rates_by_the_text_and_side_by_side(here: Path, models: tuple[str, ...])
     (here / "docs" / "prices.csv").write_text(f"sku,day,price\n{rows}")
     run("ingest", "docs", "--storage", "s", "--rate", "auto", "--also-rate", "3", "--guard", "exact", *models)
     told = run("stats", "--storage", "s")
-    assert "rate                    information" in told.stdout and "also_rates              [3.0]" in told.stdout
+    assert "rate                    information" in told.stdout and "also_rates              3.000" in told.stdout
     assert "chunks stay text (guard)" in told.stderr
     found = json.loads(run("stats", "--storage", "s", "--json").stdout)
     assert found["chunks_as_text"]["guard"] >= 1 and sum(found["chunks_by_rate"].values()) == 2
