@@ -278,8 +278,8 @@ class DeepCompressor:
     def _writing(self) -> Any:
         """The lower half that passages run through: its LoRA merged into weights of its own, where memory allows.
 
-        Live, a LoRA of rank 32 makes each layer of a small LLM a fifth slower. What is trained is `decoder`; whoever
-        changes that calls `refresh_fingerprint`.
+        Live, a LoRA of rank 32 makes each layer of a small LLM about a quarter slower. What is trained is `decoder`;
+        whoever changes that calls `refresh_fingerprint`.
         """
         if not self.config.lora_rank:
             return self.decoder
