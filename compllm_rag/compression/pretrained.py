@@ -71,14 +71,14 @@ class SavedCompressor:
         llm: Its target LLM.
         config: What it is.
         state: Its tensors by name, fp16.
-        fingerprint: What its configuration says it has.
+        fingerprint: What its configuration says it has; None where it is read to go on with another reader.
         losses: What rates lose of its concepts, where that was fitted.
     """
 
     llm: TargetLLM
     config: CompressorConfig
     state: dict[str, torch.Tensor]
-    fingerprint: str
+    fingerprint: str | None
     losses: LossPredictor | None = None
 
     def under(self, prefix: str) -> dict[str, torch.Tensor]:
@@ -111,7 +111,7 @@ class SavedCompressor:
         Raises:
             FingerprintMismatchError: With both.
         """
-        if fingerprint != self.fingerprint:
+        if self.fingerprint is not None and fingerprint != self.fingerprint:
             raise FingerprintMismatchError(
                 "compressor's weights are not those its configuration names",
                 got=fingerprint[:16],
@@ -121,7 +121,12 @@ class SavedCompressor:
 
 
 def read_compressor(
-    folder: str | Path, llm: TargetLLM | None = None, *, revision: str | None = None, **llm_options: Any
+    folder: str | Path,
+    llm: TargetLLM | None = None,
+    *,
+    revision: str | None = None,
+    other_reader: bool = False,
+    **llm_options: Any,
 ) -> SavedCompressor:
     """Read a compressor's files.
 
@@ -129,6 +134,8 @@ def read_compressor(
         folder: A local folder, or a hub id (then with `revision`, a commit).
         llm: Its target LLM; None loads the one named in its configuration.
         revision: Commit of a hub id.
+        other_reader: Take it although it was made with another reader of this LLM, to be trained further with the one
+            that is merged now. What rates lose is left behind, since it was fitted to that reader.
         **llm_options: For `TargetLLM.from_pretrained` when `llm` is None.
 
     Raises:
@@ -143,11 +150,12 @@ def read_compressor(
     record = _read_config(path / _CONFIG)
     if llm is None:
         llm = TargetLLM.from_pretrained(record["llm"]["source"], **llm_options)
-    _check_llm(record, llm)
-    config = CompressorConfig.model_validate(record["config"])
-    return SavedCompressor(
-        llm, config, _read_weights(path / _WEIGHTS), str(record["fingerprint"]), LossPredictor.load(path)
-    )
+    if not other_reader or record["llm"]["source"] != llm.source:
+        _check_llm(record, llm)
+    config, state = CompressorConfig.model_validate(record["config"]), _read_weights(path / _WEIGHTS)
+    if record["llm"]["identity"] != llm.identity:
+        return SavedCompressor(llm, config, state, None)
+    return SavedCompressor(llm, config, state, str(record["fingerprint"]), LossPredictor.load(path))
 
 
 def saved_config(folder: Path) -> CompressorConfig:
@@ -201,7 +209,8 @@ def _check_llm(record: dict[str, Any], llm: TargetLLM) -> None:
             "compressor was made for another LLM",
             got=f"{llm.source} ({llm.identity[:16]})",
             expected=f"{record['llm']['source']} ({record['llm']['identity'][:16]})",
-            next_step="load that LLM (and its reader), or train a compressor for this one",
+            next_step="load that LLM (and its reader), or train a compressor for this one; `train --other-reader` "
+            "goes on from one made with another reader",
         )
 
 

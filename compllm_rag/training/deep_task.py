@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from compllm_rag.compression.deep import DeepCompressor
+from compllm_rag.compression.pretrained import read_compressor
 from compllm_rag.compression.rates import FixedRate
 from compllm_rag.config import CompressorConfig, Narrowing
 from compllm_rag.errors import ConfigurationError
@@ -234,7 +235,7 @@ def going_on_from(folder: Path, llm: TargetLLM, options: DeepOptions) -> DeepCom
         ConfigurationError: It is none of deep concepts, or of another entry layer or LoRA than `options` say.
         FingerprintMismatchError, UnsupportedFormatError: See `read_compressor`.
     """
-    made = DeepCompressor.from_pretrained(folder, llm)
+    made = DeepCompressor.of(read_compressor(folder, llm, other_reader=options.other_reader))
     if options.frozen_upper and made.config.read_rank:
         made = _writing_alone(made)
     wanted = lora_settings(options)

@@ -33,6 +33,10 @@ class MaterialConfig(Frozen):
     max_context: int = Field(default=320, ge=20, le=8000, description="most source tokens of one example")
     qa: Share = Field(default=0.6, description="share of examples with questions; the others are windows of plain text")
     distractors: Share = Field(default=0.35, description="share of single-passage questions that get further passages")
+    near: Share = Field(
+        default=0.0,
+        description="share of those distractors that come from the same document (title), as retrieval would find them",
+    )
     max_passages: int | None = Field(
         default=None,
         ge=1,
@@ -126,6 +130,9 @@ class ConceptOptions(JobOptions):
 
     reader: str | Path | None = Field(
         default="auto", description="folder of a reader adapter; auto: the shipped one; None: the LLM as it is"
+    )
+    other_reader: bool = Field(
+        default=False, description="go on from a compressor that was made with another reader of the same LLM"
     )
     answer_weight: Weight = Field(
         default=2.0,

@@ -14,6 +14,7 @@ import torch
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.compression.information import information_for
 from compllm_rag.compression.loading import AUTO, shipped_adapter, untrained_deep
+from compllm_rag.compression.pretrained import read_compressor
 from compllm_rag.compression.segmentation import Segmenter
 from compllm_rag.compression.spec import embedding_rms
 from compllm_rag.config import CompressorConfig, Narrowing
@@ -66,7 +67,9 @@ def train_compressor(
     _check(data)
     llm, former = _target(options, progress)
     live = LiveReader(llm, options.reader_rank, former) if options.reader_rank else None
-    started = Compressor.from_pretrained(options.init, llm) if options.init is not None else None
+    started = None
+    if options.init is not None:
+        started = Compressor.of(read_compressor(options.init, llm, other_reader=options.other_reader))
     config = started.config if started else options.config
     if not config.lora_rank:
         raise ConfigurationError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import signal
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import torch
 
 from compllm_rag.errors import ConfigurationError, DivergedError
 from compllm_rag.training.checkpoint import load_checkpoint, restore_moments, save_checkpoint
+from compllm_rag.training.drawing import drawn_ahead
 from compllm_rag.training.processes import Processes
 from compllm_rag.training.run_config import Progress, RunConfig, Task
 
@@ -65,6 +65,8 @@ class _Run:
         self.stopping = self.interrupted = False
         self._resume()
         self.processes.same_weights()
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        self.batches = drawn_ahead(task, config, range(self.step, config.steps), rank, world)
 
     def _resume(self) -> None:
         found = load_checkpoint(self.out / "last")
@@ -96,12 +98,12 @@ class _Run:
         try:
             if self.step == 0:
                 record = self._validate()
-            while self.step < self.config.steps and not self.stopping:
+            while not self._over() and not self.stopping:
                 tick = time.monotonic()
                 record = self._one_step()
                 self.seconds += time.monotonic() - tick
                 self._log(record)
-                if self.step % self.config.validate_every == 0 or self.step == self.config.steps:
+                if self.step % self.config.validate_every == 0 or self._over():
                     record |= self._validate()
                     if self.config.patience and self.processes.any(self.stale >= self.config.patience):
                         record["stopped"] = "no better score"
@@ -112,7 +114,7 @@ class _Run:
                 over = self.config.minutes is not None and time.monotonic() - begun > 60 * self.config.minutes
                 self.stopping = self.processes.any(self.stopping or over)
             self._save()
-            finished = self.step >= self.config.steps or "stopped" in record
+            finished = self._over() or "stopped" in record
             if finished and self.accelerator.is_main_process:
                 self.task.export(self.out / "final")
         finally:
@@ -125,15 +127,16 @@ class _Run:
             "interrupted": self.interrupted,
         }
 
+    def _over(self) -> bool:
+        """Whether the whole run lies behind us; the processes' clocks differ, and they end at the same step."""
+        return self.processes.any(self.config.done(self.step, self.seconds) >= 1)
+
     def _one_step(self) -> dict[str, Any]:
-        rank, batch = self.accelerator.process_index, self.config.batch
-        world = self.accelerator.num_processes
-        items = [
-            self.task.draw(random.Random(f"{self.config.seed}/{self.step * world * batch + rank * batch + i}"))
-            for i in range(batch)
-        ]
+        items = next(self.batches)
+        # The same in all processes, whose clocks differ.
+        share = self.config.rate(self.step, self.processes.mean(self.seconds))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * group["times"] * self.config.rate(self.step)
+            group["lr"] = self.config.lr * group["times"] * share
         self.optimizer.zero_grad(set_to_none=True)
         parts: dict[str, float] = {}
         micro = _micro_batches(items, self.task, self.config.micro_tokens)

@@ -25,6 +25,7 @@ from compllm_rag.training.job_options import MaterialConfig
 _HELD_OUT = 40  # one group of passages in this many is never trained on
 COPY = "Repeat the passage word for word."
 _REMEMBERED = 20_000
+_DISTRACTORS = 3  # that a question gets at least, before it is cut down to what fits
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,10 @@ class Material:
         # The longer a text, the more often a window of it.
         self._text_weights = [len(text) for text in self.texts]
         self._bodies: dict[str, Body] = {}
+        self._by_title: dict[str, list[Group]] = {}
+        for group in self.groups:
+            if group.passages[0].title:
+                self._by_title.setdefault(group.passages[0].title, []).append(group)
 
     @staticmethod
     def files_of(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -136,8 +141,7 @@ class Material:
         shown = [p for p in group.passages if p.supporting] or list(group.passages[:1])
         others = [p for p in group.passages if not p.supporting]
         if extras and not others and rng.random() < self.config.distractors:
-            others = [rng.choice(rng.choice(self.groups).passages) for _ in range(3)]
-            others = [p for p in dict.fromkeys(others) if p not in group.passages]
+            others = self._distractors(group, rng)
         used = sum(len(self.body(p.text)) for p in shown)
         rng.shuffle(others)
         if extras and self.config.max_passages is not None:
@@ -154,6 +158,16 @@ class Material:
         if extras and len(shown) == 1 and rng.random() < self.config.copy_share:
             branches.append(self._copy(self.body(shown[0].text)))
         return self._example([(p.title, self.body(p.text)) for p in shown], branches)
+
+    def _distractors(self, group: Group, rng: random.Random) -> list[SourcePassage]:
+        """Up to as many passages of other groups as a prompt has room for; some of the same document."""
+        number = _DISTRACTORS if self.config.max_passages is None else max(_DISTRACTORS, self.config.max_passages - 1)
+        same = self._by_title.get(group.passages[0].title, []) if self.config.near else []
+        found = [
+            rng.choice(rng.choice(same if same and rng.random() < self.config.near else self.groups).passages)
+            for _ in range(number)
+        ]
+        return [p for p in dict.fromkeys(found) if p not in group.passages]
 
     def body(self, text: str) -> Body:
         """A text cut into segments; remembered."""

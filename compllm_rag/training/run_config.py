@@ -41,10 +41,26 @@ class RunConfig(Frozen):
     patience: int = Field(default=0, ge=0, description="looks without a better score before it stops; 0: never")
     save_minutes: float = Field(default=2.0, ge=0, description="minutes between two checkpoints")
     minutes: float | None = Field(default=None, gt=0, description="stop after this long; the same command goes on")
+    total_minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="end the run after this long in all its calls, validation not counted, or after --steps if that is "
+        "sooner; the learning rate follows the clock, so that a machine lent for minutes brings it down to the end",
+    )
+    workers: int = Field(
+        default=0,
+        ge=0,
+        description="processes that draw examples ahead, for a GPU that would wait for them; the examples are the same",
+    )
 
-    def rate(self, step: int) -> float:
-        """Learning rate of a step, as a share of the peak."""
-        left = (self.steps - step) / max(1.0, self.decay * self.steps)
+    def done(self, step: int, seconds: float = 0.0) -> float:
+        """The share of the run, 0 to 1 and beyond, that lies behind it in front of a step, after that many seconds."""
+        share = step / self.steps
+        return share if self.total_minutes is None else max(share, seconds / (60 * self.total_minutes))
+
+    def rate(self, step: int, seconds: float = 0.0) -> float:
+        """Learning rate of a step, as a share of the peak; the seconds count with `total_minutes` alone."""
+        left = (1 - self.done(step, seconds)) / max(1 / self.steps, self.decay)
         return min(1.0, (step + 1) / max(1, self.warmup)) * max(0.02, min(1.0, left))
 
 
