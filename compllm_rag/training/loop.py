@@ -129,7 +129,7 @@ class _Run:
 
     def _over(self) -> bool:
         """Whether the whole run lies behind us; the processes' clocks differ, and they end at the same step."""
-        return self.processes.any(self.config.done(self.step, self.seconds) >= 1)
+        return self.processes.any(self.config.done(self.step, self.seconds) >= self.config.steps)
 
     def _one_step(self) -> dict[str, Any]:
         items = next(self.batches)

@@ -54,13 +54,14 @@ class RunConfig(Frozen):
     )
 
     def done(self, step: int, seconds: float = 0.0) -> float:
-        """The share of the run, 0 to 1 and beyond, that lies behind it in front of a step, after that many seconds."""
-        share = step / self.steps
-        return share if self.total_minutes is None else max(share, seconds / (60 * self.total_minutes))
+        """Steps of the run that lie behind it in front of a step, after that many seconds; `steps` when it is over."""
+        if self.total_minutes is None:
+            return step
+        return max(step, self.steps * seconds / (60 * self.total_minutes))
 
     def rate(self, step: int, seconds: float = 0.0) -> float:
         """Learning rate of a step, as a share of the peak; the seconds count with `total_minutes` alone."""
-        left = (1 - self.done(step, seconds)) / max(1 / self.steps, self.decay)
+        left = (self.steps - self.done(step, seconds)) / max(1.0, self.decay * self.steps)
         return min(1.0, (step + 1) / max(1, self.warmup)) * max(0.02, min(1.0, left))
 
 

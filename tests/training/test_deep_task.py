@@ -19,7 +19,7 @@ from compllm_rag.cli.main import app
 from compllm_rag.compression.deep import DeepCompressor
 from compllm_rag.compression.loading import load_compressor, untrained_deep
 from compllm_rag.compression.rates import FixedRate
-from compllm_rag.errors import ConfigurationError
+from compllm_rag.errors import ConfigurationError, FingerprintMismatchError
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import unpacked
 from compllm_rag.models.llm import TargetLLM
@@ -275,6 +275,22 @@ def test_going_on_from_a_compressor(world: Path, toy_folder: Path, finished: Pat
     best = max(looks, key=lambda look: look["score"])
     assert first["nll_concepts@2"] == pytest.approx(best["nll_concepts@2"], abs=1e-3)
     assert first["nll_untrained@2"] == pytest.approx(best["nll_untrained@2"], abs=1e-3)
+
+
+def test_going_on_with_another_reader(world: Path, toy_folder: Path, finished: Path, tmp_path: Path) -> None:
+    llm = TargetLLM.from_pretrained(toy_folder)
+    llm.digests = llm.digests | {"reader/adapter_model.safetensors": "another"}
+    with pytest.raises(FingerprintMismatchError, match="--other-reader"):
+        going_on_from(finished / "best", llm, DeepOptions(lora_rank=2))
+    moved = going_on_from(finished / "best", llm, DeepOptions(lora_rank=2, other_reader=True))
+    kept = DeepCompressor.from_pretrained(finished / "best", TargetLLM.from_pretrained(toy_folder))
+    assert all(torch.equal(tensor, kept.state()[name]) for name, tensor in moved.state().items())
+    assert moved.fingerprint != kept.fingerprint, "concepts for another reader are others"
+    moved.save_pretrained(tmp_path)
+    assert DeepCompressor.from_pretrained(tmp_path, llm).fingerprint == moved.fingerprint
+    llm.source = "another-llm"
+    with pytest.raises(FingerprintMismatchError, match="another LLM"):
+        going_on_from(finished / "best", llm, DeepOptions(lora_rank=2, other_reader=True))
 
 
 def test_a_frozen_upper_half_goes_on_from_the_writing_lora_alone(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import toy
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.errors import ConfigurationError, DivergedError, UnsupportedFormatError
 from compllm_rag.training.compressor_task import CompressorTask, RatesConfig
+from compllm_rag.training.drawing import drawn_ahead
 from compllm_rag.training.loop import train
 from compllm_rag.training.objective import Loss
 from compllm_rag.training.run_config import RunConfig
@@ -184,6 +186,41 @@ def test_learning_rate_warms_up_stays_and_decays() -> None:
     rates = [run.rate(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9:81] == [1.0] * 72
     assert rates[80:] == sorted(rates[80:], reverse=True) and 0 < rates[-1] < 0.1
+
+
+def test_the_learning_rate_can_follow_the_clock() -> None:
+    run = RunConfig(steps=10_000, warmup=2, decay=1.0, total_minutes=2)
+    assert [run.rate(500, seconds) for seconds in (0, 60, 90)] == pytest.approx([0.95, 0.5, 0.25])
+    assert run.rate(9_000, 6) == pytest.approx(0.1), "steps end it, too"
+    assert run.done(500, 119) < 10_000 <= run.done(500, 120)
+    assert run.model_copy(update={"total_minutes": None}).done(500, 1e6) == 500
+
+
+def test_a_run_by_the_clock_ends_as_a_finished_one(world: Path, tmp_path: Path) -> None:
+    made = task(world)
+    looks = []
+    made.validate = lambda progress: looks.append(1) or {"score": float(len(looks))}
+    run = RUN.model_copy(update={"steps": 10_000, "validate_every": 10_000, "total_minutes": 1e-4})
+    done = train(made, run, tmp_path)
+    assert done["finished"] and 1 <= done["step"] < 10_000 and len(looks) == 2
+    assert (tmp_path / "final" / "config.json").exists()
+    assert train(task(world), run, tmp_path)["step"] == done["step"], "there is nothing left to do"
+
+
+def test_examples_drawn_by_workers_are_the_same(world: Path, tmp_path: Path) -> None:
+    for name, workers in (("alone", 0), ("workers", 2)):
+        assert train(task(world), RUN.model_copy(update={"workers": workers}), tmp_path / name)["finished"]
+    assert curve(tmp_path / "alone") == curve(tmp_path / "workers")
+    some = list(drawn_ahead(task(world), RUN.model_copy(update={"workers": 2}), range(5, 9)))
+    assert some == list(drawn_ahead(task(world), RUN, range(5, 9)))
+    halves = [list(drawn_ahead(task(world), RUN.model_copy(update={"batch": 1}), range(5, 9), i, 2)) for i in (0, 1)]
+    assert [a + b for a, b in zip(*halves, strict=True)] == some, "two processes share the steps of one"
+
+
+def test_workers_are_refused_where_no_process_can_be_forked(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    with pytest.raises(ConfigurationError, match="--workers"):
+        drawn_ahead(task(world), RUN.model_copy(update={"workers": 1}), range(3))
 
 
 def child(script: str, *arguments: object) -> list[str]:

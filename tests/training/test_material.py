@@ -46,6 +46,33 @@ def test_examples_depend_on_the_seed_alone(llm, world: Path) -> None:
     assert any(len(e.bodies) > 1 for e in drawn), "some questions come with distractors"
 
 
+def test_distractors_come_from_the_same_document(llm, tmp_path: Path) -> None:
+    rows = [
+        {"id": f"{t}-{i}", "title": t, "context": f"{t} tells of {i}.", "question": "Who?", "answers": ["Ada"]}
+        for t in ("Moon", "Sun", "")
+        for i in range(12)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def shares(near: float) -> dict[str, float]:
+        """By title: which share of the distractors has it, too."""
+        config = MaterialConfig(max_context=900, max_passages=4, distractors=1, near=near)
+        mine, same = Material([tmp_path / "rows.jsonl"], [], fresh(llm).segmenter, config), {}
+        for group in mine.groups:
+            own, found = group.passages[0], []
+            for i in range(20):
+                texts = [llm.tokenizer.decode(body.ids) for body in mine.questions(group, random.Random(i), 900).bodies]
+                assert texts.count(own.text) == 1, "the gold passage is no distractor of its own"
+                found += [text.startswith(f"{own.title} tells") for text in texts if text != own.text]
+            same.setdefault(own.title, []).append(sum(found) / len(found))
+        return {title: sum(each) / len(each) for title, each in same.items()}
+
+    always, never = shares(1.0), shares(0.0)
+    assert always["Moon"] == always["Sun"] == 1
+    assert 0.1 < always[""] < 0.6, "a passage without a title has no document"
+    assert all(0.1 < share < 0.6 for share in never.values())
+
+
 def test_prompts_are_as_retrieval_makes_them(llm, tmp_path: Path) -> None:
     hops = [{"title": f"Hop {i}", "text": f"Passage {i} of the hops.", "is_supporting": i < 2} for i in range(9)]
     rows = [{"id": "hops", "question": "Where?", "answers": ["there"], "documents": hops}]
@@ -69,7 +96,7 @@ def test_prompts_are_as_retrieval_makes_them(llm, tmp_path: Path) -> None:
             counts.append(len(texts) - len(gold))
             firsts.add(mine.segmenter.tokenizer.decode(made.bodies[0].ids) in gold)
         assert firsts == {True, False}, "gold passages stand anywhere"
-        assert set(counts) == ({1, 2, 3, 4} if own else {0, 1, 2, 3})
+        assert set(counts) == ({1, 2, 3, 4} if own else {0, 1, 2, 3, 4, 5})
         assert own or 120 < counts.count(0) < 180, "half of the time"
     small = Material([tmp_path / "rows.jsonl"], [], fresh(llm).segmenter, MaterialConfig(max_passages=1, distractors=1))
     drawn = [small.draw(random.Random(i)) for i in range(20)]
