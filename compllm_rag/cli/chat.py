@@ -18,6 +18,7 @@ from compllm_rag.cli.reading import (
     PositionBudget,
     PrefillBudget,
     ReadRate,
+    RelevanceCutoff,
     RelevanceName,
     TtftBudget,
     read_options,
@@ -57,6 +58,7 @@ def chat(
     narrow: NarrowingName = None,
     read_policy: PolicyName = None,
     relevance: RelevanceName = None,
+    relevance_cutoff: RelevanceCutoff = None,
     position_budget: PositionBudget = None,
     prefill_budget: PrefillBudget = None,
     ttft_budget: TtftBudget = None,
@@ -74,7 +76,9 @@ def chat(
     """
     if mode not in ("concepts", "text"):
         raise ConfigurationError("unknown mode", got=mode, expected="concepts or text", next_step="pass one of them")
-    reading = read_options(rate, read_policy, position_budget, prefill_budget, ttft_budget, missing, relevance, narrow)
+    reading = read_options(
+        rate, read_policy, position_budget, prefill_budget, ttft_budget, missing, relevance, narrow, relevance_cutoff
+    )
     given = {name: value for name, value in reading.items() if value not in (None, "recompress")}
     from compllm_rag.config import GenerationConfig
     from compllm_rag.llamaindex.index import ConceptIndex

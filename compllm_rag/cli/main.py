@@ -44,6 +44,7 @@ from compllm_rag.cli.reading import (
     PositionBudget,
     PrefillBudget,
     ReadRate,
+    RelevanceCutoff,
     RelevanceName,
     TtftBudget,
     because,
@@ -101,6 +102,7 @@ def query(
     narrow: NarrowingName = None,
     read_policy: PolicyName = None,
     relevance: RelevanceName = None,
+    relevance_cutoff: RelevanceCutoff = None,
     position_budget: PositionBudget = None,
     prefill_budget: PrefillBudget = None,
     ttft_budget: TtftBudget = None,
@@ -134,7 +136,9 @@ def query(
             "unknown way of retrieval", got=retrieval, expected="vector, bm25 or hybrid", next_step="pass one of them"
         )
     filters = parse_filters(filter_)
-    reading = read_options(rate, read_policy, position_budget, prefill_budget, ttft_budget, missing, relevance, narrow)
+    reading = read_options(
+        rate, read_policy, position_budget, prefill_budget, ttft_budget, missing, relevance, narrow, relevance_cutoff
+    )
     from compllm_rag.config import GenerationConfig
     from compllm_rag.llamaindex.answer import answer
 

@@ -40,6 +40,16 @@ RelevanceName = Annotated[
         "the stored concepts) or `bm25+maxsim`. Default: bm25.",
     ),
 ]
+RelevanceCutoff = Annotated[
+    float | None,
+    typer.Option(
+        "--relevance-cutoff",
+        min=0,
+        max=1,
+        help="Leave out sentences that are less likely to matter than this share of the likeliest one, though the "
+        "budget has room. Default: 0.",
+    ),
+]
 PositionBudget = Annotated[
     int | None, typer.Option("--position-budget", min=1, help="Most prompt positions of all passages.")
 ]
@@ -68,6 +78,7 @@ def read_options(
     missing: str,
     relevance: str | None = None,
     narrowing: str | None = None,
+    relevance_cutoff: float | None = None,
 ) -> dict[str, Any]:
     """The options as `answer` takes them.
 
@@ -90,6 +101,7 @@ def read_options(
         "narrowing": narrowing,
         "read_policy": read_policy,
         "relevance": relevance,
+        "relevance_cutoff": relevance_cutoff,
         "position_budget": position_budget,
         "prefill_budget": prefill_budget,
         "ttft_budget_s": ttft_budget,

@@ -27,6 +27,7 @@ from compllm_rag.cli.reading import (
     PositionBudget,
     PrefillBudget,
     ReadRate,
+    RelevanceCutoff,
     RelevanceName,
     TtftBudget,
     read_options,
@@ -83,6 +84,7 @@ def serve(
     narrow: NarrowingName = None,
     read_policy: PolicyName = None,
     relevance: RelevanceName = None,
+    relevance_cutoff: RelevanceCutoff = None,
     position_budget: PositionBudget = None,
     prefill_budget: PrefillBudget = None,
     ttft_budget: TtftBudget = None,
@@ -103,7 +105,9 @@ def serve(
 
     known = checked_keys(keys, host)
     check_generator(generator)
-    reading = read_options(rate, read_policy, position_budget, prefill_budget, ttft_budget, missing, relevance, narrow)
+    reading = read_options(
+        rate, read_policy, position_budget, prefill_budget, ttft_budget, missing, relevance, narrow, relevance_cutoff
+    )
     if create and read_only:
         raise ConfigurationError("--create and --read-only exclude each other", got="both", next_step="leave one out")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")

@@ -55,7 +55,8 @@ def answer(
         filters: On metadata.
         on_piece: Called with each piece of the answer as it is made.
         **reading: `missing`, and what `ConceptSynthesizer` takes to decide what passages are read as: `rate`,
-            `narrowing`, `read_policy`, `relevance`, `position_budget`, `prefill_budget`, `ttft_budget_s`.
+            `narrowing`, `read_policy`, `relevance`, `relevance_cutoff`, `position_budget`, `prefill_budget`,
+            `ttft_budget_s`.
 
     Returns:
         The fields of `query --json` (docs/results.md); times in seconds, `used` per source.

@@ -46,11 +46,12 @@ class IndexAsking(IndexBase):
                 as a structured one: no other can read its concepts.
             **kwargs: Of `ConceptSynthesizer` (`mode`, `streaming`, `missing`, `overflow`, `choose`,
                 `text_qa_template`, `refine_template`, `response_mode`, `output_cls`, `generation`, `callback_manager`;
-                `rate`, `read_policy`, `relevance`, `position_budget`, `prefill_budget`, `ttft_budget_s`, `costs`),
-                `response_synthesizer`, `node_postprocessors`, and of LlamaIndex's `VectorIndexRetriever`
-                (`similarity_top_k`, `filters`, ...); `retrieval` (`vector`, `bm25` or `hybrid`, with the options of
-                that retriever) or `retriever`, any other that gives nodes, such as an AutoMergingRetriever. `use_async`
-                is allowed and changes nothing: prompts of one answer are read one after the other.
+                `rate`, `read_policy`, `relevance`, `relevance_cutoff`, `position_budget`, `prefill_budget`,
+                `ttft_budget_s`, `costs`), `response_synthesizer`, `node_postprocessors`, and of LlamaIndex's
+                `VectorIndexRetriever` (`similarity_top_k`, `filters`, ...); `retrieval` (`vector`, `bm25` or `hybrid`,
+                with the options of that retriever) or `retriever`, any other that gives nodes, such as an
+                AutoMergingRetriever. `use_async` is allowed and changes nothing: prompts of one answer are read one
+                after the other.
 
         Raises:
             ConfigurationError: An option that nothing here would heed, such as another `llm`, or a response mode that
@@ -108,8 +109,8 @@ class IndexAsking(IndexBase):
             **kwargs: `memory` (any of LlamaIndex's), `chat_history`, `system_prompt` or `prefix_messages`,
                 `context_prompt` (the newest user turn, with `{context_str}`), `condense_prompt`, `condense_llm` (any),
                 `skip_condense`, `verbose`; `generation`, `mode`, `missing`, `overflow`, `choose`, `rate`,
-                `read_policy`, `relevance`, `position_budget`, `prefill_budget`, `ttft_budget_s`, `costs`,
-                `node_postprocessors`, `callback_manager` and those of the retriever as in `as_query_engine`.
+                `read_policy`, `relevance`, `relevance_cutoff`, `position_budget`, `prefill_budget`, `ttft_budget_s`,
+                `costs`, `node_postprocessors`, `callback_manager` and those of the retriever as in `as_query_engine`.
                 `streaming` and `use_async` are allowed and change nothing: call `stream_chat`, `achat`, `astream_chat`.
 
         Raises:

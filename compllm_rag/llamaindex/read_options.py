@@ -15,10 +15,12 @@ from compllm_rag.reading.budget import NAMES, ReadBudget
 from compllm_rag.reading.budgeted import BudgetedReadPolicy
 from compllm_rag.reading.choice import FixedReadPolicy, ReadPolicy
 from compllm_rag.reading.passages import PassageReading
+from compllm_rag.reading.relevance import Weights
 from compllm_rag.reading.signals import Signal
 
 READ_OPTIONS = (
-    "rate", "narrowing", "read_policy", "relevance", "position_budget", "prefill_budget", "ttft_budget_s", "costs",
+    "rate", "narrowing", "read_policy", "relevance", "relevance_cutoff", "position_budget", "prefill_budget",
+    "ttft_budget_s", "costs",
 )  # fmt: skip
 _AUTO_DEPTH = 0.8  # of the LLM's layers; chosen on held-out rows (docs/quality.md, narrowing)
 _POLICIES: dict[str, type[FixedReadPolicy] | type[BudgetedReadPolicy]] = {
@@ -34,6 +36,7 @@ class ReadOptions(TypedDict, total=False):
     narrowing: Narrowing | str | None
     read_policy: ReadPolicy | str | None
     relevance: Signal | str | None
+    relevance_cutoff: float | None
     position_budget: int | None
     prefill_budget: float | None
     ttft_budget_s: float | None
@@ -60,26 +63,30 @@ def policy_named(given: object) -> ReadPolicy | None:
     return given  # type: ignore[return-value]
 
 
-def policy_of(given: object, relevance: Signal | str | None) -> ReadPolicy | None:
-    """The read policy that two options name together; None where they name none.
+def policy_of(given: object, relevance: Signal | str | None, cutoff: float | None = None) -> ReadPolicy | None:
+    """The read policy that these options name together; None where they name none.
 
     Args:
         given: See `policy_named`.
         relevance: By what the budgeted policy judges sentences; None leaves it as it is.
+        cutoff: Below which share of the likeliest sentence it leaves sentences out; None leaves it as it is.
 
     Raises:
-        ConfigurationError: There is no such policy or relevance, or the policy judges by none.
+        ConfigurationError: There is no such policy or relevance, the cutoff is no share, or the policy judges by none.
     """
-    if relevance is None:
+    asked = {"relevance": relevance, "relevance_cutoff": cutoff}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if not asked:
         return policy_named(given)
     if given is not None and given != "budgeted":
         raise ConfigurationError(
-            "relevance belongs to the budgeted read policy",
-            got=f"relevance, and read_policy {given if isinstance(given, str) else type(given).__name__}",
+            f"{' and '.join(asked)} belongs to the budgeted read policy",
+            got=f"{', '.join(asked)}, and read_policy {given if isinstance(given, str) else type(given).__name__}",
             expected="read_policy budgeted, or none",
             next_step="leave one out, or give it to `BudgetedReadPolicy` itself",
         )
-    return BudgetedReadPolicy(relevance=relevance)
+    weights = Weights() if cutoff is None else Weights(least=cutoff)
+    return BudgetedReadPolicy(weights=weights, relevance=relevance or "bm25")
 
 
 def passage_reading(
@@ -94,10 +101,11 @@ def passage_reading(
         decides_otherwise: Whether something else decides for each node (`choose`).
         options: `rate`: source tokens per concept, where it is not that of the library. `read_policy`: `fixed`,
             `budgeted`, or one of your own; None is `budgeted` where there is a budget. `relevance`: by what `budgeted`
-            judges sentences; see `BudgetedReadPolicy`. `position_budget`: most prompt positions of all passages, their
-            titles included. `prefill_budget`: most that they take at prefill, in text tokens. `narrowing`: see
-            `narrowing_of`; that budget reckons with it. `ttft_budget_s`: most seconds to the first token. `costs`: of
-            this machine; None takes what `compllm-rag calibrate` found.
+            judges sentences; see `BudgetedReadPolicy`. `relevance_cutoff`: a share, 0 to 1, of the likeliest sentence;
+            less likely ones are left out though there be room. `position_budget`: most prompt positions of all
+            passages, their titles included. `prefill_budget`: most that they take at prefill, in text tokens.
+            `narrowing`: see `narrowing_of`; that budget reckons with it. `ttft_budget_s`: most seconds to the first
+            token. `costs`: of this machine; None takes what `compllm-rag calibrate` found.
 
     Raises:
         ConfigurationError: There is no such policy or relevance, a budget makes no sense, two options contradict each
@@ -117,7 +125,7 @@ def passage_reading(
     limits: dict[str, Any] = {
         field: options.get(name) for field, name in NAMES.items() if options.get(name) is not None
     }
-    policy = policy_of(options.get("read_policy"), options.get("relevance"))
+    policy = policy_of(options.get("read_policy"), options.get("relevance"), options.get("relevance_cutoff"))
     if policy is None and not limits:
         return None
     if decides_otherwise:

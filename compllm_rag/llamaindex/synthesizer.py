@@ -74,8 +74,8 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
         refine_template: Any LlamaIndex template with `{context_msg}`, `{query_str}` and `{existing_answer}`.
         output_cls: A pydantic model; the answer is an object of it (`PydanticResponse`). Tokens that its schema does
             not allow are never chosen (extra `structured`). Not with `streaming`.
-        **reading: `rate`, `narrowing`, `read_policy`, `relevance`, `position_budget`, `prefill_budget`,
-            `ttft_budget_s`, `costs`: what passages are read as, and how much they may take; see
+        **reading: `rate`, `narrowing`, `read_policy`, `relevance`, `relevance_cutoff`, `position_budget`,
+            `prefill_budget`, `ttft_budget_s`, `costs`: what passages are read as, and how much they may take; see
             `llamaindex.read_options.passage_reading` and `narrowing_of`.
 
     Raises:

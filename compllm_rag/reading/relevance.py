@@ -40,7 +40,9 @@ class Weights:
 
     def __post_init__(self) -> None:
         if not 0 <= self.least <= 1:
-            raise ConfigurationError("least makes no sense", got=self.least, expected="a share, from 0 to 1")
+            raise ConfigurationError(
+                "relevance cutoff (`least`) makes no sense", got=self.least, expected="a share, from 0 to 1"
+            )
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,16 @@ def test_relevance_by_states_is_told(storage: Path) -> None:
     assert "by its words: Part 0 (its concepts are not stored)" in told_in_words
 
 
+def test_a_relevance_cutoff_leaves_out_what_is_far_behind(storage: Path) -> None:
+    budget = ("--prefill-budget", 500)
+    whole, cut = (asked(storage, *budget, *more)["read_policy"] for more in ((), ("--relevance-cutoff", 1)))
+    assert not whole["left_out"] and cut["taken"]["prefill_budget"] < whole["taken"]["prefill_budget"]
+    told = run("query", QUESTION, "--storage", storage, *budget, "--relevance-cutoff", 1, "--explain", *SHORT).stdout
+    assert "too far behind the likeliest" in told
+    beyond = ("--storage", storage, *budget, "--relevance-cutoff", 2)
+    assert "is not in the range 0<=x<=1" in run("query", QUESTION, *beyond, code=2).stderr.replace("\n", " ")
+
+
 def test_a_time_wants_a_calibration_and_then_is_kept(storage: Path) -> None:
     said = refused("query", QUESTION, "--storage", storage, "--ttft-budget", 9)
     assert "nobody has measured how fast this machine reads" in said and "compllm-rag calibrate" in said
@@ -98,6 +108,7 @@ def test_a_calibration_without_a_storage(toy_folder: Path) -> None:
         (("--read-policy", "clever"), "unknown read policy: got clever, expected fixed, budgeted"),
         (("--read-policy", "budgeted"), "nothing to spend"),
         (("--relevance", "maxsim"), "nothing to spend"),
+        (("--relevance-cutoff", 0.5), "nothing to spend"),
         (("--relevance", "colbert"), "unknown relevance: got colbert, expected bm25, maxsim, bm25+maxsim"),
         (("--relevance", "maxsim", "--read-policy", "fixed"), "relevance belongs to the budgeted read policy"),
         (("--missing", "guess"), "expected recompress, text, error, auto"),

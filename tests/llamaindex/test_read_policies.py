@@ -25,6 +25,7 @@ from compllm_rag.llamaindex.synthesizer import ConceptSynthesizer
 from compllm_rag.prompt import ConceptSpan, TextSpan
 from compllm_rag.reading.budgeted import BudgetedReadPolicy
 from compllm_rag.reading.choice import Candidate, FixedReadPolicy, Reading, ReadSpec
+from compllm_rag.reading.relevance import Weights
 from tests.faults.fault_samples import documents
 from tests.llamaindex.test_synthesizer import nodes
 from tests.reading.read_samples import compressor
@@ -145,6 +146,20 @@ def test_relevance_by_states_is_an_option_of_engines(index: ConceptIndex) -> Non
     assert same.metadata["compllm"]["nodes"] == account["nodes"]
     turn = index.as_chat_engine("context", **options).chat(QUESTION)
     assert turn.metadata["compllm"]["read_policy"]["relevance"]["signal"] == "maxsim"
+
+
+def test_a_relevance_cutoff_is_an_option_of_engines(index: ConceptIndex) -> None:
+    options = {"similarity_top_k": 4, "prefill_budget": 500}
+    whole, cut = (
+        index.as_query_engine(**options, **more).query(QUESTION).metadata["compllm"]
+        for more in ({"relevance_cutoff": 0.0}, {"relevance_cutoff": 1.0})
+    )
+    assert not whole["read_policy"]["left_out"], "there is room for all"
+    assert cut["read_policy"]["taken"]["prefill_budget"] < whole["read_policy"]["taken"]["prefill_budget"] / 2
+    assert "too far behind the likeliest" in json.dumps(cut["read_policy"]["left_out"])
+    named = BudgetedReadPolicy(weights=Weights(least=1.0))
+    same = index.as_query_engine(**options, read_policy=named).query(QUESTION)
+    assert same.metadata["compllm"]["nodes"] == cut["nodes"]
 
 
 def test_relevance_by_states_wants_states(library: ConceptLibrary) -> None:
@@ -277,6 +292,8 @@ def test_in_a_chat_a_budget_holds_for_the_passages_of_a_turn(index: ConceptIndex
         ({"read_policy": 3}, ConfigurationError, "no such read policy"),
         ({"relevance": "colbert", "prefill_budget": 60}, ConfigurationError, "no such relevance"),
         ({"relevance": "maxsim", "read_policy": "fixed"}, ConfigurationError, "belongs to the budgeted"),
+        ({"relevance_cutoff": 1.5, "prefill_budget": 60}, ConfigurationError, "a share, from 0 to 1"),
+        ({"relevance_cutoff": 0.5, "read_policy": "fixed"}, ConfigurationError, "relevance_cutoff belongs to the"),
         ({"position_budget": 0}, ConfigurationError, "position_budget makes no sense"),
         ({"prefill_budget": 0.25}, ConfigurationError, "it is no share"),
         ({"ttft_budget_s": 0.5}, NotCalibratedError, "compllm-rag calibrate"),

@@ -108,9 +108,15 @@ async def test_a_request_says_otherwise(tmp_path: Path) -> None:
             "layer": 3, "share": 0.0, "by": "attention", "concepts": 0,
         }  # fmt: skip
         messages = [{"role": "user", "content": QUESTION}]
-        body = {"model": "compllm-rag", "messages": messages, "max_tokens": 3, "reading": {"relevance": "bm25"}}
+        body = {
+            "model": "compllm-rag",
+            "messages": messages,
+            "max_tokens": 3,
+            "reading": {"relevance": "bm25", "relevance_cutoff": 0.5},
+        }
         openai = await post(asking, "/v1/chat/completions", **body)
         assert openai["compllm"]["reading"]["options"]["relevance"] == "bm25"
+        assert openai["compllm"]["reading"]["options"]["relevance_cutoff"] == 0.5
         untouched = await post(asking, "/v1/query", **ASK, reading={})
         assert untouched["reading"]["options"] == {"narrowing": "3:0.1", "position_budget": 80}
     made.close()
@@ -225,10 +231,12 @@ def test_the_flags_of_serve(storage: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(serving, "make_server", listen)
     flags = ("--rate", 2, "--read-policy", "budgeted", "--relevance", "bm25", "--position-budget", 80)
+    flags = (*flags, "--relevance-cutoff", 0.8)
     done = serve(storage, *flags, "--prefill-budget", 70, "--missing", "text")
     assert done.exit_code == 0, done.output
     assert serve(storage).exit_code == 0
     given = {"rate": 2.0, "read_policy": "budgeted", "relevance": "bm25", "position_budget": 80, "prefill_budget": 70.0}
+    given["relevance_cutoff"] = 0.8
     assert json.loads(json.dumps(heard)) == [{**given, "missing": "text"}, {}]
 
 
