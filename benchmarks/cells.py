@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
+
+ADAPTERS = Path(__file__).parents[1] / "compllm_rag" / "data" / "adapters"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -57,7 +62,7 @@ def way(row: dict[str, Any]) -> str:
 
 def measured(record: dict[str, Any]) -> str:
     """The command and commit that a record comes from."""
-    return f"`{record['command']}`, commit {record['environment']['commit'][:9]}"
+    return f"`{record['command']}`, commit {record['environment']['commit'][:9]}{other_weights(record)}"
 
 
 def source(record: dict[str, Any]) -> str:
@@ -66,4 +71,20 @@ def source(record: dict[str, Any]) -> str:
     device = where["gpu"] or f"{where['cpu']}, {where['torch_threads']} threads of {where['cores']} cores"
     versions = where["versions"]
     code = f"commit {where['commit'][:9]}" if where["commit"] else f"version {versions.get('compllm-rag', 'unknown')}"
-    return f"`{record['command']}`, {code}, {device}, torch {versions['torch']}"
+    return f"`{record['command']}`, {code}, {device}, torch {versions['torch']}{other_weights(record)}"
+
+
+def other_weights(record: dict[str, Any]) -> str:
+    """By what weights a record was measured, where they are not those that ship now; else nothing."""
+    llm, fingerprint = record.get("llm"), record.get("fingerprint")
+    shipped = shipped_fingerprints(ADAPTERS / llm) if isinstance(llm, str) and llm else frozenset[str]()
+    if not fingerprint or not shipped or fingerprint in shipped:
+        return ""
+    return f", by weights `{fingerprint[:8]}`, which are not those that ship now"
+
+
+@functools.cache
+def shipped_fingerprints(folder: Path) -> frozenset[str]:
+    """Fingerprints of the compressors in the folders of a folder; none where there is no such folder."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*/config.json")]
+    return frozenset(str(record["fingerprint"]) for record in found if "fingerprint" in record)

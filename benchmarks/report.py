@@ -31,9 +31,9 @@ text). *Prefill cost* is what a token of a \
 passage costs at prefill and in the KV cache, text = 1. *Recovered* is the share of what text gains over no passages, \
 by the likelihood of the gold answer (docs/design.md, section 7). Brackets are bootstrap 95 % intervals over \
 questions; Δ is the paired difference to text, on the same questions. All values in percent, but for the achieved \
-rate (tokens per concept), NLL (nats per token) and positions. What stands on concepts at the input embeddings, \
-anchors and ablations was measured with the reader that shipped before the present one (F1 63.9 with text on SQuAD), \
-which they were trained with.
+rate (tokens per concept), NLL (nats per token) and positions. Reader and compressors were trained on several times: a \
+section that names weights was measured with an earlier reader and its compressor. `f6ad5aab`, anchors and ablations: \
+the first reader (F1 63.9 with text on 500 questions of SQuAD dev); `64adcbb5`, narrowing, frontier: the second (71.0).
 """
 STORAGE = """# Storage
 

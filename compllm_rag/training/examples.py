@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from compllm_rag.models.halves import Halves
@@ -271,9 +272,9 @@ def _packed(llm: TargetLLM, rows: Sequence[_Row], embeds: torch.Tensor) -> Packe
     """The batch of rows whose input is `embeds`, (batch, longest, hidden_size)."""
     device, longest = llm.device, embeds.shape[1]
     # All (batch, longest): whose each slot is (0: the prefix, -1: padding), how many are in front of it, its position.
-    group = torch.tensor([row.owner + [-1] * (longest - len(row.owner)) for row in rows], device=device)
-    order = torch.tensor([row.order + [0] * (longest - len(row.order)) for row in rows], device=device)
-    places = torch.tensor([row.places + [0] * (longest - len(row.places)) for row in rows], device=device)
+    group = _padded([row.owner for row in rows], longest, -1).to(device)
+    order = _padded([row.order for row in rows], longest, 0).to(device)
+    places = _padded([row.places for row in rows], longest, 0).to(device)
     return Packed(
         embeds,
         _masks(llm, group, order),
@@ -281,6 +282,14 @@ def _packed(llm: TargetLLM, rows: Sequence[_Row], embeds: torch.Tensor) -> Packe
         torch.tensor([i for i, row in enumerate(rows) for _ in row.columns], device=device),  # (n,)
         torch.tensor([column for row in rows for column in row.columns], device=device),  # (n,)
     )
+
+
+def _padded(rows: Sequence[Sequence[int]], longest: int, fill: int) -> torch.Tensor:
+    """Rows of whole numbers, (batch, longest), filled up behind; far sooner than a tensor of nested lists."""
+    made = np.full((len(rows), longest), fill, dtype=np.int64)
+    for row, values in zip(made, rows, strict=True):
+        row[: len(values)] = values
+    return torch.from_numpy(made)
 
 
 def _masks(llm: TargetLLM, group: torch.Tensor, order: torch.Tensor) -> Any:

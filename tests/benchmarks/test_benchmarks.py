@@ -14,6 +14,8 @@ import pytest
 import benchmarks
 import loft_corpus
 import toy
+from benchmarks import cells
+from benchmarks.cells import measured
 from compllm_rag.errors import ConfigurationError
 from training_samples import write_world
 
@@ -223,3 +225,15 @@ def test_anchors(tmp_path: Path, toy_folder: Path, world: Path) -> None:
     options = ["--llm", toy_folder, "--data-dir", world, "--groups", "2", "--rates", "2"]
     rows = run("anchors", tmp_path / "o.json", *options)["rows"]
     assert len({row["nll_text"] for row in rows}) == 1 and len({row["nll_pruned@2"] for row in rows}) > 1
+
+
+def test_a_section_names_weights_that_no_longer_ship(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells, "ADAPTERS", tmp_path)
+    for kind, record in (("deep", {"fingerprint": "abc" * 20}), ("reader", {"r": 4})):
+        (tmp_path / "alias" / kind).mkdir(parents=True)
+        (tmp_path / "alias" / kind / "config.json").write_text(json.dumps(record))
+    record = {"command": "compllm-rag bench x", "environment": {"commit": "1" * 40}, "llm": "alias"}
+    now, before = record | {"fingerprint": "abc" * 20}, record | {"fingerprint": "cba" * 20}
+    assert measured(now) == measured(record) == "`compllm-rag bench x`, commit 111111111"
+    assert measured(before) == f"{measured(now)}, by weights `cbacbacb`, which are not those that ship now"
+    assert measured(before | {"llm": "another"}) == measured(now), "nothing ships for it"

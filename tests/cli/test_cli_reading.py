@@ -79,7 +79,7 @@ def test_a_relevance_cutoff_leaves_out_what_is_far_behind(storage: Path) -> None
     told = run("query", QUESTION, "--storage", storage, *budget, "--relevance-cutoff", 1, "--explain", *SHORT).stdout
     assert "too far behind the likeliest" in told
     beyond = ("--storage", storage, *budget, "--relevance-cutoff", 2)
-    assert "is not in the range 0<=x<=1" in run("query", QUESTION, *beyond, code=2).stderr.replace("\n", " ")
+    assert "--relevance-cutoff" in run("query", QUESTION, *beyond, code=2).stderr
 
 
 def test_a_time_wants_a_calibration_and_then_is_kept(storage: Path) -> None:
