@@ -60,16 +60,22 @@ SETS = {
 
 
 def settings(
-    config: CompressorConfig, rates: list[float], rivals: list[str], narrowings: Sequence[Narrowing] = ()
+    config: CompressorConfig,
+    rates: list[float],
+    rivals: list[str],
+    narrowings: Sequence[Narrowing] = (),
+    narrowed_rates: Sequence[float] | None = None,
 ) -> list[Setting]:
     """Text, concepts and their rivals at each rate within reach, concepts narrowed in each way, nothing.
 
-    At rate 1 nothing is left out that chance or pruning could choose; chance is a rival of deep concepts only.
+    Narrowed are those at `narrowed_rates`, None for all. At rate 1 nothing is left out that chance or pruning could
+    choose; chance is a rival of deep concepts only.
     """
     reached = [rate for rate in rates if rate <= max_rate(config.longest_unit)]
     made = [Setting("text"), *(Setting.of("concepts", rate) for rate in reached)]
     made += [Setting.of(name, r) for name in rivals for r in reached if r > 1 and (config.deep or name != "random")]
-    made += [Setting.of("concepts", rate, narrowing=each) for each in narrowings for rate in reached]
+    chosen = [rate for rate in reached if narrowed_rates is None or rate in narrowed_rates]
+    made += [Setting.of("concepts", rate, narrowing=each) for each in narrowings for rate in chosen]
     return [*made, Setting("none")]
 
 
@@ -83,8 +89,13 @@ def main(argv: Sequence[str] | None = None) -> Record:
     options.add_argument(
         "--narrow", nargs="*", type=Narrowing.parse, default=[], metavar="LAYER:SHARE", help="narrow concepts, too"
     )
+    options.add_argument(
+        "--narrow-rates", nargs="+", type=float, help="narrow at these of the rates alone (default: at all of them)"
+    )
     options.add_argument("--sets", nargs="+", choices=[*SETS, "probes"], default=["probes", *SETS])
     args = parsed(options, argv)
+    if args.narrow_rates and (not args.narrow or not set(args.narrow_rates) <= set(args.rates)):
+        options.error("--narrow-rates must be some of --rates, and --narrow must say how they are narrowed")
     args.out.mkdir(parents=True, exist_ok=True)
     compressor = any_compressor_of(args)
     made = {}
@@ -99,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
         )
         make = partial(_one, name, limit, compressor, args, journal)
         narrowed = {"narrow": list(map(str, args.narrow))} if args.narrow else {}
+        narrowed |= {"narrow_rates": args.narrow_rates} if args.narrow_rates else {}
         made[name] = part(journal, name, make, rates=args.rates, **narrowed)
         target.write_text(json.dumps(made[name], indent=1) + "\n", encoding="utf-8")
     if args.json is not None:
@@ -113,7 +125,7 @@ def _one(name: str, limit: int | None, compressor: ConceptCompressor, args: Name
     results = evaluate_many(
         compressor,
         read_questions(path),
-        settings(compressor.config, args.rates, args.rivals, args.narrow),
+        settings(compressor.config, args.rates, args.rivals, args.narrow, args.narrow_rates),
         config=config,
         data=path.name,
         progress=Tenths(),

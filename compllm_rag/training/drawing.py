@@ -72,14 +72,18 @@ def _by_workers(dataset: _Steps, workers: int) -> Iterator[list[Any]]:
         num_workers=workers,
         prefetch_factor=_AHEAD,
         collate_fn=_as_it_is,
-        worker_init_fn=_leave_interrupts,
+        worker_init_fn=_leave_signals,
         multiprocessing_context="fork",
     )
 
 
-def _leave_interrupts(number: int) -> None:
-    """The process that trains decides what an interrupt means; it reaches the workers of a terminal, too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals(number: int) -> None:
+    """What ends a run is heard by the process that trains; a terminal or a scheduler tells its workers, too.
+
+    They end when it does not want them any more, and when it is gone.
+    """
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
 
 
 def _as_it_is(items: list[Any]) -> list[Any]:

@@ -64,6 +64,7 @@ def train_compressor(
     """
     options, run, progress = options or CompressorOptions(), run or RunConfig(), progress or _silent
     torch.manual_seed(run.seed)
+    _check_other_reader(options)
     _check(data)
     llm, former = _target(options, progress)
     live = LiveReader(llm, options.reader_rank, former) if options.reader_rank else None
@@ -141,6 +142,7 @@ def train_deep(
     options, progress = options or DeepOptions(), progress or _silent
     narrowings = list(map(Narrowing.parse, options.narrow))
     torch.manual_seed(run.seed)
+    _check_other_reader(options)
     _check(data)
     llm, _ = _target(options, progress)
     started = going_on_from(options.init, llm, options) if options.init is not None else None
@@ -243,6 +245,16 @@ def _target(options: ConceptOptions, progress: Progress) -> tuple[TargetLLM, Pat
     device = options.device or _local_device()
     llm = TargetLLM.from_pretrained(options.llm, reader=former, dtype=options.dtype, device=device, progress=progress)
     return llm, former
+
+
+def _check_other_reader(options: CompressorOptions | DeepOptions) -> None:
+    if options.other_reader and options.init is None:
+        raise ConfigurationError(
+            "there is nothing to go on from with another reader",
+            got="other_reader, and no compressor to go on from",
+            expected="both or neither",
+            next_step="name it (`train deep --from`, `train compressor --init`), or leave --other-reader out",
+        )
 
 
 def _check(data: DataOptions) -> None:

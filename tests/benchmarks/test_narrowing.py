@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 import toy
-from benchmarks.quality import quality_page
+from benchmarks.quality import quality, quality_page
 from benchmarks.quality.narrowing import crowded_questions, plot, tables
 from compllm_rag.compression.segmentation import Segmenter
+from compllm_rag.config import CompressorConfig, Narrowing
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.training.material import is_held_out
 from loft_corpus import run
@@ -85,6 +86,17 @@ def test_quality_narrows_beside_the_whole(folder: Path, tmp_path: Path) -> None:
     assert [r["prefill_cost"] for r in results] == [1.0, 0.5, 0.375, None]
     page = "\n".join(quality_page.tables(made))
     assert "concepts, narrowed 3:0.5" in page
+
+
+def test_quality_narrows_at_some_of_the_rates(capsys: pytest.CaptureFixture[str]) -> None:
+    config, way = CompressorConfig(entry_layer=2), Narrowing.parse("3:0.5")
+    made = quality.settings(config, [1.0, 2.0], [], [way], [1.0])
+    assert [(s.mode, s.rate) for s in made if s.narrowing] == [("concepts", 1.0)]
+    assert [s.rate for s in quality.settings(config, [1.0, 2.0], [], [way]) if s.narrowing] == [1.0, 2.0]
+    for wrong in (["--narrow-rates", "1"], ["--narrow", "3:0.5", "--narrow-rates", "3"]):
+        with pytest.raises(SystemExit):
+            quality.main(["--rates", "1", "2", *wrong])
+        assert "--narrow-rates must be some of --rates" in capsys.readouterr().err
 
 
 def test_the_plot_of_quality_has_a_line_for_each_way() -> None:

@@ -34,7 +34,8 @@ from compllm_rag.training.deep_task import (
     read_concepts,
 )
 from compllm_rag.training.examples import Body, Branch, Example
-from compllm_rag.training.job_options import LINEARS, DeepOptions
+from compllm_rag.training.job_options import LINEARS, CompressorOptions, DataOptions, DeepOptions
+from compllm_rag.training.jobs import train_compressor
 from compllm_rag.training.loop import train
 from compllm_rag.training.material import Material, MaterialConfig
 from compllm_rag.training.objective import log_probabilities
@@ -275,6 +276,14 @@ def test_going_on_from_a_compressor(world: Path, toy_folder: Path, finished: Pat
     best = max(looks, key=lambda look: look["score"])
     assert first["nll_concepts@2"] == pytest.approx(best["nll_concepts@2"], abs=1e-3)
     assert first["nll_untrained@2"] == pytest.approx(best["nll_untrained@2"], abs=1e-3)
+
+
+def test_another_reader_wants_something_to_go_on_from(world: Path, toy_folder: Path, tmp_path: Path) -> None:
+    error = command(world, toy_folder, tmp_path / "out", "--other-reader", code=2).stderr
+    assert "nothing to go on from with another reader" in error and "--from" in error
+    with pytest.raises(ConfigurationError, match="--init"):
+        train_compressor(tmp_path / "out", DataOptions(data_dir=world), CompressorOptions(other_reader=True))
+    assert not (tmp_path / "out").exists()
 
 
 def test_going_on_with_another_reader(world: Path, toy_folder: Path, finished: Path, tmp_path: Path) -> None:

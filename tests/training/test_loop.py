@@ -156,6 +156,24 @@ def test_an_interrupt_ends_after_the_step_and_a_kill_loses_little(world: Path, t
     assert done["finished"] and done["step"] == logged + 2
 
 
+def test_a_signal_to_all_of_its_processes_ends_a_run_with_workers_as_one_without(world: Path, tmp_path: Path) -> None:
+    script = (
+        "run = RUN.model_copy(update={'steps': 100000, 'validate_every': 100000, 'workers': 2})\n"
+        "print(train(task(Path(sys.argv[1])), run, Path(sys.argv[2]))['interrupted'])\n"
+    )
+    command = child(script, world, tmp_path / "out")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        _wait(lambda: _last_step(tmp_path / "out") >= 3)
+        os.killpg(process.pid, signal.SIGTERM)
+        out, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert out.strip() == "True" and process.returncode == 0
+    state = json.loads((tmp_path / "out/last/state.json").read_text())
+    assert state["step"] == _last_step(tmp_path / "out")
+
+
 def test_killed_between_the_two_renames_the_former_checkpoint_counts(world: Path, tmp_path: Path) -> None:
     train(task(world), RUN, tmp_path, at(3))
     (tmp_path / "last").rename(tmp_path / "last.old")
