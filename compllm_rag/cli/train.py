@@ -145,6 +145,9 @@ def selector(
     ] = "auto",
     llm: Annotated[str, typer.Option("--llm", help="Target LLM: alias, folder or org/name@revision.")] = DEFAULT_LLM,
     reader: ReaderFolder = "auto",
+    other_reader: Annotated[
+        bool, typer.Option("--other-reader", help="It was made with another reader; let it go on with this one.")
+    ] = False,
     entry_layer: Annotated[
         int | None,
         typer.Option(
@@ -180,6 +183,7 @@ def selector(
             llm,
             show.fetching,
             reader=reader,
+            other_reader=other_reader,
             entry_layer=entry_layer,
             n_groups=groups,
             n_gates=gates,

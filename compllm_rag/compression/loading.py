@@ -64,6 +64,7 @@ def load_compressor_for(
     compressor: str | Path | None = AUTO,
     codec: Codec | str = "deep",
     entry_layer: int | None = None,
+    other_reader: bool = False,
     dtype: str | None = None,
     device: str | None = None,
     device_map: str | dict[str, Any] | None = None,
@@ -82,6 +83,8 @@ def load_compressor_for(
             the input embeddings.
         entry_layer: Of deep concepts: L, with `auto` of the compressor that ships for this layer, where there is one;
             None takes the layer of the one that ships, or of untrained ones half the LLM's layers.
+        other_reader: Take the compressor, with `auto` the shipped one, although it was made with another reader of this
+            LLM: to be trained further. See `read_compressor`.
         dtype: See `TargetLLM.from_pretrained`.
         device: See `TargetLLM.from_pretrained`.
         device_map: See `TargetLLM.from_pretrained`.
@@ -110,11 +113,11 @@ def load_compressor_for(
         progress=progress,
     )
     folder = Path(compressor) if compressor not in (AUTO, None) else None
-    if compressor == AUTO and reader == AUTO:
+    if compressor == AUTO and (reader == AUTO or other_reader):
         folder = shipped_compressor(llm, codec, entry_layer)
     made: ConceptCompressor
     if folder is not None:
-        made = load_compressor(folder, target)
+        made = load_compressor(folder, target, other_reader=other_reader)
     else:
         made = untrained_deep(target, entry_layer) if codec == "deep" else Compressor(target)
     if entry_layer not in (None, made.config.entry_layer):
@@ -127,11 +130,9 @@ def load_compressor_for(
     return made
 
 
-def load_compressor(
-    folder: str | Path, llm: TargetLLM | None = None, *, revision: str | None = None, **llm_options: Any
-) -> ConceptCompressor:
+def load_compressor(folder: str | Path, llm: TargetLLM | None = None, **options: Any) -> ConceptCompressor:
     """Load a compressor of either kind; arguments and errors as of `read_compressor`."""
-    saved = read_compressor(folder, llm, revision=revision, **llm_options)
+    saved = read_compressor(folder, llm, **options)
     made = DeepCompressor.of(saved) if saved.config.deep else Compressor.of(saved)
     logger.info("loaded compressor %s of LLM %s", made.fingerprint[:16], made.llm.source)
     return made

@@ -51,6 +51,7 @@ def train_selector(
     progress: Progress,
     *,
     reader: str = AUTO,
+    other_reader: bool = False,
     entry_layer: int | None = None,
     n_groups: int = 1000,
     n_gates: int = 300,
@@ -67,6 +68,7 @@ def train_selector(
         llm: Its target LLM.
         progress: Called with a message and the share that is done.
         reader: Folder of the reader it was made with, "auto" for the shipped one, "none" for the LLM as it is.
+        other_reader: It was made with another reader than that, and is to go on with this one.
         entry_layer: Move the concepts to this layer, see `at_entry_layer`; None leaves them where they are.
         n_groups: See `fit_selector`.
         n_gates: See `fit_selector`.
@@ -87,6 +89,7 @@ def train_selector(
         llm,
         reader=None if reader == "none" else reader,
         compressor=init,
+        other_reader=other_reader,
         dtype=dtype,
         device=device,
         progress=progress,

@@ -19,11 +19,14 @@ from compllm_rag.compression.loading import load_compressor, untrained_deep
 from compllm_rag.compression.rates import FixedRate
 from compllm_rag.compression.selection import learned_scores, selector_features
 from compllm_rag.errors import ConfigurationError
+from compllm_rag.models.adapters import inject_lora
+from compllm_rag.models.llm import TargetLLM, decoder_of
 from compllm_rag.prompt import ConceptSpan
 from compllm_rag.training.deep_task import concepts_of, drawn_at
 from compllm_rag.training.examples import pack_deep, targets_of
 from compllm_rag.training.material import Material, MaterialConfig
 from compllm_rag.training.objective import answer_loss, last_hidden_state
+from compllm_rag.training.reader_task import save_reader
 from compllm_rag.training.selector import _Sums, answer_tokens, fit_selector, gate_sizes, with_selector
 from trained import information
 
@@ -201,3 +204,18 @@ def test_the_command_makes_one(toy_folder: Path, world: Path, tmp_path: Path) ->
     )
     assert again.exit_code == 2
     assert "no compressor here" in again.output
+
+
+def test_the_command_goes_on_with_another_reader(toy_folder: Path, world: Path, tmp_path: Path) -> None:
+    llm = TargetLLM.from_pretrained(toy_folder)
+    before = untrained_deep(llm).save_pretrained(tmp_path / "before")
+    inject_lora(decoder_of(llm.model), rank=2, alpha=4, modules=("q_proj",))
+    save_reader(llm, tmp_path / "reader", rank=2, modules=("q_proj",))
+    words = ["train", "selector", "--llm", toy_folder, "--data-dir", world, "--groups", 4, "--gates", 0, "--json"]
+    words += ["--from", before, "--reader", tmp_path / "reader", "--out", tmp_path / "made"]
+    refused = CliRunner().invoke(app, [str(word) for word in words])
+    assert refused.exit_code == 2 and "--other-reader" in refused.output and not (tmp_path / "made").exists()
+    done = CliRunner().invoke(app, [str(word) for word in (*words, "--other-reader")])
+    assert done.exit_code == 0, done.output
+    made = load_compressor(tmp_path / "made", TargetLLM.from_pretrained(toy_folder, reader=tmp_path / "reader"))
+    assert made.config.selector == "learned"
