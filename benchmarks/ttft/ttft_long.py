@@ -245,6 +245,7 @@ def _sorted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def plot(record: Record) -> Any:
     """Prefill over the context, a line for text and for each rate."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     panel = figure.subplots()
@@ -259,6 +260,7 @@ def plot(record: Record) -> Any:
     panel.set_yscale("log")
     panel.set_xticks(contexts, [f"{n // 1024}k" if n % 1024 == 0 else f"{n:,}" for n in contexts])
     panel.minorticks_off()
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # one decade has labels, too
     panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     panel.set_xlabel("context (source tokens)")
     panel.set_ylabel("prefill (s)")
