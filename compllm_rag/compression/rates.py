@@ -40,11 +40,13 @@ class FixedRate:
             )
         most = max_rate(segment_length)
         if rate > most:
+            # No segment is long enough for the largest of numbers, nor can that length be reckoned.
+            longer = f", or use a compressor with segments of {math.ceil(rate / _REACH)} tokens" if rate < 1e6 else ""
             raise RateOutOfReachError(
                 "compression rate is out of reach",
                 got=f"rate {rate:g} with segments of at most {segment_length} tokens",
                 expected=f"at most {most:g}",
-                next_step=f"lower the rate, or use a compressor with segments of {math.ceil(rate / _REACH)} tokens",
+                next_step=f"lower the rate{longer}",
             )
         self.rate, self.segment_length = float(rate), segment_length
 

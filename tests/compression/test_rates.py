@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -37,7 +38,7 @@ def test_fixed_rate_decides_each_segment_by_its_length_alone() -> None:
     assert policy.n_concepts([]) == []
 
 
-@pytest.mark.parametrize(("segment_length", "rate"), [(20, 6.1), (20, 8), (10, 4), (2, 2)])
+@pytest.mark.parametrize(("segment_length", "rate"), [(20, 6.1), (20, 8), (10, 4), (2, 2), (20, sys.float_info.max)])
 def test_a_rate_that_the_segments_cannot_reach_is_refused(segment_length: int, rate: float) -> None:
     with pytest.raises(RateOutOfReachError) as caught:
         FixedRate(rate, segment_length)
