@@ -111,9 +111,19 @@ class CompressorConfig(Frozen):
     pins: tuple[Pin, ...] = Field(
         default=(), description="words whose tokens deep concepts keep before others, as far as half of K goes"
     )
+    marked: bool = Field(
+        default=False, description="where tokens are dropped, a learned vector is added to the embeddings of those kept"
+    )
     read_rank: int = Field(default=0, ge=0, description="rank of the LoRA that reads deep concepts; 0: no LoRA")
     read_alpha: int = Field(default=0, ge=0)
     read_modules: tuple[str, ...] = ()
+    prompt_rank: int = Field(
+        default=0,
+        ge=0,
+        description="rank of the LoRA with which a prompt's own tokens run below the entry layer; 0: no LoRA",
+    )
+    prompt_alpha: int = Field(default=0, ge=0)
+    prompt_modules: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _unit_of_whole_segments(self) -> Self:
@@ -133,8 +143,12 @@ class CompressorConfig(Frozen):
     def _without_what_is_off(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A setting that came later is not named while it is off: fingerprints and files of before stay as they are."""
         made: dict[str, Any] = handler(self)
-        if not self.pins:
-            made.pop("pins", None)
+        for name in ("pins", "marked"):
+            if not made.get(name):
+                made.pop(name, None)
+        if not self.prompt_rank:
+            for name in ("prompt_rank", "prompt_alpha", "prompt_modules"):
+                made.pop(name, None)
         return made
 
     @property
@@ -145,7 +159,7 @@ class CompressorConfig(Frozen):
     @property
     def trained(self) -> bool:
         """Whether there is anything learned in it: a LoRA that writes or reads, or a head (its scale is then set)."""
-        return self.lora_rank > 0 or self.read_rank > 0 or self.scale != 1.0
+        return self.lora_rank > 0 or self.read_rank > 0 or self.prompt_rank > 0 or self.scale != 1.0
 
     @property
     def longest_unit(self) -> int:

@@ -280,9 +280,9 @@ def test_a_rate_out_of_reach_is_refused(compressor: Compressor) -> None:
         ConceptLibrary(compressor, MemoryStore(32), rate=9)
 
 
-@pytest.mark.parametrize("codec", ["input", "deep"])
+@pytest.mark.parametrize("codec", ["input", "deep", "marked"])
 def test_several_rates_are_kept_side_by_side_and_fetched_by_name(codec: str, llm: TargetLLM) -> None:
-    compressor = trained(llm) if codec == "input" else trained_deep(toy.llm(layers=4))
+    compressor = trained(llm) if codec == "input" else trained_deep(toy.llm(layers=4), marked=codec == "marked")
     store = MemoryStore(compressor.spec.width)
     library = ConceptLibrary(compressor, store, rate=1, also_rates=(2, 4))
     report = library.ensure(PARAGRAPHS)
@@ -309,6 +309,13 @@ def test_a_deep_unit_passes_the_llm_once_for_all_its_rates() -> None:
     library = ConceptLibrary(counting, MemoryStore(33), rate=1, also_rates=(2, 3))  # type: ignore[arg-type]
     library.ensure(PARAGRAPHS)
     assert len(counting.asked) == len(set(counting.asked)) == len(PARAGRAPHS)
+
+
+def test_a_marked_unit_is_another_at_each_rate() -> None:
+    counting = Counting(trained_deep(toy.llm(layers=4), marked=True))
+    library = ConceptLibrary(counting, MemoryStore(33), rate=1, also_rates=(2, 3))  # type: ignore[arg-type]
+    library.ensure(PARAGRAPHS)
+    assert len(counting.asked) == 3 * len(set(counting.asked)) == 3 * len(PARAGRAPHS)
 
 
 def test_a_rate_that_is_not_held_is_refused_by_name(library: ConceptLibrary, llm: TargetLLM) -> None:

@@ -40,17 +40,20 @@ def randomise(compressor: Compressor, *, seed: int, strength: float = 0.2) -> No
 
 
 DEEP: dict[str, Any] = {**LORA, "read_rank": 2, "read_alpha": 4, "read_modules": ("q_proj", "o_proj")}
+PROMPT: dict[str, Any] = {"prompt_rank": 3, "prompt_alpha": 6, "prompt_modules": ("k_proj", "up_proj")}
 
 
 def trained_deep(llm: TargetLLM, *, seed: int = 0, strength: float = 0.2, **config: Any) -> DeepCompressor:
-    """A compressor of deep concepts whose two LoRAs are random numbers that fp16 holds exactly."""
+    """A compressor of deep concepts whose LoRAs and marker are random numbers that fp16 holds exactly."""
     made = untrained_deep(llm, information=information(llm), **{**DEEP, **config})
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for tree in (made.decoder, made.halves.upper):
+        for tree in made.trees.values():
             for name, parameter in tree.named_parameters():
                 if ".lora_" in name:
                     parameter.copy_((torch.randn(parameter.shape, generator=generator) * strength).half())
+        if made.marker is not None:
+            made.marker.copy_((torch.randn(made.marker.shape, generator=generator) * strength).half())
     return made
 
 

@@ -36,6 +36,7 @@ Out = Annotated[Path, typer.Option("--out", help="Folder of the run; best/ in it
 _UNASKED = (
     *("format_version", "segmenter_version", "scale", "lora_alpha"),
     *("entry_layer", "unit_length", "opening", "selector", "pins", "read_rank", "read_alpha", "read_modules"),
+    *("marked", "prompt_rank", "prompt_alpha", "prompt_modules"),
 )
 
 

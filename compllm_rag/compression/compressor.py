@@ -34,7 +34,10 @@ from compllm_rag.models.halves import Halves, lower_half
 from compllm_rag.models.llm import TargetLLM
 
 # Settings of deep concepts, which these are not.
-_DEEP_FIELDS = ("entry_layer", "unit_length", "opening", "selector", "pins", "read_rank", "read_alpha", "read_modules")
+_DEEP_FIELDS = (
+    *("entry_layer", "unit_length", "opening", "selector", "pins", "marked"),
+    *("read_rank", "read_alpha", "read_modules", "prompt_rank", "prompt_alpha", "prompt_modules"),
+)
 # Tokens and anchors of one forward; enough to keep two cores or one GPU busy, small enough for 24 GiB.
 BATCH_POSITIONS = {"cpu": 4096, "cuda": 65536}
 # Segments read ahead and sorted by length, so that batches are nearly rectangular and memory stays bounded.

@@ -5,7 +5,10 @@ their residual stream is the chunk's concepts. At query time the prompt's own to
 the passages, the concepts join at layer L at their source positions, and the upper layers run over all: a passage costs
 (D - L) / (D C) of its prefill as text, D the LLM's layers, and as much of its KV cache.
 
-Two LoRA adapters may be trained, both optional: one below L that writes concepts, one from L on that reads them.
+Three LoRA adapters may be trained, all optional: one below L that writes concepts, one from L on that reads them, and
+one below L with which the prompt's own tokens run there, where they do not see the passages as the LLM is used to. And
+where tokens are dropped, a learned vector may mark those that are kept: what stands there then knows that it has to
+speak for its neighbours.
 Untrained, an LLM reads its own states: at L = D / 2 and C = 1 they recover most of what text gives (docs/quality.md).
 Lower layers of a decoder deal with what is near, so that question and passage need not meet there (DeFormer,
 arXiv 2005.00697); CompLLM's concepts (arXiv 2509.19228) enter at layer 0.
@@ -77,11 +80,19 @@ class DeepCompressor:
         self.halves = Halves(llm, config.entry_layer)
         if config.read_rank:
             inject_lora(self.halves.upper, rank=config.read_rank, alpha=config.read_alpha, modules=config.read_modules)
+        # What the selector looks at: the LLM as it is, whatever LoRA its halves have.
+        self._plain = self.halves.lower
+        if config.prompt_rank:
+            self._plain = lower_half(llm.model, config.entry_layer)
+            rank, alpha, modules = config.prompt_rank, config.prompt_alpha, config.prompt_modules
+            inject_lora(self.halves.lower, rank=rank, alpha=alpha, modules=modules)
         table = information if information is not None else information_for(llm.tokenizer)
         # fp16 is what is saved: a table kept finer than its file would choose other positions after a reload.
         self.information = fitted(table, llm.embedding.weight.shape[0]).half().float().to(llm.device)
         self.selector = None if selector is None else selector.half().float().to(llm.device)
         self._pins = Pins(llm.tokenizer, llm.embedding.weight.shape[0], config.pins) if config.pins else None
+        # (hidden_size,), without effect until it is trained; float32 as the LoRA tensors are
+        self.marker = torch.nn.Parameter(torch.zeros(llm.hidden_size, device=llm.device)) if config.marked else None
         self.decoder = lower_half(llm.model, config.entry_layer)
         if config.lora_rank:
             inject_lora(self.decoder, rank=config.lora_rank, alpha=config.lora_alpha, modules=config.lora_modules)
@@ -109,11 +120,16 @@ class DeepCompressor:
         shapes: dict[str, tuple[int, ...]] = {"information": (saved.llm.embedding.weight.shape[0],)}
         if saved.config.selector == "learned":
             shapes["selector"] = (saved.llm.hidden_size + 1,)
-        saved.check_tensors(shapes, ("lora.", "read."))
-        tables = {name: saved.state[name].float() for name in shapes}
+        learned = dict(shapes)
+        if saved.config.marked:
+            shapes["marker"] = (saved.llm.hidden_size,)
+        saved.check_tensors(shapes, ("lora.", "read.", "prompt."))
+        tables = {name: saved.state[name].float() for name in learned}
         made = cls(saved.llm, saved.config, **tables)
-        load_lora_state(made.decoder, saved.under("lora."))
-        load_lora_state(made.halves.upper, saved.under("read."))
+        if made.marker is not None:
+            made.marker.data.copy_(saved.state["marker"])
+        for name, tree in made.trees.items():
+            load_lora_state(tree, saved.under(f"{name}."))
         saved.check_fingerprint(made.fingerprint)
         made.losses = saved.losses
         return made
@@ -139,6 +155,21 @@ class DeepCompressor:
         return self._fingerprint
 
     @property
+    def trees(self) -> dict[str, Any]:
+        """The module trees that may have a LoRA, by the name that its tensors begin with in a file.
+
+        `lora` writes concepts, `prompt` and `read` run a prompt below and from the entry layer on.
+        """
+        return {"lora": self.decoder, "read": self.halves.upper, "prompt": self.halves.lower}
+
+    def take_lora(self, other: DeepCompressor) -> None:
+        """Copy every LoRA, and the marker, of a compressor with the same ones; the fingerprint is to be refreshed."""
+        for name, tree in self.trees.items():
+            load_lora_state(tree, lora_state(other.trees[name]))
+        if self.marker is not None and other.marker is not None:
+            self.marker.data.copy_(other.marker.data)
+
+    @property
     def hidden_size(self) -> int:
         """Width of a concept."""
         return self.llm.hidden_size
@@ -153,12 +184,15 @@ class DeepCompressor:
         return state_rms(self.llm, self.config)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Everything learned, in fp16 as it is saved: both LoRAs, the information table and the selector's weights."""
-        tensors = {f"lora.{name}": tensor for name, tensor in lora_state(self.decoder).items()}
-        tensors |= {f"read.{name}": tensor for name, tensor in lora_state(self.halves.upper).items()}
+        """Everything learned, in fp16 as it is saved: each LoRA, the marker, the information table, the selector."""
+        tensors = {
+            f"{part}.{name}": tensor for part, tree in self.trees.items() for name, tensor in lora_state(tree).items()
+        }
         tensors["information"] = self.information
         if self.selector is not None:
             tensors["selector"] = self.selector
+        if self.marker is not None:
+            tensors["marker"] = self.marker.detach()
         return {name: tensor.half().contiguous() for name, tensor in tensors.items()}
 
     def compress(
@@ -253,7 +287,7 @@ class DeepCompressor:
 
     @torch.inference_mode()
     def _forward(self, units: Sequence[Sequence[int]], kept: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        hidden = self.states(units)  # (batch, longest, hidden_size)
+        hidden = self.states(units, kept)  # (batch, longest, hidden_size)
         out = []
         for row, places in zip(hidden, kept, strict=True):
             at = torch.tensor(places)  # (K,)
@@ -262,18 +296,24 @@ class DeepCompressor:
         return out
 
     @torch.inference_mode()
-    def states(self, units: Sequence[Sequence[int]]) -> torch.Tensor:
+    def states(self, units: Sequence[Sequence[int]], kept: Sequence[Sequence[int]] | None = None) -> torch.Tensor:
         """One batched forward of the lower half.
+
+        Args:
+            units: Token ids of each.
+            kept: Places of each that are kept, which a marked compressor has to know; None: all of them.
 
         Returns:
             Tensor (batch, most tokens, hidden_size) in the compute dtype: the residual stream in front of the entry
             layer at every token of each unit; rows beyond a unit's length are meaningless.
         """
-        return self._through(self._writing(), units)
+        return self._through(self._writing(), units, kept)
 
-    def states_with_grad(self, units: Sequence[Sequence[int]]) -> torch.Tensor:
-        """The same as `states`, differentiable in the LoRA that writes; slower."""
-        return self._through(self.decoder, units)
+    def states_with_grad(
+        self, units: Sequence[Sequence[int]], kept: Sequence[Sequence[int]] | None = None
+    ) -> torch.Tensor:
+        """The same as `states`, differentiable in the LoRA that writes and in the marker; slower."""
+        return self._through(self.decoder, units, kept)
 
     def _writing(self) -> Any:
         """The lower half that passages run through: its LoRA merged into weights of its own, where memory allows.
@@ -297,15 +337,31 @@ class DeepCompressor:
             self._merged = made
         return made
 
-    def _through(self, tree: Any, units: Sequence[Sequence[int]]) -> torch.Tensor:
+    def _through(self, tree: Any, units: Sequence[Sequence[int]], kept: Sequence[Sequence[int]] | None) -> torch.Tensor:
         begin = len(self.config.opening)
         ids, mask = self._rows(units)  # (batch, begin + most tokens) each
         hidden: torch.Tensor = tree(
-            inputs_embeds=self.llm.embedding(ids),
+            inputs_embeds=self._marked(self.llm.embedding(ids), units, kept),
             attention_mask=None if bool(mask.all()) else mask,
             use_cache=False,
         ).last_hidden_state  # (batch, begin + most tokens, hidden_size)
         return hidden[:, begin:]
+
+    def _marked(
+        self, embeddings: torch.Tensor, units: Sequence[Sequence[int]], kept: Sequence[Sequence[int]] | None
+    ) -> torch.Tensor:
+        """Embeddings (batch, n, hidden_size) of rows with the marker at the places that are kept of a unit."""
+        if self.marker is None or kept is None:
+            return embeddings
+        begin = len(self.config.opening)
+        places = [
+            [begin + place for place in own] if len(own) < len(unit) else []  # where all are kept, none stands out
+            for unit, own in zip(units, kept, strict=True)
+        ]
+        at = torch.zeros(embeddings.shape[:2], dtype=embeddings.dtype, device=embeddings.device)  # (batch, n)
+        for row, own in zip(at, places, strict=True):
+            row[own] = 1
+        return embeddings + at[..., None] * self.marker.to(embeddings.dtype)
 
     @torch.inference_mode()
     def plain_states(self, units: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
@@ -314,8 +370,12 @@ class DeepCompressor:
         size = max(1, limit // (begin + self.config.unit_length))
         for at in range(0, len(units), size):
             ids, mask = self._rows(units[at : at + size])  # (batch, n) each
-            places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)  # (batch, n)
-            hidden = self.halves.below(self.llm.embedding(ids), mask, places)  # (batch, n, hidden_size)
+            hidden = self._plain(
+                inputs_embeds=self.llm.embedding(ids),
+                attention_mask=mask,
+                position_ids=torch.arange(ids.shape[1], device=ids.device).expand_as(ids),  # (batch, n)
+                use_cache=False,
+            ).last_hidden_state  # (batch, n, hidden_size)
             yield from (row[begin : begin + len(unit)] for row, unit in zip(hidden, units[at : at + size], strict=True))
 
     def _rows(self, units: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

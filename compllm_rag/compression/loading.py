@@ -17,7 +17,6 @@ from compllm_rag.compression.pretrained import read_compressor
 from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.config import DEFAULT_LLM, Codec, CompressorConfig, Pin, checked
 from compllm_rag.errors import ConfigurationError
-from compllm_rag.models.adapters import load_lora_state, lora_state
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import QAPrompt
 
@@ -158,8 +157,7 @@ def pinned(compressor: ConceptCompressor, pins: Sequence[Pin]) -> DeepCompressor
     fields = compressor.config.model_dump() | {"pins": tuple(sorted(set(pins)))}
     tables = {"information": compressor.information, "selector": compressor.selector}
     made = DeepCompressor(compressor.llm, checked(CompressorConfig, **fields), **tables)
-    load_lora_state(made.decoder, lora_state(compressor.decoder))
-    load_lora_state(made.halves.upper, lora_state(compressor.halves.upper))
+    made.take_lora(compressor)
     made.refresh_fingerprint()
     return made
 

@@ -194,13 +194,13 @@ def load_spec(folder: Path, llm: TargetLLM) -> ConceptSpec:
 
 
 def load_reading(folder: Path, llm: TargetLLM, config: CompressorConfig) -> Halves:
-    """The halves of an LLM with the LoRA that reads a saved compressor's deep concepts; the one that writes stays out.
+    """The halves of an LLM with the LoRAs that read a saved compressor's deep concepts; the one that writes stays out.
 
     Raises:
         UnsupportedFormatError: The weights are missing or damaged.
     """
-    state = _read_weights(folder / _WEIGHTS) if config.read_rank else {}
-    return reading_halves(llm, config, _under(state, "read."))
+    state = _read_weights(folder / _WEIGHTS) if config.read_rank or config.prompt_rank else {}
+    return reading_halves(llm, config, _under(state, "read."), _under(state, "prompt."))
 
 
 def _check_llm(record: dict[str, Any], llm: TargetLLM) -> None:

@@ -14,6 +14,8 @@ def compressed_once(
 ) -> list[torch.Tensor]:
     """Compress units, some of them at several rates; a deep one that is kept whole gives its other rates, too.
 
+    Not where tokens that are kept are marked: they are other concepts at each rate.
+
     Args:
         compressor: Makes concepts.
         segments: Token ids of each unit.
@@ -22,7 +24,8 @@ def compressed_once(
     Returns:
         One tensor (K, width) per unit, as of `ConceptCompressor.compress`.
     """
-    whole = {s for s, k in zip(segments, n_concepts, strict=True) if k == len(s)} if compressor.config.deep else set()
+    shared = compressor.config.deep and not compressor.config.marked
+    whole = {s for s, k in zip(segments, n_concepts, strict=True) if k == len(s)} if shared else set()
     cut = [i for i, (s, k) in enumerate(zip(segments, n_concepts, strict=True)) if s in whole and k < len(s)]
     rest = sorted(set(range(len(segments))) - set(cut))
     made = dict(zip(rest, compressor.compress([segments[i] for i in rest], [n_concepts[i] for i in rest]), strict=True))

@@ -184,13 +184,16 @@ class DeferredCompressor:
             return self._loaded
 
 
-def reading_halves(llm: TargetLLM, config: CompressorConfig, lora: dict[str, torch.Tensor]) -> Halves:
-    """The LLM in two halves, the LoRA that reads deep concepts on its upper one.
+def reading_halves(
+    llm: TargetLLM, config: CompressorConfig, read: dict[str, torch.Tensor], prompt: dict[str, torch.Tensor]
+) -> Halves:
+    """The LLM in two halves, each with the LoRA by which prompts with deep concepts are read.
 
     Args:
         llm: The target LLM.
         config: Of the compressor.
-        lora: Its tensors, empty where `config` has none.
+        read: Tensors of the upper half's LoRA, empty where `config` has none.
+        prompt: Those of the lower half's.
 
     Raises:
         UnsupportedFormatError: They are not those that `config` tells of.
@@ -198,7 +201,11 @@ def reading_halves(llm: TargetLLM, config: CompressorConfig, lora: dict[str, tor
     halves = Halves(llm, config.entry_layer)
     if config.read_rank:
         inject_lora(halves.upper, rank=config.read_rank, alpha=config.read_alpha, modules=config.read_modules)
-        load_lora_state(halves.upper, lora)
+        load_lora_state(halves.upper, read)
+    if config.prompt_rank:
+        rank, alpha, modules = config.prompt_rank, config.prompt_alpha, config.prompt_modules
+        inject_lora(halves.lower, rank=rank, alpha=alpha, modules=modules)
+        load_lora_state(halves.lower, prompt)
     return halves
 
 

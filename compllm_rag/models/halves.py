@@ -94,15 +94,16 @@ class Halves:
             self._compare()
 
     def merged(self) -> Halves:
-        """The same halves without LoRA layers: what they add is added to weights of the upper half's own.
+        """The same halves without LoRA layers: what they add is added to weights of each half's own.
 
         A LoRA of rank 32 makes a small LLM's layers a tenth slower or more. The price is memory for those weights, at
-        most as much as the upper half has; the target's stay as they are.
+        most as much as the halves with a LoRA have; the target's stay as they are.
         """
-        if not has_lora(self.upper):
+        if not has_lora(self.lower) and not has_lora(self.upper):
             return self
         made = copy.copy(self)
-        made.upper = merged_tree(self.upper)
+        made.lower = merged_tree(self.lower) if has_lora(self.lower) else self.lower
+        made.upper = merged_tree(self.upper) if has_lora(self.upper) else self.upper
         return made
 
     def caches(self) -> tuple[Any, Any]:

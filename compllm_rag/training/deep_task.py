@@ -36,6 +36,7 @@ from compllm_rag.training.run_config import Progress, RunConfig
 # Below this many nats between no passages and text there is nothing to recover (docs/design.md section 7).
 _LEAST_GAIN = 0.3
 _DEFAULT = DeepOptions()
+_NO_LORA: dict[str, Any] = {"rank": 0, "alpha": 0, "modules": ()}
 # The LLM's parts for each way of narrowing.
 Parts = Mapping[Narrowing, NarrowedHalves]
 # Hidden states (n_predictions, hidden_size) after the final norm, of examples read in one way or another.
@@ -47,7 +48,8 @@ class _Trained(nn.Module):
 
     def __init__(self, compressor: DeepCompressor, objective: ObjectiveConfig, parts: Parts) -> None:
         super().__init__()
-        self.decoder, self.upper = compressor.decoder, compressor.halves.upper
+        self.decoder, self.upper, self.lower = compressor.decoder, compressor.halves.upper, compressor.halves.lower
+        self.marker = compressor.marker
         self.__dict__["compressor"], self.__dict__["objective"], self.__dict__["parts"] = compressor, objective, parts
 
     def forward(self, items: Sequence[Drawn]) -> Loss:
@@ -109,9 +111,9 @@ class DeepTask:
         objective = ObjectiveConfig(hidden=0.0, kl=kl, ce=1.0, prompt=0.0)
         self.module: nn.Module = _Trained(compressor, objective, self.parts)
         for name, parameter in self.module.named_parameters():
-            parameter.requires_grad_(".lora_" in name)
+            parameter.requires_grad_(".lora_" in name or name == "marker")
         # The LLM reading its own states, which training has to beat; it shares all tensors.
-        plain = config.model_copy(update={"lora_rank": 0, "read_rank": 0})
+        plain = config.model_copy(update={"lora_rank": 0, "read_rank": 0, "prompt_rank": 0, "marked": False})
         tables = {"information": compressor.information, "selector": compressor.selector}
         self._untrained = DeepCompressor(compressor.llm, plain, **tables)
         self.validation_rates = list(validation_rates)
@@ -122,7 +124,7 @@ class DeepTask:
         self._fixed: dict[str, float] = {}
 
     def parameter_groups(self, config: RunConfig) -> list[dict[str, Any]]:
-        """Both LoRAs."""
+        """Every LoRA, and the marker."""
         return [{"params": [p for p in self.module.parameters() if p.requires_grad], "times": 1.0}]
 
     def draw(self, rng: random.Random) -> Drawn:
@@ -222,10 +224,28 @@ class DeepTask:
 
 
 def lora_settings(options: DeepOptions) -> dict[str, Any]:
-    """Fields of `CompressorConfig` of both LoRAs."""
-    lora = {"rank": options.lora_rank, "alpha": 2 * options.lora_rank, "modules": options.lora_modules}
-    read = {"rank": 0, "alpha": 0, "modules": ()} if options.frozen_upper else lora
-    return {f"{name}_{key}": value for name, half in (("lora", lora), ("read", read)) for key, value in half.items()}
+    """Fields of `CompressorConfig` of what is trained.
+
+    Raises:
+        ConfigurationError: A LoRA for prompts is asked for where the LLM is to read concepts as it is.
+    """
+    if options.frozen_upper and options.prompt_rank:
+        raise ConfigurationError(
+            "the LLM cannot both read concepts as it is and learn to",
+            got=f"frozen_upper, and a LoRA of rank {options.prompt_rank} for prompts",
+            expected="one of them",
+            next_step="leave --frozen-upper or --prompt-rank out",
+        )
+
+    def of(rank: int) -> dict[str, Any]:
+        return {"rank": rank, "alpha": 2 * rank, "modules": options.lora_modules if rank else ()}
+
+    alone = options.frozen_upper
+    ranks = {"lora": options.lora_rank, "read": 0 if alone else options.lora_rank}
+    if options.prompt_rank is not None or alone:
+        ranks["prompt"] = 0 if alone else options.prompt_rank or 0
+    fields = {f"{name}_{key}": value for name, rank in ranks.items() for key, value in of(rank).items()}
+    return fields | ({} if options.marked is None else {"marked": options.marked})
 
 
 def going_on_from(folder: Path, llm: TargetLLM, options: DeepOptions) -> DeepCompressor:
@@ -236,9 +256,16 @@ def going_on_from(folder: Path, llm: TargetLLM, options: DeepOptions) -> DeepCom
         FingerprintMismatchError, UnsupportedFormatError: See `read_compressor`.
     """
     made = DeepCompressor.of(read_compressor(folder, llm, other_reader=options.other_reader))
-    if options.frozen_upper and made.config.read_rank:
+    if options.frozen_upper and (made.config.read_rank or made.config.prompt_rank):
         made = _writing_alone(made)
     wanted = lora_settings(options)
+    more: dict[str, Any] = {}
+    if options.prompt_rank and not made.config.prompt_rank:
+        more |= {name: value for name, value in wanted.items() if name.startswith("prompt_")}
+    if options.marked and not made.config.marked:
+        more["marked"] = True
+    if more:
+        made = _with_more(made, more)
     if options.entry_layer is not None:
         wanted["entry_layer"] = options.entry_layer
     for name, value in wanted.items():
@@ -257,11 +284,24 @@ def going_on_from(folder: Path, llm: TargetLLM, options: DeepOptions) -> DeepCom
 
 def _writing_alone(made: DeepCompressor) -> DeepCompressor:
     """The same compressor with its concepts read by the LLM as it is."""
-    fields = made.config.model_dump() | {"read_rank": 0, "read_alpha": 0, "read_modules": ()}
-    config = CompressorConfig.model_validate(fields)
+    none = {f"{name}_{key}": value for name in ("read", "prompt") for key, value in _NO_LORA.items()}
+    config = CompressorConfig.model_validate(made.config.model_dump() | none)
     alone = DeepCompressor(made.llm, config, information=made.information, selector=made.selector)
     load_lora_state(alone.decoder, lora_state(made.decoder))
+    if alone.marker is not None and made.marker is not None:
+        alone.marker.data.copy_(made.marker.data)
     return alone
+
+
+def _with_more(made: DeepCompressor, fields: Mapping[str, Any]) -> DeepCompressor:
+    """The same compressor with a LoRA for the prompt's own tokens, or a marker, neither of which has an effect yet."""
+    config = CompressorConfig.model_validate(made.config.model_dump() | dict(fields))
+    more = DeepCompressor(made.llm, config, information=made.information, selector=made.selector)
+    for name, tree in more.trees.items():
+        load_lora_state(tree, lora_state(tree) | lora_state(made.trees[name]))
+    if more.marker is not None and made.marker is not None:
+        more.marker.data.copy_(made.marker.data)
+    return more
 
 
 def drawn_at(example: Example, policy: FixedRate) -> Drawn:
@@ -287,9 +327,11 @@ def read_concepts(compressor: DeepCompressor, items: Sequence[Drawn], parts: Par
 def concepts_of(compressor: DeepCompressor, items: Sequence[Drawn]) -> list[list[ConceptSpan]]:
     """Deep concepts of every passage of every example, with gradient."""
     units = [unit for item in items for body in item.example.bodies for unit in body.segments]
-    hidden = iter(compressor.states_with_grad(units))  # (most tokens of a unit, hidden_size) each
+    chosen = _kept(compressor, items)
+    places = [own for bodies in chosen for kept in bodies for own in kept]
+    hidden = iter(compressor.states_with_grad(units, places))  # (most tokens of a unit, hidden_size) each
     out = []
-    for item, bodies in zip(items, _kept(compressor, items), strict=True):
+    for item, bodies in zip(items, chosen, strict=True):
         spans = []
         for number, (body, kept) in enumerate(zip(item.example.bodies, bodies, strict=True)):
             # (n_concepts, hidden_size) and (n_concepts,) of one passage

@@ -48,6 +48,11 @@ def at_entry_layer(made: DeepCompressor, entry_layer: int) -> DeepCompressor:
         by_layer = _by_layer(lora_state(made.decoder), 0) | _by_layer(lora_state(made.halves.upper), own.entry_layer)
         for tree, first in ((moved.decoder, 0), (moved.halves.upper, entry_layer)):
             load_lora_state(tree, {name: by_layer[_place(name, first)] for name in lora_state(tree)})
+    # A layer that comes under the entry layer has nothing to begin with here: its LoRA starts without effect.
+    known, begun = lora_state(made.halves.lower), lora_state(moved.halves.lower)
+    load_lora_state(moved.halves.lower, {name: known.get(name, tensor) for name, tensor in begun.items()})
+    if moved.marker is not None and made.marker is not None:
+        moved.marker.data.copy_(made.marker.data)
     moved.refresh_fingerprint()
     return moved
 

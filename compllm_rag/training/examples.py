@@ -227,7 +227,7 @@ def pack(
 
 
 def pack_deep(examples: Sequence[Example], halves: Halves, concepts: Sequence[Sequence[ConceptSpan]]) -> Packed:
-    """Lay examples out for one forward of the LLM's upper half; tokens run through the lower one, without gradient.
+    """Lay examples out for one forward of the LLM's upper half; tokens run through the lower one.
 
     As in generation, tokens see no passages below the entry layer, and concepts join there.
 
@@ -237,12 +237,13 @@ def pack_deep(examples: Sequence[Example], halves: Halves, concepts: Sequence[Se
         concepts: For each example, deep concepts of each of its passages.
 
     Returns:
-        The batch; gradients flow into `concepts`.
+        The batch; gradients flow into `concepts`, and into the lower half's LoRA if it has one.
     """
     llm = halves.llm
     rows = [_row(example, spans) for example, spans in zip(examples, concepts, strict=True)]
     low = [_without_concepts(row) for row in rows]
-    with torch.no_grad():
+    learned = any(parameter.requires_grad for parameter in halves.lower.parameters())
+    with torch.set_grad_enabled(learned and torch.is_grad_enabled()):
         sequences = [embed_spans(row.spans, llm.embedding, llm.device) for row in low]  # (n_tokens, hidden_size)
         embeds = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)  # (batch, most tokens, hidden_size)
         packed = _packed(llm, low, embeds)

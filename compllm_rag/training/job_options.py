@@ -156,6 +156,17 @@ class DeepOptions(ConceptOptions):
         default=None, ge=1, description="the layer at which concepts enter; left out: half the LLM's layers"
     )
     lora_rank: int = Field(default=32, ge=1, description="of LoRA, in each half")
+    prompt_rank: int | None = Field(
+        default=None,
+        ge=0,
+        description="of a LoRA with which the prompt's own tokens run below the entry layer; left out: what a run goes "
+        "on from has, and none for a new one. Where that has none, it is added",
+    )
+    marked: bool | None = Field(
+        default=None,
+        description="learn a vector that marks the tokens that are kept, where others are dropped; left out: what a "
+        "run goes on from has, and none for a new one. Where that has none, it is added",
+    )
     lora_modules: tuple[str, ...] = Field(
         default=LINEARS, description="a linear layer that LoRA changes, by the end of its name; may be repeated"
     )

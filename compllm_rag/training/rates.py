@@ -274,7 +274,9 @@ def measured_losses(compressor: DeepCompressor, example: Example, rates: Sequenc
     targets = targets_of([example], prompt_weight=0.0, kind_weights={}, device=llm.device)
     bodies = example.bodies
     units = [unit for body in bodies for unit in body.segments]
-    hidden, scores = list(compressor.states(units)), list(compressor.scores(units))
+    scores = list(compressor.scores(units))
+    # What is not marked has the same states at every rate.
+    hidden = None if compressor.config.marked else list(compressor.states(units))
 
     def nll(states: torch.Tensor) -> float:
         total, tokens = nll_by_kind(llm, states, targets)["qa"]
@@ -284,11 +286,16 @@ def measured_losses(compressor: DeepCompressor, example: Example, rates: Sequenc
     found = []
     for rate in rates:
         spans, at = list[ConceptSpan](), 0
+        chosen = [
+            compressor.best_places(unit, own, concepts_at(rate, len(unit)))
+            for unit, own in zip(units, scores, strict=True)
+        ]
+        rows = hidden or list(compressor.states(units, chosen))
         for number, body in enumerate(bodies):
             states, places, begin = [], list[int](), 0
             for unit in body.segments:
-                kept = compressor.best_places(unit, scores[at], concepts_at(rate, len(unit)))
-                states.append(hidden[at][kept])
+                kept = chosen[at]
+                states.append(rows[at][kept])
                 places += [begin + place for place in kept]
                 at, begin = at + 1, begin + len(unit)
             spans.append(ConceptSpan(torch.cat(states), number, torch.tensor(places), len(body)))

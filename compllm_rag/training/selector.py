@@ -28,7 +28,6 @@ from compllm_rag.compression.loading import AUTO, load_compressor_for
 from compllm_rag.compression.rates import FixedRate
 from compllm_rag.compression.selection import selector_features
 from compllm_rag.errors import ConfigurationError
-from compllm_rag.models.adapters import load_lora_state, lora_state
 from compllm_rag.prompt import ConceptSpan
 from compllm_rag.training.deep_task import concepts_of, drawn_at
 from compllm_rag.training.entry_layer import at_entry_layer
@@ -214,8 +213,7 @@ def with_selector(compressor: DeepCompressor, weights: torch.Tensor) -> DeepComp
     """The same compressor, LoRA included, choosing tokens by a learned selector; its fingerprint is another one."""
     config = compressor.config.model_copy(update={"selector": "learned"})
     made = DeepCompressor(compressor.llm, config, information=compressor.information, selector=weights)
-    load_lora_state(made.decoder, lora_state(compressor.decoder))
-    load_lora_state(made.halves.upper, lora_state(compressor.halves.upper))
+    made.take_lora(compressor)
     return made
 
 

@@ -19,13 +19,15 @@ from compllm_rag.compression.spec import ConceptSpec, DeferredCompressor
 from compllm_rag.errors import ConfigurationError, FingerprintMismatchError, UnsupportedFormatError
 from compllm_rag.models.halves import Halves
 from compllm_rag.models.llm import TargetLLM
-from trained import DEEP, information, trained, trained_deep
+from trained import DEEP, PROMPT, information, trained, trained_deep
 
 UNITS, KS = [list(range(5, 45)), [100, 7, 100, 7, 9]], [15, 5]
 SETTINGS: dict[str, dict[str, Any]] = {
     "both LoRAs": {},
     "write alone": {"read_rank": 0, "read_alpha": 0, "read_modules": ()},
     "read alone": {"lora_rank": 0, "lora_alpha": 0, "lora_modules": ()},
+    "prompt LoRA": PROMPT,
+    "marked": {"marked": True},
     "another unit": {"unit_length": 60, "opening": (1, 2), "selector": "random", "entry_layer": 1},
 }
 FRESH = toy.llm(layers=4)
@@ -87,6 +89,9 @@ def test_everything_that_changes_a_concept_or_its_reading_changes_the_fingerprin
         {"read_alpha": 8},
         SETTINGS["write alone"],
         SETTINGS["read alone"],
+        PROMPT,
+        {**PROMPT, "prompt_alpha": 12},
+        {"marked": True},
     ]
     prints += [trained_deep(FRESH, **change).fingerprint for change in changes]
     prints.append(untrained_deep(FRESH, information=information(FRESH)).fingerprint)

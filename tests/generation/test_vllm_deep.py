@@ -37,7 +37,7 @@ from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import ConceptSpan, PromptPlan, TextSpan
 from tests.vllm_environment import engine_environment, installed
 from tests.vllm_servers import FakeVLLM, VLLMProcess, token
-from trained import trained_deep
+from trained import PROMPT, trained_deep
 
 LIMIT = GenerationConfig(max_new_tokens=16)
 LAYER, HEAD = 2, 32  # the narrowest heads that vLLM computes on a CPU
@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def compressor_of() -> DeepCompressor:
-    return trained_deep(toy.llm(layers=4, head=HEAD), entry_layer=LAYER)
+    return trained_deep(toy.llm(layers=4, head=HEAD), entry_layer=LAYER, **PROMPT)
 
 
 def plans_for(compressor: DeepCompressor) -> list[PromptPlan]:
@@ -95,9 +95,11 @@ def test_the_checkpoint_says_its_layout_and_holds_the_reading_half(tmp_path: Pat
 
     found, ours = load_file(folder / "model.safetensors"), compressor.llm.model.state_dict()
     other = {name.split(".")[2] for name in found if not torch.equal(found[name], ours[name])}
-    assert other == {"2", "3"}  # the layers from the entry layer on, LoRA merged
-    upper = compressor.halves.merged().upper.state_dict()
+    assert other == {"0", "1", "2", "3"}  # the LoRAs of both halves merged
+    merged = compressor.halves.merged()
+    lower, upper = merged.lower.state_dict(), merged.upper.state_dict()
     assert torch.equal(found["model.layers.3.self_attn.q_proj.weight"], upper["model.layers.1.self_attn.q_proj.weight"])
+    assert torch.equal(found["model.layers.1.self_attn.k_proj.weight"], lower["layers.1.self_attn.k_proj.weight"])
     with pytest.raises(UnsupportedModelError, match="Qwen3ForCausalLM, entry layer 1"):
         write_deep_checkpoint(tmp_path / "other", Halves(toy.llm("qwen3"), 1))
 

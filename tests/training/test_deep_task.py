@@ -45,6 +45,7 @@ from training_samples import fresh as input_compressor
 from training_samples import write_world
 
 ARCHITECTURES = (*toy.ARCHITECTURES, "qwen2", "gemma2")
+NO_LORA: dict[str, Any] = {"rank": 0, "alpha": 0, "modules": ()}
 RUN = RunConfig(steps=6, batch=2, lr=5e-3, warmup=1, decay=1.0, validate_every=6, save_minutes=9, micro_tokens=400)
 MIX = MaterialConfig(max_context=300, max_passages=4, distractors=0.5, qa=1.0, copy_share=0.0)
 
@@ -58,7 +59,8 @@ def fresh(llm: TargetLLM, layer: int = 1, **settings: Any) -> DeepCompressor:
     """An untrained compressor that can be trained; units are short, so that passages have several."""
     settings = {
         "lora_rank": 4, "lora_alpha": 8, "lora_modules": LINEARS,
-        "read_rank": 4, "read_alpha": 8, "read_modules": LINEARS, "unit_length": 40, **settings,
+        "read_rank": 4, "read_alpha": 8, "read_modules": LINEARS, "unit_length": 40,
+        "prompt_rank": 2, "prompt_alpha": 4, "prompt_modules": LINEARS, "marked": True, **settings,
     }  # fmt: skip
     torch.manual_seed(0)
     return untrained_deep(llm, layer, information=information(llm), **settings)
@@ -67,10 +69,12 @@ def fresh(llm: TargetLLM, layer: int = 1, **settings: Any) -> DeepCompressor:
 def randomised(compressor: DeepCompressor) -> DeepCompressor:
     """With LoRA as after some training."""
     generator = torch.Generator().manual_seed(1)
-    for tree in (compressor.decoder, compressor.halves.upper):
+    for tree in compressor.trees.values():
         for name, parameter in tree.named_parameters():
             if ".lora_B." in name:
                 parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+    if compressor.marker is not None:
+        compressor.marker.data = 0.2 * torch.randn(compressor.marker.shape, generator=generator)
     return compressor
 
 
@@ -115,7 +119,7 @@ def as_generated(compressor: DeepCompressor, item: Drawn) -> torch.Tensor:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("rate", [1.0, 2.5])
 def test_what_is_trained_is_what_generation_reads(architecture: str, rate: float) -> None:
-    # Gaps, several units and passages, branches, both LoRAs; a window of 16 is shorter than a passage.
+    # Gaps, several units and passages, branches, all LoRAs, marks; a window of 16 is shorter than a passage.
     made = randomised(fresh(toy.llm(architecture, layers=4), layer=2))
     other = Example(example(made).prefix[:3], example(made).branches[:1])  # a shorter row: padding in both halves
     items = [drawn_at(e, FixedRate(rate, 40)) for e in (example(made), other)]
@@ -150,14 +154,17 @@ def test_pruned_examples_keep_the_tokens_that_concepts_stand_for() -> None:
 def test_gradients_reach_the_loras_and_a_step_changes_nothing_else(world: Path, tmp_path: Path, frozen: bool) -> None:
     llm = toy.llm()
     base = {name: p.clone() for name, p in llm.model.named_parameters()}
-    made = fresh(llm, **({"read_rank": 0, "read_alpha": 0, "read_modules": ()} if frozen else {}))
-    mine = task(world, made)
+    none = {f"{name}_{key}": value for name in ("read", "prompt") for key, value in NO_LORA.items()}
+    made = fresh(llm, **(none if frozen else {}))
+    mine = task(world, made, rates=(2.0,))
     item = mine.draw(random.Random(1))
     mine.loss(mine.module, [item]).total.backward()
     reached = {name for name, p in mine.module.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     # A has no gradient as long as B is zero.
-    assert reached == {name for name, _ in mine.module.named_parameters() if ".lora_B." in name}
-    assert any(n.startswith("decoder.") for n in reached) and any(n.startswith("upper.") for n in reached) != frozen
+    assert reached == {name for name, _ in mine.module.named_parameters() if ".lora_B." in name or name == "marker"}
+    assert {name.partition(".")[0] for name in reached} == {"decoder", "marker"} | (
+        set() if frozen else {"upper", "lower"}
+    )
     before = {name: tensor.clone() for name, tensor in made.state().items()}
     train(mine, RUN.model_copy(update={"steps": 2}), tmp_path)
     changed = {name for name, tensor in made.state().items() if not torch.equal(tensor, before[name])}
@@ -208,6 +215,48 @@ def test_an_interrupted_run_resumes_to_the_same_weights(world: Path, tmp_path: P
     assert train(task(world), RUN, tmp_path / "slots")["finished"]
     whole, slots = (load_file(tmp_path / name / "last/weights.safetensors") for name in ("whole", "slots"))
     assert whole.keys() == slots.keys() and all(torch.equal(whole[name], slots[name]) for name in whole)
+
+
+@pytest.mark.parametrize("rate", [1.0, 2.0])
+def test_kept_tokens_are_marked_where_others_are_dropped(rate: float) -> None:
+    made = randomised(fresh(toy.llm(), marked=True))
+    unit = tuple(range(60, 90))
+    places = made.kept_places([unit], [FixedRate(rate, 40).n_concepts([unit])[0]])
+    marked = torch.cat(made.compress([unit], [len(places[0])]))
+    made.marker.data.zero_()
+    plain = torch.cat(made.compress([unit], [len(places[0])]))
+    assert torch.equal(marked[:, -1], plain[:, -1]), "which tokens are kept is chosen by unmarked states"
+    assert torch.equal(marked, plain) == (rate == 1.0)
+
+
+def test_a_prompt_lora_and_marks_are_added_without_an_effect(toy_folder: Path, finished: Path) -> None:
+    llm, folder = TargetLLM.from_pretrained(toy_folder), finished / "best"
+    before = DeepCompressor.from_pretrained(folder, llm)
+    more = going_on_from(folder, llm, DeepOptions(lora_rank=2, prompt_rank=3, marked=True))
+    assert (more.config.prompt_rank, more.config.prompt_alpha, more.config.marked) == (3, 6, True)
+    assert before.config.prompt_rank == 0 and more.fingerprint != before.fingerprint
+    items = [drawn_at(example(before), FixedRate(rate, 40)) for rate in (1.0, 2.0)]
+    with torch.no_grad():
+        torch.testing.assert_close(read_concepts(more, items), read_concepts(before, items), atol=1e-5, rtol=1e-5)
+    # Left out, what a run goes on from keeps what it has; asked for otherwise, it is refused.
+    more.save_pretrained(folder.parent / "more")
+    kept = going_on_from(folder.parent / "more", llm, DeepOptions(lora_rank=2))
+    assert (kept.config.prompt_rank, kept.config.marked, kept.fingerprint) == (3, True, more.fingerprint)
+    for options in (DeepOptions(lora_rank=2, prompt_rank=4), DeepOptions(lora_rank=2, marked=False)):
+        with pytest.raises(ConfigurationError, match="of another kind"):
+            going_on_from(folder.parent / "more", llm, options)
+    alone = going_on_from(folder.parent / "more", llm, DeepOptions(lora_rank=2, frozen_upper=True))
+    assert not alone.config.prompt_rank and alone.config.marked
+
+
+def test_the_command_trains_a_prompt_lora_and_marks(world: Path, toy_folder: Path, tmp_path: Path) -> None:
+    command(world, toy_folder, tmp_path / "out", "--prompt-rank", 2, "--marked", "--rates", 2)
+    made = load_compressor(tmp_path / "out/final", TargetLLM.from_pretrained(toy_folder))
+    assert isinstance(made, DeepCompressor) and made.config.prompt_rank == 2
+    assert made.marker is not None and made.marker.abs().max() > 0
+    assert any(t.abs().max() > 0 for name, t in made.state().items() if name.startswith("prompt.") and "lora_B" in name)
+    error = command(world, toy_folder, tmp_path / "no", "--prompt-rank", 2, "--frozen-upper", code=2).stderr
+    assert "leave --frozen-upper or --prompt-rank out" in error
 
 
 def test_examples_draw_one_rate_each_and_have_up_to_so_many_passages(world: Path) -> None:

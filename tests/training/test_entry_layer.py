@@ -16,7 +16,7 @@ from compllm_rag.errors import ConfigurationError
 from compllm_rag.models.adapters import lora_state
 from compllm_rag.training.entry_layer import at_entry_layer
 from tests.cli.test_cli import run
-from trained import LORA, trained_deep
+from trained import LORA, PROMPT, trained_deep
 
 ALIKE = {"read_rank": LORA["lora_rank"], "read_alpha": LORA["lora_alpha"], "read_modules": LORA["lora_modules"]}
 
@@ -37,6 +37,17 @@ def test_a_layer_that_changes_sides_keeps_its_lora() -> None:
     assert at_entry_layer(up, 2).fingerprint == at_entry_layer(down, 2).fingerprint == made.fingerprint
     assert len({made.fingerprint, up.fingerprint, down.fingerprint}) == 3
     assert at_entry_layer(made, 2) is made
+
+
+def test_the_prompts_lora_moves_and_begins_without_effect_where_it_was_not() -> None:
+    made = compressor(**PROMPT, marked=True)
+    up, down = at_entry_layer(made, 3), at_entry_layer(made, 1)
+    known, more, less = (lora_state(each.halves.lower) for each in (made, up, down))
+    assert set(less) < set(known) < set(more)
+    for state in (more, less):
+        assert all(torch.equal(tensor, known[name]) for name, tensor in state.items() if name in known)
+    assert not any(tensor.any() for name, tensor in more.items() if name not in known and ".lora_B." in name)
+    assert torch.equal(up.marker, made.marker) and made.marker.any()
 
 
 @pytest.mark.parametrize(

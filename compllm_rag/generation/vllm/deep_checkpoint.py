@@ -16,7 +16,7 @@ SERVED = {"LlamaForCausalLM": "CompLLMDeepLlamaForCausalLM"}
 
 
 def write_deep_checkpoint(folder: Path, halves: Halves) -> Path:
-    """Write an LLM, the LoRA that reads deep concepts merged from the entry layer on.
+    """Write an LLM as it reads deep concepts: the LoRA of each half, where there is one, merged.
 
     Args:
         folder: Where it goes.
@@ -38,12 +38,13 @@ def write_deep_checkpoint(folder: Path, halves: Halves) -> Path:
             next_step="use the generator of this process",
         )
     state: dict[str, Any] = dict(llm.model.state_dict())
-    upper = dict(merged.upper.state_dict())
-    for key, tensor in upper.items():
-        first, found, rest = key.partition("layers.")
-        if found:
-            number, _, leaf = rest.partition(".")
-            state[f"{first}{found}{int(number) + halves.layer}.{leaf}"] = tensor
+    decoder = next(key for key in state if "layers." in key).partition("layers.")[0]  # such as "model."
+    for half, begin in ((merged.lower, 0), (merged.upper, halves.layer)):
+        for key, tensor in half.state_dict().items():
+            _, found, rest = key.partition("layers.")
+            if found:
+                number, _, leaf = rest.partition(".")
+                state[f"{decoder}layers.{int(number) + begin}.{leaf}"] = tensor
     llm.model.save_pretrained(folder, state_dict=state, safe_serialization=True)
     llm.tokenizer.save_pretrained(folder)
     path = folder / "config.json"
