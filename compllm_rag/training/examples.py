@@ -160,7 +160,7 @@ def weight_of(example: Example, kind_weights: dict[str, float]) -> float:
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
     """One example slot by slot: its prefix, then its branches.
 
     Attributes:
@@ -183,7 +183,8 @@ class _Row:
         return [isinstance(span, TextSpan) for span in self.spans for _ in range(len(span))]
 
 
-def _row(example: Example, concepts: Sequence[torch.Tensor | ConceptSpan] | None) -> _Row:
+def row_of(example: Example, concepts: Sequence[torch.Tensor | ConceptSpan] | None) -> Row:
+    """An example slot by slot; see `Example.spans`."""
     spans, places, end = example.spans(concepts), [], 0
     for span in spans:
         kept = span.places.tolist() if isinstance(span, ConceptSpan) and span.places is not None else range(len(span))
@@ -200,7 +201,7 @@ def _row(example: Example, concepts: Sequence[torch.Tensor | ConceptSpan] | None
         order += range(length, length + len(tokens))
         places += range(end, end + len(tokens))
         owner += [number] * len(tokens)
-    return _Row(spans, order, places, owner, columns)
+    return Row(spans, order, places, owner, columns)
 
 
 def pack(
@@ -220,7 +221,7 @@ def pack(
     Returns:
         The batch; gradients flow into `concepts`.
     """
-    rows = [_row(example, None if concepts is None else concepts[i]) for i, example in enumerate(examples)]
+    rows = [row_of(example, None if concepts is None else concepts[i]) for i, example in enumerate(examples)]
     sequences = [embed_spans(row.spans, embed or llm.embedding, llm.device) for row in rows]  # (seq_len, hidden_size)
     embeds = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)  # (batch, longest, hidden_size)
     return _packed(llm, rows, embeds)
@@ -240,8 +241,8 @@ def pack_deep(examples: Sequence[Example], halves: Halves, concepts: Sequence[Se
         The batch; gradients flow into `concepts`, and into the lower half's LoRA if it has one.
     """
     llm = halves.llm
-    rows = [_row(example, spans) for example, spans in zip(examples, concepts, strict=True)]
-    low = [_without_concepts(row) for row in rows]
+    rows = [row_of(example, spans) for example, spans in zip(examples, concepts, strict=True)]
+    low = [without_concepts(row) for row in rows]
     learned = any(parameter.requires_grad for parameter in halves.lower.parameters())
     with torch.set_grad_enabled(learned and torch.is_grad_enabled()):
         sequences = [embed_spans(row.spans, llm.embedding, llm.device) for row in low]  # (n_tokens, hidden_size)
@@ -257,10 +258,10 @@ def pack_deep(examples: Sequence[Example], halves: Halves, concepts: Sequence[Se
     return _packed(llm, rows, torch.nn.utils.rnn.pad_sequence(joined, batch_first=True))
 
 
-def _without_concepts(row: _Row) -> _Row:
+def without_concepts(row: Row) -> Row:
     """What the lower half sees of it: tokens alone, at the positions they have among the passages."""
     kept = [slot for slot, is_token in enumerate(row.tokens) if is_token]
-    return _Row(
+    return Row(
         [span for span in row.spans if isinstance(span, TextSpan)],
         [row.order[slot] - (slot - n) for n, slot in enumerate(kept)],  # concepts stand in the prefix alone
         [row.places[slot] for slot in kept],
@@ -269,7 +270,7 @@ def _without_concepts(row: _Row) -> _Row:
     )
 
 
-def _packed(llm: TargetLLM, rows: Sequence[_Row], embeds: torch.Tensor) -> Packed:
+def _packed(llm: TargetLLM, rows: Sequence[Row], embeds: torch.Tensor) -> Packed:
     """The batch of rows whose input is `embeds`, (batch, longest, hidden_size)."""
     device, longest = llm.device, embeds.shape[1]
     # All (batch, longest): whose each slot is (0: the prefix, -1: padding), how many are in front of it, its position.

@@ -125,9 +125,13 @@ class Material:
         """One training example."""
         budget = round(math.exp(rng.uniform(math.log(20), math.log(self.config.max_context))))
         if self.groups and (not self.texts or rng.random() < self.config.qa):
-            [group] = rng.choices(self.groups, self._group_weights)
+            group = self.draw_group(rng)
             return self.questions(group, rng, self.config.max_context if self.config.max_passages else max(budget, 60))
-        return self._window(rng, budget)
+        return self.window(rng, budget)
+
+    def draw_group(self, rng: random.Random) -> Group:
+        """One group of questions, the more of them it has the more often."""
+        return rng.choices(self.groups, self._group_weights)[0]
 
     def questions(self, group: Group, rng: random.Random, budget: int, *, extras: bool = True) -> Example:
         """Passages with their questions.
@@ -192,8 +196,8 @@ class Material:
         whole = len(ids) <= self.config.copy_length
         return Branch(prompt, (*ids[: self.config.copy_length], *(self.eos if whole else ())), "copy")
 
-    def _window(self, rng: random.Random, budget: int) -> Example:
-        """A run of segments from a plain text, to be copied, to be continued, or both."""
+    def window(self, rng: random.Random, budget: int) -> Example:
+        """A run of segments of up to `budget` tokens from a plain text, to be copied, to be continued, or both."""
         text = rng.choices(self.texts, self._text_weights)[0]
         # About 5 characters a token; room for the continuation and for a first sentence that is thrown away.
         span = (budget + self.config.continue_length + 30) * 7
