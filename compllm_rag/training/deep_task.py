@@ -57,9 +57,9 @@ class _Trained(nn.Module):
         llm, examples = compressor.llm, [item.example for item in items]
         targets = targets_of(examples, prompt_weight=0.0, kind_weights={}, device=llm.device)
         with torch.no_grad():
-            teacher = last_hidden_state(llm, pack(examples, llm))
-        student = read_concepts(compressor, items, self.__dict__["parts"])
-        return distillation_loss(llm, [teacher], [student], targets, self.__dict__["objective"])
+            teacher = last_hidden_state(llm, pack(examples, llm))[targets.is_answer]
+        student = read_concepts(compressor, items, self.__dict__["parts"])[targets.is_answer]
+        return distillation_loss(llm, [teacher], [student], targets.answers(), self.__dict__["objective"])
 
 
 class DeepTask:

@@ -127,6 +127,15 @@ class Targets:
     is_answer: torch.Tensor
     kinds: list[tuple[str, slice]]
 
+    def answers(self) -> Targets:
+        """Those of the answers alone: most predictions are of questions, and the LM head is dear."""
+        kinds, at = list[tuple[str, slice]](), 0
+        for kind, where in self.kinds:
+            kinds.append((kind, slice(at, at + where.stop - where.start)))
+            at = kinds[-1][1].stop
+        mine = self.is_answer
+        return Targets(self.ids[mine], self.weights[mine], mine[mine], kinds)
+
 
 def targets_of(
     examples: Sequence[Example], *, prompt_weight: float, kind_weights: dict[str, float], device: torch.device

@@ -41,7 +41,8 @@ class _Trained(nn.Module):
     def forward(self, items: Sequence[Example]) -> Loss:
         llm: TargetLLM = self.__dict__["llm"]
         targets = targets_of(items, prompt_weight=0.0, kind_weights={}, device=llm.device)
-        loss = answer_loss(llm, last_hidden_state(llm, pack(items, llm)), targets)
+        hidden = last_hidden_state(llm, pack(items, llm))[targets.is_answer]  # (n_answer_tokens, hidden_size)
+        loss = answer_loss(llm, hidden, targets.answers())
         value = float(loss.detach())
         return Loss(loss, {"ce": value, "loss": value})
 

@@ -75,3 +75,17 @@ def test_gradient_reaches_the_concepts_and_not_the_llm(llm) -> None:
     sum(state.sum() for state in hidden_states(llm, pack([ex], llm, concepts))).backward()
     assert all(c.grad is not None and c.grad.abs().sum() > 0 for c in concepts[0])
     assert all(p.grad is None for p in llm.model.parameters())
+
+
+def test_targets_of_answers_alone_keep_their_kinds() -> None:
+    branches = (Branch((30, 31, 32), (40, 41, 42)), Branch((), (50,), "copy"), Branch((35, 36), (60, 61)))
+    targets = targets_of(
+        [Example((TextSpan((1, 2)),), branches)], prompt_weight=0.0, kind_weights={}, device=torch.device("cpu")
+    )
+    alone = targets.answers()
+    assert targets.ids.tolist() == [31, 32, 40, 41, 42, 50, 36, 60, 61]
+    assert alone.ids.tolist() == [40, 41, 42, 50, 60, 61] and bool(alone.is_answer.all())
+    assert [(kind, alone.ids[where].tolist()) for kind, where in alone.kinds] == [
+        ("qa", [40, 41, 42]), ("copy", [50]), ("qa", [60, 61]),
+    ]  # fmt: skip
+    assert float(alone.weights.sum()) == pytest.approx(1.0)
