@@ -8,7 +8,7 @@ import torch
 import toy
 from compllm_rag.models.llm import decoder_of
 from compllm_rag.prompt import TextSpan
-from compllm_rag.training.examples import Body, Example, pack, targets_of
+from compllm_rag.training.examples import Body, Branch, Example, pack, targets_of
 from compllm_rag.training.objective import hidden_states
 from training_samples import example
 
