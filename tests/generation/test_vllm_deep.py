@@ -112,9 +112,9 @@ def test_the_engine_reads_deep_concepts_as_placeholders(tmp_path: Path) -> None:
     closed = [PromptPlan(tuple(map(without_gaps, plan.spans))) for plan in plans]
     made = PlaceholderGenerator(compressor, LIMIT, halves, seen=True)
     write_deep_checkpoint(tmp_path / "deep", compressor.halves)
-    merged = copy.deepcopy(compressor.llm.model)  # the reading half for text, too, as the engine has it
-    for layer, read in zip(merged.model.layers[LAYER:], halves.upper.model.layers, strict=True):
-        layer.load_state_dict(read.state_dict())
+    merged = copy.deepcopy(compressor.llm.model)  # the reading halves for text, too, as the engine has them
+    for layer, own in zip(merged.model.layers, [*halves.lower.layers, *halves.upper.model.layers], strict=True):
+        layer.load_state_dict(own.state_dict())
     merged.save_pretrained(tmp_path / "merged")
     compressor.llm.tokenizer.save_pretrained(tmp_path / "merged")
     text = LocalGenerator(TargetLLM(merged, compressor.llm.tokenizer), LIMIT)
