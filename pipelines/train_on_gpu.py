@@ -6,7 +6,8 @@ READER and DEEP are the folders to go on from. First the reader learns for `--re
 answers; then, with the better one as the teacher, deep concepts for `--deep-minutes`, with the KL divergence from the
 LLM that reads text, and half as much cross-entropy. Both learning rates fall to zero by the clock. `out/reader` holds
 the best reader by held-out questions, `out/deep` the concepts as of the last look or the end, `out/log.txt` all looks.
-A stage whose folder is there is not run again.
+Interrupted, the same command goes on from the last look of the stage that was going on, which then has its whole time
+again; a stage that came to its end is not run twice.
 
 It does what `compllm-rag train reader` and `train deep` do, several times as fast on a GPU and slower on a CPU: LoRA is
 merged into the weights at every step (`training/merged.py`), and other processes lay examples out as indices
@@ -103,7 +104,8 @@ def train_reader(args: argparse.Namespace, material: Material, held: list[Exampl
 def train_deep(args: argparse.Namespace, material: Material, held: list[Example], log: Log) -> None:
     """The second stage; writes `out/deep`."""
     llm = TargetLLM.from_pretrained(args.llm, reader=args.out / "reader", dtype="float32", device=str(args.device))
-    options = DeepOptions(prompt_rank=args.prompt_rank, marked=args.marked, other_reader=True)
+    rank = saved_config(args.deep).lora_rank
+    options = DeepOptions(lora_rank=rank, prompt_rank=args.prompt_rank, marked=args.marked, other_reader=True)
     compressor = going_on_from(args.deep, llm, options)
     config = compressor.config
     log("scoring every unit, so that other processes can choose tokens")
@@ -249,14 +251,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     segmenter = Segmenter(tokenizer, config.segment_length, config.segmenter_version)
     files = Material.files_of(args.data_dir)
     for stage, mix in ((train_reader, READER_MIX), (train_deep, DEEP_MIX)):
-        if (args.out / stage.__name__.removeprefix("train_")).exists():
-            log(f"{stage.__name__}: done before")
+        name = stage.__name__.removeprefix("train_")
+        if (args.out / f"{name}.done").exists():
+            log(f"{name}: done before")
             continue
+        if (args.out / name).exists():
+            log(f"{name}: goes on from {args.out / name}")
+            setattr(args, name, args.out / name)
         material = Material(*files, segmenter, mix, unit_length=config.unit_length)
         rng = random.Random(0)
         chosen = rng.sample(material.held_out, min(args.held_out, len(material.held_out)))
         held = [material.questions(group, rng, 0, extras=False) for group in chosen]
         stage(args, material, held, log)
+        (args.out / f"{name}.done").touch()
 
 
 if __name__ == "__main__":

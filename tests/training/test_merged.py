@@ -137,8 +137,7 @@ def test_both_stages_leave_adapters_that_load(
 ) -> None:
     # From adapters without an effect; two steps each, a worker lays them out.
     llm = TargetLLM.from_pretrained(toy_folder)
-    before = fresh(llm, prompt_rank=0, prompt_alpha=0, prompt_modules=(), marked=False, lora_rank=32, lora_alpha=64,
-                   read_rank=32, read_alpha=64)  # fmt: skip
+    before = fresh(llm, prompt_rank=0, prompt_alpha=0, prompt_modules=(), marked=False)
     before.save_pretrained(tmp_path / "deep")
     ReaderTask(toy.llm(), material_of(world, before), rank=2).export(tmp_path / "reader")
     words = ["--data-dir", world, "--llm", toy_folder, "--reader", tmp_path / "reader", "--deep", tmp_path / "deep"]
@@ -148,9 +147,13 @@ def test_both_stages_leave_adapters_that_load(
     reader = tmp_path / "out/reader"
     made = load_compressor(tmp_path / "out/deep", TargetLLM.from_pretrained(toy_folder, reader=reader))
     assert isinstance(made, DeepCompressor)
-    assert (made.config.prompt_rank, made.config.marked, made.config.lora_rank) == (2, True, 32)
+    assert (made.config.prompt_rank, made.config.marked, made.config.lora_rank) == (2, True, 4)
     assert all(t.any() for name, t in made.state().items() if "lora_B" in name or name == "marker")
     said = (tmp_path / "out/log.txt").read_text()
     assert "deep, step 2, rate 2" in said and said == capsys.readouterr().out
     train_on_gpu.main(list(map(str, words)))
-    assert "train_reader: done before" in capsys.readouterr().out
+    assert "reader: done before" in capsys.readouterr().out
+    (tmp_path / "out/deep.done").unlink()  # as after an interruption
+    train_on_gpu.main(list(map(str, words)))
+    again = load_compressor(tmp_path / "out/deep", made.llm)
+    assert "deep: goes on from" in capsys.readouterr().out and again.fingerprint != made.fingerprint
