@@ -3,7 +3,8 @@
 The share of text's gain over no passages in the likelihood of the gold answer (*recovered*, docs/design.md section 7),
 as `compllm-rag bench quality` measured it (docs/quality.md). Deep concepts, with the weights that ship: the mean of
 SQuAD and HotpotQA, at rate 4 HotpotQA alone; the share that HotpotQA has above 1 at rate 1 counts as 1. Concepts at the
-input embeddings: SQuAD, with the first weights. Between two rates it is taken to fall in a straight line, below the last one by proportion.
+input embeddings: SQuAD, with the first weights. Between two rates it is taken to fall in a straight line, below the
+last one by proportion.
 """
 
 from __future__ import annotations
