@@ -43,17 +43,21 @@ class _Kept:
 
     def __init__(self, compressor: DeepCompressor, most: int) -> None:
         self._states_of, self._scores_of, self._most = compressor.states, compressor.scores, most
-        self._states, self._scores = dict[Unit, torch.Tensor](), dict[Unit, torch.Tensor]()
+        self._marked = compressor.config.marked
+        self._states, self._scores = dict[tuple[Unit, Unit], torch.Tensor](), dict[Unit, torch.Tensor]()
 
-    def states(self, units: Sequence[Sequence[int]]) -> torch.Tensor:
+    def states(self, units: Sequence[Sequence[int]], kept: Sequence[Sequence[int]] | None = None) -> torch.Tensor:
         """See `DeepCompressor.states`."""
-        rows = [tuple(unit) for unit in units]
+        # Where what is kept is marked, it makes other states; elsewhere they are the same whatever is kept.
+        known = kept if self._marked and kept is not None else [range(len(unit)) for unit in units]
+        rows = [(tuple(unit), tuple(own)) for unit, own in zip(units, known, strict=True)]
         missing = [row for row in dict.fromkeys(rows) if row not in self._states]
-        found = dict[Unit, torch.Tensor]()
+        found = dict[tuple[Unit, Unit], torch.Tensor]()
         if missing:
-            made = self._states_of(missing)  # (batch, most tokens, hidden_size)
+            # (batch, most tokens, hidden_size)
+            made = self._states_of([unit for unit, _ in missing], [own for _, own in missing])
             # Copies: a slice would keep the whole batch, padding and all.
-            found = {row: states[: len(row)].clone() for row, states in zip(missing, made, strict=True)}
+            found = {row: states[: len(row[0])].clone() for row, states in zip(missing, made, strict=True)}
         found |= {row: self._states[row] for row in rows if row not in found}
         _keep(self._states, found, self._most)
         return torch.nn.utils.rnn.pad_sequence([found[row] for row in rows], batch_first=True)
@@ -68,7 +72,7 @@ class _Kept:
         yield from (found[row] for row in rows)
 
 
-def _keep(known: dict[Unit, torch.Tensor], found: dict[Unit, torch.Tensor], most: int) -> None:
+def _keep(known: dict[Any, torch.Tensor], found: dict[Any, torch.Tensor], most: int) -> None:
     known |= found
     for row in list(known)[: max(0, len(known) - most)]:
         del known[row]

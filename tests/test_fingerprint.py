@@ -123,7 +123,10 @@ def make(llm: TargetLLM, config: CompressorConfig) -> Compressor:
 
 
 # Deep concepts have fingerprints of their own (tests/compression/test_deep_saved.py).
-DEEP_FIELDS = {"entry_layer", "unit_length", "opening", "selector", "pins", "read_rank", "read_alpha", "read_modules"}
+DEEP_FIELDS = {
+    *("entry_layer", "unit_length", "opening", "selector", "pins", "marked"),
+    *(f"{part}_{what}" for part in ("read", "prompt") for what in ("rank", "alpha", "modules")),
+}
 FIELDS = set(CompressorConfig.model_fields) - {"format_version", "segmenter_version"} - DEEP_FIELDS
 
 

@@ -25,9 +25,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     own = DeepCompressor.states
 
-    def counted(self: DeepCompressor, units: Sequence[Sequence[int]]) -> torch.Tensor:
+    def counted(self: DeepCompressor, units: Sequence[Sequence[int]], kept: object = None) -> torch.Tensor:
         seen.append(len(units))
-        return own(self, units)
+        return own(self, units, kept)
 
     monkeypatch.setattr(DeepCompressor, "states", counted)
     return seen
@@ -43,6 +43,16 @@ def test_concepts_are_the_same_at_every_rate_and_the_lower_half_reads_each_unit_
     chance = [[0, 2, 5], [1, 3], [4]]
     assert alike(kept.compress(UNITS, [3, 2, 1], places=chance), plain.compress(UNITS, [3, 2, 1], places=chance))
     assert sum(passes) == 4 * len(UNITS) + len(UNITS)
+
+
+def test_where_what_is_kept_is_marked_each_choice_is_read_once(passes: list[int]) -> None:
+    plain, kept = (trained_deep(toy.llm(layers=4), entry_layer=2, marked=True) for _ in range(2))
+    remember_states(kept)
+    for _ in range(2):
+        for rate in (1, 2, 4):
+            ks = [-(-len(unit) // rate) for unit in UNITS]
+            assert alike(kept.compress(UNITS, ks), plain.compress(UNITS, ks))
+    assert sum(passes) == 6 * len(UNITS) + 3 * len(UNITS)
 
 
 def test_a_unit_that_comes_twice_or_among_known_ones_is_read_once(passes: list[int]) -> None:

@@ -52,7 +52,7 @@ def test_explain_tells_each_passage_in_plain_words(storage: Path) -> None:
     assert "read policy budgeted: prefill_budget" in told and "of 50" in told
     assert "says " in told and "The lighthouse on Gull Rock was built" in told and "left out" in told
     assert "concepts valued by a table of rates (no losses are fitted to this compressor)" in told
-    assert "concepts at rate 1, worth 0.99" in told
+    assert "concepts at rate 1, worth 1.00" in told
     fixed = run("query", QUESTION, *options, "--prefill-budget", 60, "--read-policy", "fixed").stdout
     assert "does not fit the budget beside the passages before it" in fixed
 

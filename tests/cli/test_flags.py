@@ -37,7 +37,8 @@ UNASKED = {
     "deep": {"head_lr"},
     "reader": {"head_lr"},
     "compressor": {"format_version", "segmenter_version", "scale", "lora_alpha"}
-    | {"entry_layer", "unit_length", "opening", "selector", "pins", "read_rank", "read_alpha", "read_modules"},
+    | {"entry_layer", "unit_length", "opening", "selector", "pins", "read_rank", "read_alpha", "read_modules"}
+    | {"marked", "prompt_rank", "prompt_alpha", "prompt_modules"},
 }
 
 
