@@ -9,9 +9,9 @@ the best reader by held-out questions, `out/deep` the concepts as of the last lo
 Interrupted, the same command goes on from the last look of the stage that was going on, which then has its whole time
 again; a stage that came to its end is not run twice.
 
-It does what `compllm-rag train reader` and `train deep` do, several times as fast on a GPU and slower on a CPU: LoRA is
-merged into the weights at every step (`training/merged.py`), and other processes lay examples out as indices
-(`training/laid_out.py`). Only Llama's architecture can be trained so.
+It has the losses and gradients of `compllm-rag train reader` and `train deep`, but LoRA is merged into the weights at
+every step (`training/merged.py`), and other processes lay examples out as indices (`training/laid_out.py`). How fast
+that was is told in docs/guide/train.md. Only Llama's architecture can be trained so.
 """
 
 from __future__ import annotations

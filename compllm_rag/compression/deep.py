@@ -31,7 +31,7 @@ from compllm_rag.compression.pretrained import SavedCompressor, read_compressor,
 from compllm_rag.compression.rate_policies.losses import LossPredictor
 from compllm_rag.compression.segmentation import Segmenter
 from compllm_rag.compression.selection import best_positions, fitted, learned_scores, random_scores
-from compllm_rag.compression.spec import ConceptSpec, state_rms
+from compllm_rag.compression.spec import ConceptSpec, inject_reading, state_rms
 from compllm_rag.config import CompressorConfig
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.fingerprint import tagged_digest, tensor_digest
@@ -78,14 +78,9 @@ class DeepCompressor:
         self.llm, self.config = llm, config
         # How the LLM reads these concepts; generators take it from here.
         self.halves = Halves(llm, config.entry_layer)
-        if config.read_rank:
-            inject_lora(self.halves.upper, rank=config.read_rank, alpha=config.read_alpha, modules=config.read_modules)
+        inject_reading(self.halves, config)
         # What the selector looks at: the LLM as it is, whatever LoRA its halves have.
-        self._plain = self.halves.lower
-        if config.prompt_rank:
-            self._plain = lower_half(llm.model, config.entry_layer)
-            rank, alpha, modules = config.prompt_rank, config.prompt_alpha, config.prompt_modules
-            inject_lora(self.halves.lower, rank=rank, alpha=alpha, modules=modules)
+        self._plain = lower_half(llm.model, config.entry_layer) if config.prompt_rank else self.halves.lower
         table = information if information is not None else information_for(llm.tokenizer)
         # fp16 is what is saved: a table kept finer than its file would choose other positions after a reload.
         self.information = fitted(table, llm.embedding.weight.shape[0]).half().float().to(llm.device)

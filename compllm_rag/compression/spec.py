@@ -199,14 +199,19 @@ def reading_halves(
         UnsupportedFormatError: They are not those that `config` tells of.
     """
     halves = Halves(llm, config.entry_layer)
+    inject_reading(halves, config)
+    load_lora_state(halves.upper, read)
+    load_lora_state(halves.lower, prompt)
+    return halves
+
+
+def inject_reading(halves: Halves, config: CompressorConfig) -> None:
+    """Add the LoRAs by which prompts with deep concepts are read, where a configuration has them, without an effect."""
     if config.read_rank:
         inject_lora(halves.upper, rank=config.read_rank, alpha=config.read_alpha, modules=config.read_modules)
-        load_lora_state(halves.upper, read)
     if config.prompt_rank:
         rank, alpha, modules = config.prompt_rank, config.prompt_alpha, config.prompt_modules
         inject_lora(halves.lower, rank=rank, alpha=alpha, modules=modules)
-        load_lora_state(halves.lower, prompt)
-    return halves
 
 
 def state_rms(llm: TargetLLM, config: CompressorConfig) -> float:

@@ -1,9 +1,9 @@
 """Llama's layers with LoRA merged into their weights at every step: for a GPU, which waits for whoever calls it.
 
-A live LoRA layer is five small kernels and two casts beside each large one, and a small LLM's step is mostly the time
-to start them. Here each step begins with one product for all layers of a kind, W + B A, in the dtype that is computed
-in; a forward runs over these weights alone, and what their gradients say of A and B is again one product for each kind.
-It costs the gradient of whole weights, which a GPU has time for and a processor has not.
+A live LoRA layer is several small products and casts beside each large one, all of which somebody has to start. Here
+each step begins with one product for all layers of a kind, W + B A, in the dtype that is computed in; a forward runs
+over these weights alone, and what their gradients say of A and B is again one product for each kind. It costs the
+gradient of whole weights, half as much again as a backward pass without it.
 
 The weights that come out are those of `DeepTask` and `ReaderTask`; the tests compare losses and gradients.
 """
