@@ -25,6 +25,7 @@ import torch
 
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.compression.loading import load_compressor_for
+from compllm_rag.compression.segmentation import chunk_texts
 from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.config import DEFAULT_LLM
 from compllm_rag.errors import ConfigurationError
@@ -136,9 +137,6 @@ def texts(folder: Path | None) -> list[str]:
 def chunks_of(compressor: ConceptCompressor, sources: list[str], n_tokens: int) -> list[str]:
     """Chunks of the texts, about `n_tokens` in all."""
     segmenter = compressor.spec.segmenter
-    # Here, because it wants LlamaIndex; some benchmarks run without it.
-    from compllm_rag.llamaindex.node_parser import chunk_texts
-
     out: list[str] = []
     total = 0
     for source in itertools.cycle(sources):

@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 
 from compllm_rag.compression.compressor import Compressor
+from compllm_rag.compression.late_interaction import LateInteraction, interaction_of
 from compllm_rag.compression.rate_policies.choosing import Choice, RateChooser
 from compllm_rag.compression.rate_policies.losses import LossPredictor
 from compllm_rag.compression.rate_policies.measures import TextMeasures
@@ -128,6 +129,15 @@ class ConceptLibrary(ProcessBound):
                 measures = TextMeasures(lambda: self.compressor, self.llm)
                 self._shares = predictor, shares_of(predictor, self.spec.fingerprint, measures)
             return self._shares[1]
+
+    @property
+    def interaction(self) -> LateInteraction | str:
+        """Which sentence answers a question, as learned for these concepts, or why nothing was; no weights are loaded.
+
+        Raises:
+            UnsupportedFormatError: See `LateInteraction.load`.
+        """
+        return interaction_of(self._compressor.interaction, self.spec.fingerprint, self.spec.hidden_size)
 
     @property
     def compressor(self) -> ConceptCompressor:

@@ -14,8 +14,7 @@ from benchmarks.common import progress
 from compllm_rag.compression.segmentation import Segmenter
 from compllm_rag.evaluation.questions import Question, SourcePassage, read_questions
 from compllm_rag.evaluation.runner import in_seeded_order
-
-CHUNK = 200  # target tokens of a chunk, as `ingest` cuts them
+from compllm_rag.training.gold_sentences import chunked
 
 
 @dataclass(frozen=True)
@@ -39,19 +38,6 @@ SETS = {
     "musique": CandidateSet("musique_dev.jsonl.gz", "MuSiQue dev", False),
     "narrativeqa": CandidateSet("narrativeqa_valid.jsonl.gz", "NarrativeQA validation, summaries", True),
 }
-
-
-def chunked(question: Question, segmenter: Segmenter) -> Question:
-    """A question whose long passages are cut into chunks."""
-    # Here, because it wants LlamaIndex.
-    from compllm_rag.llamaindex.node_parser import chunk_texts
-
-    passages = [
-        replace(passage, text=text)
-        for passage in question.passages
-        for text, _, _ in chunk_texts(segmenter.tokenize(passage.text), CHUNK)
-    ]
-    return replace(question, passages=tuple(passages))
 
 
 def asked(path: Path, *, limit: int, pool: int, pooled: bool, segmenter: Segmenter) -> tuple[

@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.common import any_compressor_of, dtype_of, parsed, parser, progress, written
-from benchmarks.planner.sought import Sought, sought
+from benchmarks.planner.sought import sought
 from compllm_rag.compression.deep import DeepCompressor
 from compllm_rag.config import DEFAULT_EMBEDDER
 from compllm_rag.errors import ConfigurationError
@@ -39,6 +39,7 @@ from compllm_rag.reading.passages import PassageReading, Retrieved
 from compllm_rag.reading.signals import SIGNALS, Judged, MaxSim
 from compllm_rag.store.encodings import deep_encoding
 from compllm_rag.store.memory import MemoryStore
+from compllm_rag.training.gold_sentences import Sought
 from compllm_rag.training.material import Material
 
 Row = dict[str, Any]

@@ -17,13 +17,13 @@ from benchmarks.rates.rows import ARTICLE, ARTICLES_BANDS
 from compllm_rag.compression.rate_policies.choosing import RateChooser, best_losses, chooser_of
 from compllm_rag.compression.rate_policies.guard import ExactGuard, LossGuard
 from compllm_rag.compression.rate_policies.measures import TextMeasures
+from compllm_rag.compression.segmentation import chunk_texts
 from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.config import IngestConfig, RateOptions
 from compllm_rag.evaluation.bodies import Segmented
 from compllm_rag.evaluation.probes import probe_file
 from compllm_rag.evaluation.questions import read_rows
 from compllm_rag.evaluation.runner import in_seeded_order
-from compllm_rag.llamaindex.node_parser import chunk_texts
 
 _TITLES = {
     "novels": "novels",

@@ -19,10 +19,9 @@ from benchmarks.cells import measured, number, table
 from benchmarks.common import Record, parsed, parser, progress, texts, written
 from benchmarks.ttft.flops import kv_bytes, layers_of
 from compllm_rag.compression.rates import FixedRate
-from compllm_rag.compression.segmentation import Segmenter
+from compllm_rag.compression.segmentation import Segmenter, chunk_texts
 from compllm_rag.config import DEFAULT_LLM
 from compllm_rag.fingerprint import record_key
-from compllm_rag.llamaindex.node_parser import chunk_texts
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.store import DiskStore
 from compllm_rag.store.encodings import ENCODINGS

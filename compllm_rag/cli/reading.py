@@ -37,7 +37,7 @@ RelevanceName = Annotated[
     typer.Option(
         "--relevance",
         help="By what the budgeted policy judges sentences: `bm25` (words), `maxsim` (states of the question beside "
-        "the stored concepts) or `bm25+maxsim`. Default: bm25.",
+        "the stored concepts), `bm25+maxsim`, or `learned` (the same as it was trained). Default: bm25.",
     ),
 ]
 RelevanceCutoff = Annotated[
@@ -90,7 +90,7 @@ def read_options(
         Narrowing.parse(str(narrowing))
     for given, known, what in (
         (read_policy, (None, "fixed", "budgeted"), "read policy"),
-        (relevance, (None, "bm25", "maxsim", "bm25+maxsim"), "relevance"),
+        (relevance, (None, "bm25", "maxsim", "bm25+maxsim", "learned"), "relevance"),
         (missing, ("recompress", "text", "error", "auto"), "policy for missing concepts"),
     ):
         if given not in known:

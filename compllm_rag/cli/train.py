@@ -1,4 +1,4 @@
-"""The command line of training: `compllm-rag train reader | compressor | deep | selector | rates`."""
+"""The command line of training: `compllm-rag train reader | compressor | deep | selector | rates | relevance`."""
 
 from __future__ import annotations
 
@@ -257,3 +257,59 @@ def rates(
         typer.echo("what chunks look like foretells no loss on rows left out: the mean stands for every chunk")
     typer.echo(f"text gains {record['gain']:.3f} nats per token over no passage")
     typer.echo(f"learned from {record['units']} chunks: {record['out']}")
+
+
+@train_app.command("relevance")
+@reported
+def relevance(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the compressor; may be the one it comes from.")],
+    data_dir: Annotated[Path, typer.Option("--data-dir", help="Holds train/*.jsonl(.gz) with questions.")],
+    from_: Annotated[
+        str, typer.Option("--from", help="A compressor of deep concepts; auto: the shipped one, or an untrained one.")
+    ] = "auto",
+    llm: Annotated[str, typer.Option("--llm", help="Target LLM: alias, folder or org/name@revision.")] = DEFAULT_LLM,
+    reader: ReaderFolder = "auto",
+    groups: Annotated[
+        int, typer.Option("--groups", min=1, help="Groups of questions that share their passages, at most.")
+    ] = 2000,
+    epochs: Annotated[float, typer.Option("--epochs", min=0.01, help="How often each question is seen.")] = 2.0,
+    width: Annotated[int, typer.Option("--width", min=1, help="Of what states are projected to.")] = 64,
+    seed: Annotated[int, typer.Option("--seed", help="Of questions and their order.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Of the frozen LLM: float32, bfloat16 or float16.")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="A torch device, of the LLM alone.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Learn which sentence answers a question, for queries with `--relevance learned`; concepts stay.
+
+    Passages are compressed once and kept in OUT/states until it is done: run the same command again to go on.
+
+    Example: compllm-rag train relevance --data-dir data --from runs/deep/best --out runs/deep/best
+    """
+    from compllm_rag.training.relevance import train_relevance
+
+    with progress_show(as_json) as show:
+        record = train_relevance(
+            out,
+            data_dir,
+            from_,
+            llm,
+            show.fetching,
+            reader=reader,
+            n_groups=groups,
+            epochs=epochs,
+            width=width,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+        )
+    if as_json:
+        print_json(record)
+        return
+    for name, found in (("before", record["before"]), ("after", record["after"])):
+        typer.echo(
+            f"{name}: a sentence that says the answer is first for {found['recall@1']:.0%} and among the first two for "
+            f"{found['recall@2']:.0%} of held-out questions, NLL {found['nll']:.3f}"
+        )
+    typer.echo(f"learned from {record['questions']} questions: {record['out']}")

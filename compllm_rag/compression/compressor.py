@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from compllm_rag.compression.information import information_for
+from compllm_rag.compression.late_interaction import LateInteraction
 from compllm_rag.compression.pretrained import SavedCompressor, read_compressor, save_compressor
 from compllm_rag.compression.rate_policies.losses import LossPredictor
 from compllm_rag.compression.segmentation import Segmenter
@@ -95,6 +96,7 @@ class Compressor:
         nn.init.zeros_(self.head.bias)
         self.segmenter = Segmenter(llm.tokenizer, self.config.segment_length, self.config.segmenter_version)
         self.losses: LossPredictor | None = None  # what rates lose, if that was fitted; see `rate_policies.losses`
+        self.interaction: LateInteraction | None = None  # which sentence answers, if that was learned
         self._fingerprint: str | None = None
         self._most_positions = max(BATCH_POSITIONS.values())  # of one forward; less once memory was short
 
@@ -121,7 +123,7 @@ class Compressor:
             made.head.bias.copy_(saved.state["head.bias"])
         load_lora_state(made.decoder, saved.under("lora."))
         saved.check_fingerprint(made.fingerprint)
-        made.losses = saved.losses
+        made.losses, made.interaction = saved.losses, saved.interaction
         return made
 
     def save_pretrained(self, folder: str | Path) -> Path:

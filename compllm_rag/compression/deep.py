@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from compllm_rag.compression.information import information_for
+from compllm_rag.compression.late_interaction import LateInteraction
 from compllm_rag.compression.pins import Pins, raised
 from compllm_rag.compression.pretrained import SavedCompressor, read_compressor, save_compressor
 from compllm_rag.compression.rate_policies.losses import LossPredictor
@@ -93,6 +94,7 @@ class DeepCompressor:
             inject_lora(self.decoder, rank=config.lora_rank, alpha=config.lora_alpha, modules=config.lora_modules)
         self.segmenter = Segmenter(llm.tokenizer, config.segment_length, config.segmenter_version)
         self.losses: LossPredictor | None = None  # what rates lose, if that was fitted; see `rate_policies.losses`
+        self.interaction: LateInteraction | None = None  # which sentence answers, if that was learned
         self._fingerprint: str | None = None
         self._merged: Any = None  # see `_writing`
         self._most_positions = max(_BATCH_POSITIONS.values())  # of one forward; less once memory was short
@@ -126,7 +128,7 @@ class DeepCompressor:
         for name, tree in made.trees.items():
             load_lora_state(tree, saved.under(f"{name}."))
         saved.check_fingerprint(made.fingerprint)
-        made.losses = saved.losses
+        made.losses, made.interaction = saved.losses, saved.interaction
         return made
 
     def save_pretrained(self, folder: str | Path) -> Path:

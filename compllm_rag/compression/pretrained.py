@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from compllm_rag.compression.late_interaction import RELEVANCE_FILE, LateInteraction
 from compllm_rag.compression.rate_policies.losses import RATES_FILE, LossPredictor
 from compllm_rag.compression.segmentation import Segmenter
 from compllm_rag.compression.spec import ConceptCompressor, ConceptSpec, embedding_rms, reading_halves, state_rms
@@ -55,11 +56,12 @@ def save_compressor(compressor: ConceptCompressor, folder: Path) -> Path:
         # The configuration names the fingerprint of the weights, so a mixture of old and new is refused on loading.
         os.replace(weights, folder / _WEIGHTS)
         os.replace(config, folder / _CONFIG)
-        if compressor.losses is not None:
-            compressor.losses.save(Path(scratch))
-            os.replace(Path(scratch) / RATES_FILE, folder / RATES_FILE)
-        else:
-            (folder / RATES_FILE).unlink(missing_ok=True)  # those of another compressor
+        for name, beside in ((RATES_FILE, compressor.losses), (RELEVANCE_FILE, compressor.interaction)):
+            if beside is not None:
+                beside.save(Path(scratch))
+                os.replace(Path(scratch) / name, folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)  # that of another compressor
     return folder
 
 
@@ -73,6 +75,7 @@ class SavedCompressor:
         state: Its tensors by name, fp16.
         fingerprint: What its configuration says it has; None where it is read to go on with another reader.
         losses: What rates lose of its concepts, where that was fitted.
+        interaction: Which sentence answers a question, where that was learned.
     """
 
     llm: TargetLLM
@@ -80,6 +83,7 @@ class SavedCompressor:
     state: dict[str, torch.Tensor]
     fingerprint: str | None
     losses: LossPredictor | None = None
+    interaction: LateInteraction | None = None
 
     def under(self, prefix: str) -> dict[str, torch.Tensor]:
         """The tensors whose names begin so, without that beginning."""
@@ -135,7 +139,7 @@ def read_compressor(
         llm: Its target LLM; None loads the one named in its configuration.
         revision: Commit of a hub id.
         other_reader: Take it although it was made with another reader of this LLM, to be trained further with the one
-            that is merged now. What rates lose is left behind, since it was fitted to that reader.
+            that is merged now. What rates lose, and what is relevant, is left behind: both were fitted to that reader.
         **llm_options: For `TargetLLM.from_pretrained` when `llm` is None.
 
     Raises:
@@ -155,7 +159,8 @@ def read_compressor(
     config, state = CompressorConfig.model_validate(record["config"]), _read_weights(path / _WEIGHTS)
     if record["llm"]["identity"] != llm.identity:
         return SavedCompressor(llm, config, state, None)
-    return SavedCompressor(llm, config, state, str(record["fingerprint"]), LossPredictor.load(path))
+    beside = LossPredictor.load(path), LateInteraction.load(path)
+    return SavedCompressor(llm, config, state, str(record["fingerprint"]), *beside)
 
 
 def saved_config(folder: Path) -> CompressorConfig:

@@ -9,7 +9,7 @@ side, and the chunks around it, while all that comes later keeps its identity an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -116,6 +116,18 @@ def units_of(tokenized: TokenizedText, unit_length: int) -> list[list[int]]:
         tokenized.ids[tokenized.segments[first].start : tokenized.segments[last - 1].end]
         for first, last in chunk_bounds(tokenized, int(unit_length / _MOST))
     ]
+
+
+def chunk_texts(tokenized: TokenizedText, chunk_size: int) -> Iterator[tuple[str, int, int]]:
+    """Text, first character and character after the last of each chunk; chunks of white space alone are kept."""
+    cuts = [0]
+    for _, last in chunk_bounds(tokenized, chunk_size)[:-1]:
+        # The end of the last token, not the start of the next: some tokenizers leave blanks out of the offsets.
+        cuts.append(max(cuts[-1], tokenized.offsets[tokenized.segments[last - 1].end - 1][1]))
+    cuts.append(len(tokenized.text))
+    for start, end in pairwise(cuts):
+        if end > start:
+            yield tokenized.text[start:end], start, end
 
 
 def chunk_bounds(tokenized: TokenizedText, chunk_size: int) -> list[tuple[int, int]]:

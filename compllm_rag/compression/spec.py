@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from compllm_rag.compression.late_interaction import LateInteraction
 from compllm_rag.compression.rate_policies.losses import LossPredictor
 from compllm_rag.compression.segmentation import Segmenter, units_of
 from compllm_rag.config import CompressorConfig, Narrowing
@@ -84,6 +85,7 @@ class ConceptCompressor(Protocol):
     llm: TargetLLM
     config: CompressorConfig
     losses: LossPredictor | None
+    interaction: LateInteraction | None
 
     @property
     def halves(self) -> Halves | None:
@@ -135,6 +137,7 @@ class DeferredCompressor:
         load: Loads it.
         halves: Of deep concepts: the LLM in two halves, as it reads them.
         losses: Reads what rates lose, where that was fitted; it needs no weights.
+        interaction: Reads which sentence answers a question, where that was learned; it needs no weights, either.
     """
 
     def __init__(
@@ -144,8 +147,10 @@ class DeferredCompressor:
         load: Callable[[], ConceptCompressor],
         halves: Halves | None = None,
         losses: Callable[[], LossPredictor | None] = lambda: None,
+        interaction: Callable[[], LateInteraction | None] = lambda: None,
     ) -> None:
         self.spec, self.llm, self._load, self.halves, self._losses = spec, llm, load, halves, losses
+        self._interaction = interaction
         self._loaded: ConceptCompressor | None = None
         self._lock = threading.Lock()
 
@@ -157,6 +162,15 @@ class DeferredCompressor:
             UnsupportedFormatError: See `LossPredictor.load`.
         """
         return self._losses()
+
+    @functools.cached_property
+    def interaction(self) -> LateInteraction | None:
+        """Which sentence answers a question, if that was learned; the weights stay where they are.
+
+        Raises:
+            UnsupportedFormatError: See `LateInteraction.load`.
+        """
+        return self._interaction()
 
     @property
     def loaded(self) -> bool:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, Self
 
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
@@ -14,7 +13,7 @@ from llama_index.core.node_parser import NodeParser
 from llama_index.core.schema import BaseNode, MetadataMode, NodeRelationship, TextNode
 from llama_index.core.utils import get_tqdm_iterable
 
-from compllm_rag.compression.segmentation import Segmenter, TokenizedText, chunk_bounds
+from compllm_rag.compression.segmentation import Segmenter, chunk_texts
 from compllm_rag.errors import ConfigurationError, FingerprintMismatchError
 from compllm_rag.fingerprint import tagged_digest
 from compllm_rag.models.llm import IN_MEMORY
@@ -110,18 +109,6 @@ class ConceptNodeParser(NodeParser):
 def _rules_of(segmenter: Segmenter) -> dict[str, int]:
     """What a segmenter is made with, beside its tokenizer."""
     return {name: value for name, value in vars(segmenter).items() if isinstance(value, int)}
-
-
-def chunk_texts(tokenized: TokenizedText, chunk_size: int) -> Iterator[tuple[str, int, int]]:
-    """Text, first character and character after the last of each chunk; chunks of white space alone are kept."""
-    cuts = [0]
-    for _, last in chunk_bounds(tokenized, chunk_size)[:-1]:
-        # The end of the last token, not the start of the next: some tokenizers leave blanks out of the offsets.
-        cuts.append(max(cuts[-1], tokenized.offsets[tokenized.segments[last - 1].end - 1][1]))
-    cuts.append(len(tokenized.text))
-    for start, end in pairwise(cuts):
-        if end > start:
-            yield tokenized.text[start:end], start, end
 
 
 def _chunk_node(source: BaseNode, text: str, start: int, end: int, occurrence: int) -> TextNode:

@@ -9,6 +9,7 @@ from typing import Any
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
 
+from compllm_rag.compression.late_interaction import LateInteraction
 from compllm_rag.compression.loading import AUTO, load_compressor, load_compressor_for, shipped_adapter
 from compllm_rag.compression.pretrained import load_reading, load_spec
 from compllm_rag.compression.rate_policies.losses import LossPredictor
@@ -87,6 +88,7 @@ def defer_own_compressor(
         lambda: load_compressor(folder / COMPRESSOR, target),
         halves,
         lambda: LossPredictor.load(folder / COMPRESSOR),
+        lambda: LateInteraction.load(folder / COMPRESSOR),
     )
 
 

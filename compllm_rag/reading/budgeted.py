@@ -58,8 +58,9 @@ class BudgetedReadPolicy:
             or where nothing is, what was measured with the shipped compressors (`compllm_rag.reading.kept`).
         weights: What makes a sentence likely to matter.
         relevance: The signal: `bm25`, `maxsim` (late interaction of the question's states with the stored concepts, for
-            one pass of the LLM's lower half over the question), `bm25+maxsim` (both, by their ranks), or one of your
-            own (`compllm_rag.reading.signals.Signal`).
+            one pass of the LLM's lower half over the question), `bm25+maxsim` (both, by their ranks), `learned` (late
+            interaction as it was learned for the compressor, for the same pass), or one of your own
+            (`compllm_rag.reading.signals.Signal`).
 
     Raises:
         ConfigurationError: A rate, the table or the signal makes no sense.
@@ -83,6 +84,11 @@ class BudgetedReadPolicy:
     def needs_states(self) -> bool:
         """Whether it compares states in front of an entry layer, which only deep concepts have."""
         return signal_named(self.relevance).needs_states
+
+    @property
+    def needs_learned(self) -> bool:
+        """Whether it judges by what was learned for the compressor."""
+        return bool(getattr(signal_named(self.relevance), "needs_learned", False))
 
     def choose(self, query: str, nodes: Sequence[Candidate], spec: ReadSpec) -> list[Reading]:
         """See `ReadPolicy.choose`.

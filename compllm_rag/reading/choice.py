@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
+from compllm_rag.compression.late_interaction import LateInteraction
 from compllm_rag.compression.spec import ConceptSpec
 from compllm_rag.config import Mode
 from compllm_rag.errors import ConfigurationError
@@ -137,6 +138,8 @@ class ReadSpec:
         states: What late interaction compares. Nothing is compressed for it.
         shares: The share of what text gives that concepts of a passage are predicted to keep at a rate (None: at
             `rate`), by losses that were fitted to this compressor; or why nothing is predicted, in plain words.
+        interaction: Which sentence answers a question, as learned for these concepts; or why nothing was, in plain
+            words.
         told: A policy puts in here, as plain values by name, what accounts should tell of its decision.
     """
 
@@ -148,6 +151,7 @@ class ReadSpec:
     n_concepts: Callable[[Candidate, int, int, float | None], int]
     states: States
     shares: Callable[[Candidate, float | None], float] | str = "nothing predicts losses"
+    interaction: LateInteraction | str = "no relevance is learned"
     told: dict[str, Any] = field(default_factory=dict)
 
 

@@ -28,6 +28,7 @@ from compllm_rag.reading.choice import (
 )
 from compllm_rag.reading.crossover import crossover
 from compllm_rag.reading.sentences import sentence_cutter
+from compllm_rag.reading.signals import refuse_unlearned
 from compllm_rag.reading.states import StatesAtHand, refuse_without_states
 
 
@@ -101,7 +102,8 @@ class PassageReading:
         rate: Source tokens per concept of the fixed choice; None takes the library's own.
 
     Raises:
-        ConfigurationError: The policy compares states, and concepts of the library are none.
+        ConfigurationError: The policy compares states, and concepts of the library are none, or it judges by what was
+            learned, and nothing was.
     """
 
     def __init__(
@@ -117,6 +119,8 @@ class PassageReading:
         self.library, self.policy, self.budget, self.mode, self.rate = library, policy, budget, mode, rate
         if getattr(policy, "needs_states", False):
             refuse_without_states(library)
+        if getattr(policy, "needs_learned", False):
+            refuse_unlearned(library.interaction)
         timed = budget.ttft_s is not None and missing == "recompress"
         self.missing: MissingChoice = "auto" if timed else missing
         self._sentences = sentence_cutter(library.spec.segmenter)
@@ -198,6 +202,7 @@ class _OneQuestion:
             self._n_concepts,
             states,
             predicted if isinstance(predicted, str) else partial(self._share, predicted),
+            self._library.interaction,
         )
         policy = self._of.policy
         readings = checked_readings(policy, candidates, policy.choose(query, candidates, spec))

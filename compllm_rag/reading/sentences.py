@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from compllm_rag.catalog.words import words
 from compllm_rag.compression.segmentation import Segmenter
 from compllm_rag.compression.segments import INNER
@@ -93,3 +95,25 @@ def word_matches(question: str, texts: Sequence[str]) -> list[WordMatch]:
         score = sum(weight[w] * count[w] * (_K1 + 1) / (count[w] + dampened) for w in there)
         out.append(WordMatch(score, tuple(word for word in there if 2 * having[word] < len(texts))))
     return out
+
+
+def word_shares(question: str, sentences: Sequence[str]) -> tuple[float, ...]:
+    """BM25 of sentences beside a question, as shares of the best one's; all 0 where none has a word of it."""
+    scores = [match.score for match in word_matches(question, sentences)]
+    most = max(scores, default=0.0) or 1.0
+    return tuple(score / most for score in scores)
+
+
+def sentence_bounds(places: torch.Tensor, sentences: Sequence[Sentence]) -> tuple[tuple[int, int], ...]:
+    """Where the states of each sentence lie among those of its passage.
+
+    Args:
+        places: The token of the passage that each state stands for, (n_concepts,), increasing.
+        sentences: Of the passage.
+
+    Returns:
+        Of each sentence the first state that belongs to it, and the one behind its last.
+    """
+    first = torch.searchsorted(places, torch.tensor([one.start for one in sentences], dtype=places.dtype))
+    last = torch.searchsorted(places, torch.tensor([one.end for one in sentences], dtype=places.dtype))
+    return tuple(zip(first.tolist(), last.tolist(), strict=True))

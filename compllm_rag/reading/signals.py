@@ -1,10 +1,11 @@
-"""What tells how well passages and their sentences answer to a question: their words, their states, or both.
+"""What tells how well passages and their sentences answer to a question: words, states, both, or what was learned.
 
 A signal gives shares of the best, so that one can stand in for another in `relevance`.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.reading.choice import Candidate, PassageStates, ReadSpec
 from compllm_rag.reading.maxsim import cosines, max_sim, of_sentences
-from compllm_rag.reading.sentences import word_matches
+from compllm_rag.reading.sentences import sentence_bounds, word_matches
 
 # Of reciprocal rank fusion: how little the first few ranks differ (Cormack, Clarke and Buettcher, SIGIR 2009).
 _RANK_DAMPING = 60
@@ -84,6 +85,23 @@ class Words:
         return out
 
 
+def _looked_up(
+    name: str, query: str, nodes: Sequence[Candidate], spec: ReadSpec
+) -> tuple[torch.Tensor, list[PassageStates | str]]:
+    """States (n_tokens, hidden_size) of the question and those of passages, or why there are none; told as `name`."""
+    begun = time.perf_counter()
+    asked = spec.states.of_question(query)
+    took = time.perf_counter() - begun
+    stored = [spec.states.of_passage(node) if len(asked) else "the question has no token" for node in nodes]
+    spec.told["relevance"] = {
+        "signal": name,
+        "question_tokens": len(asked),
+        "question_s": took,
+        "by_words": {node.id: why for node, why in zip(nodes, stored, strict=True) if isinstance(why, str)},
+    }
+    return asked, stored
+
+
 @dataclass(frozen=True)
 class MaxSim:
     """Late interaction of the question's states with the stored ones (see `compllm_rag.reading.maxsim`).
@@ -101,16 +119,7 @@ class MaxSim:
 
     def both(self, query: str, nodes: Sequence[Candidate], spec: ReadSpec) -> tuple[list[Judged | None], list[Judged]]:
         """What states say of each passage, None where it has none, and what words say."""
-        begun = time.perf_counter()
-        asked = spec.states.of_question(query)  # (n_tokens, hidden_size)
-        took = time.perf_counter() - begun
-        stored = [spec.states.of_passage(node) if len(asked) else "the question has no token" for node in nodes]
-        spec.told["relevance"] = {
-            "signal": self.name,
-            "question_tokens": len(asked),
-            "question_s": took,
-            "by_words": {node.id: why for node, why in zip(nodes, stored, strict=True) if isinstance(why, str)},
-        }
+        asked, stored = _looked_up(self.name, query, nodes, spec)
         with_states = [i for i, found in enumerate(stored) if not isinstance(found, str)]
         own = [found for found in stored if not isinstance(found, str)]
         judged: list[Judged | None] = [None] * len(nodes)
@@ -146,7 +155,72 @@ class Fused:
         return out
 
 
-SIGNALS: dict[str, Signal] = {signal.name: signal for signal in (Words(), MaxSim(), Fused())}
+@dataclass(frozen=True)
+class Learned:
+    """Late interaction as it was learned for the compressor (see `compllm_rag.compression.late_interaction`).
+
+    A sentence's share is its probability to say the answer, beside that of the likeliest one. Passages of which no
+    concepts are stored are judged by their words, as with `MaxSim`.
+
+    Args:
+        temperature: Above 1 brings probabilities nearer to each other, so that more than the likeliest sentence counts.
+    """
+
+    temperature: float = 1.0
+    name: str = field(default="learned", init=False)
+    needs_states: bool = field(default=True, init=False)
+    needs_learned: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ConfigurationError("temperature makes no sense", got=self.temperature, expected="more than 0")
+
+    def judge(self, query: str, nodes: Sequence[Candidate], spec: ReadSpec) -> list[Judged]:
+        """See `Signal.judge`.
+
+        Raises:
+            ConfigurationError: Nothing was learned for this compressor.
+        """
+        refuse_unlearned(spec.interaction)
+        words = Words().judge(query, nodes, spec)
+        asked, stored = _looked_up(self.name, query, nodes, spec)
+        made = [(i, found) for i, found in enumerate(stored) if not isinstance(found, str)]
+        out = list(words)
+        if not made or isinstance(spec.interaction, str):
+            return out
+        bounds = [sentence_bounds(found.places, nodes[i].sentences) for i, found in made]
+        said = [share for i, _ in made for share in words[i].sentences]
+        with torch.inference_mode():
+            scores = spec.interaction(asked, [found.states for _, found in made], bounds, said)  # (n_sentences,)
+        rows = list(torch.split(scores / self.temperature, [len(each) for each in bounds]))
+        best = max((float(row.max()) for row in rows if len(row)), default=0.0)
+        whole = [float(row.logsumexp(0)) if len(row) else -math.inf for row in rows]
+        for (i, _), own, row, passage in zip(made, bounds, rows, whole, strict=True):
+            shares = (row - best).exp().tolist()
+            whys = tuple(
+                f"{share:.2f} as likely to answer as the likeliest" if end > start else "no concept of it is kept"
+                for share, (start, end) in zip(shares, own, strict=True)
+            )
+            out[i] = Judged(math.exp(passage - max(whole)) if shares else 0.0, tuple(shares), whys)
+        return out
+
+
+def refuse_unlearned(interaction: object) -> None:
+    """Refuse to judge by what was never learned.
+
+    Raises:
+        ConfigurationError: It is a reason in place of a `LateInteraction`.
+    """
+    if isinstance(interaction, str):
+        raise ConfigurationError(
+            "relevance learned has nothing to go by",
+            got=interaction,
+            expected="a compressor of deep concepts for which `compllm-rag train relevance` ran",
+            next_step="train it and ingest with that compressor, or take relevance bm25 or maxsim",
+        )
+
+
+SIGNALS: dict[str, Signal] = {signal.name: signal for signal in (Words(), MaxSim(), Fused(), Learned())}
 
 
 def signal_named(given: object) -> Signal:

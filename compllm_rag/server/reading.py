@@ -36,7 +36,7 @@ class ReadAsked(BaseModel):
     rate: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
     narrowing: Annotated[str, Field(max_length=40)] | None = Field(default=None, description="LAYER:SHARE, or auto")
     read_policy: Literal["fixed", "budgeted"] | None = None
-    relevance: Literal["bm25", "maxsim", "bm25+maxsim"] | None = None
+    relevance: Literal["bm25", "maxsim", "bm25+maxsim", "learned"] | None = None
     relevance_cutoff: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     position_budget: Annotated[int, Field(ge=1)] | None = None
     prefill_budget: _Amount | None = None
