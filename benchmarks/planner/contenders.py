@@ -73,10 +73,11 @@ def _planner(
     *,
     several: bool = False,
     least: float = 0.0,
+    relevance: str = "bm25",
 ) -> PassageBodies:
     own = DEFAULT_RATES["deep" if compressor.config.deep else "input"]
     kept = (own, rate) if several else (own,)
-    policy = BudgetedReadPolicy(weights=Weights(least=least))
+    policy = BudgetedReadPolicy(weights=Weights(least=least), relevance=relevance)
     return QuestionBodies(compressor, rate=rate, policy=policy, kept=kept, narrowing=narrowing)
 
 
@@ -92,13 +93,15 @@ def _alike(
     return Bodies(compressor, Setting.of(mode, rate), segmented)
 
 
-# The planner from a storage at one rate and at two, and one that leaves its budget unspent where little matters; then
+LEARNED = "planner, likeliest alone, learned"
+# The planner from a storage at one rate and at two, and two that leave their budget unspent where little matters; then
 # its rivals.
-PLANNERS = ("planner", "planner, two rates", "planner, likeliest alone")
+PLANNERS = ("planner", "planner, two rates", "planner, likeliest alone", LEARNED)
 CONTENDERS: dict[str, Make] = {
     "planner": _planner,
     "planner, two rates": partial(_planner, several=True),
     "planner, likeliest alone": partial(_planner, least=LEAST),
+    LEARNED: partial(_planner, least=LEAST, relevance="learned"),
     "BM25 sentences": partial(_sentences, by_words=True),
     "concepts": partial(_alike, mode="concepts"),
     "fewer text": partial(_sentences, by_words=False),

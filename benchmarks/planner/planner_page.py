@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.cells import difference, number, source, table, with_interval
-from benchmarks.planner.contenders import PLANNERS, RIVALS
+from benchmarks.planner.contenders import LEARNED, PLANNERS, RIVALS
 
 _COLOURS = {
-    "planner": "tab:blue", "planner, two rates": "tab:cyan", "planner, likeliest alone": "navy",
+    "planner": "tab:blue", "planner, two rates": "tab:cyan", "planner, likeliest alone": "navy", LEARNED: "tab:purple",
     "BM25 sentences": "tab:orange", "concepts": "tab:green", "fewer text": "tab:red", "random": "tab:gray",
 }  # fmt: skip
 

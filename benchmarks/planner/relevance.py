@@ -3,11 +3,12 @@
 Questions of held-out rows of the TRAINING data, whose answer stands word by word in a passage they rest on: relevance
 is a setting, and evaluation sets are not there to choose settings by. Each comes with its passages and the nearest
 others of the pool, four in all. The sentences of these are ordered by the rank of their passage, by BM25, by max-sim
-(late interaction of the question's states in front of the entry layer with the stored ones), and by both with
-reciprocal rank fusion. Told is how often one that says the answer is the first, or among the first two (of sentences
-that a signal holds alike, by chance), and how often the budgeted read policy reads one when it may spend a quarter, or
-an eighth, of what the passages take as text. Further rows change one thing about max-sim each. Intervals are over
-groups of questions that share passages. No answer is generated; the LLM's lower half runs over passages and questions.
+(late interaction of the question's states in front of the entry layer with the stored ones), by both with reciprocal
+rank fusion, and by what was learned for the compressor, if anything was. Told is how often one that says the answer is
+the first, or among the first two (of sentences that a signal holds alike, by chance), and how often the budgeted read
+policy reads one when it may spend a quarter, or an eighth, of what the passages take as text. Further rows change one
+thing about max-sim each. Intervals are over groups of questions that share passages. No answer is generated; the LLM's
+lower half runs over passages and questions.
 """
 
 from __future__ import annotations
@@ -149,7 +150,8 @@ def judged(
         "max-sim, mean removed alone": Changed(_centred),
         "max-sim, states as they are": Changed(_raw),
     }
-    asking = Judging({**SIGNALS, **changed})
+    signals = signals_of(compressor)
+    asking = Judging({**signals, **changed})
     retrieved = _retrieved(one, library)
     PassageReading(library, asking, ReadBudget()).read(one.question, retrieved, 0)
     scores = asking.shares
@@ -161,9 +163,14 @@ def judged(
         **scores,
     }
     found = {name: [hit(row, one.gold, k) for k in (1, 2)] for name, row in out.items()}
-    for name in SIGNALS:
+    for name in signals:
         found[name] += [_read(one, library, retrieved, name, cost) for cost in COSTS]
     return found
+
+
+def signals_of(compressor: DeepCompressor) -> dict[str, Any]:
+    """Those that have something to go by."""
+    return {name: signal for name, signal in SIGNALS.items() if name != "learned" or compressor.interaction is not None}
 
 
 def hit(scores: Sequence[Sequence[float]], gold: frozenset[tuple[int, int]], k: int) -> float:

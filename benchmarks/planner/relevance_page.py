@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.cells import difference, source, table, with_interval
 from benchmarks.planner.relevance import COLUMNS, Row
 
-_TITLES = {"bm25": "BM25", "maxsim": "max-sim", "bm25+maxsim": "BM25 and max-sim"}
+_TITLES = {"bm25": "BM25", "maxsim": "max-sim", "bm25+maxsim": "BM25 and max-sim", "learned": "learned"}
 
 
 def tables(record: dict[str, Any]) -> list[str]:
@@ -37,7 +37,7 @@ def tables(record: dict[str, Any]) -> list[str]:
 def _verdict(rows: dict[str, Row]) -> list[str]:
     """What the differences to BM25 come to."""
     lines = []
-    for name in ("maxsim", "bm25+maxsim"):
+    for name in [name for name in ("maxsim", "bm25+maxsim", "learned") if name in rows]:
         said = []
         for column in COLUMNS:
             over = rows[name][f"{column} over BM25"]

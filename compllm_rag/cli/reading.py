@@ -37,7 +37,8 @@ RelevanceName = Annotated[
     typer.Option(
         "--relevance",
         help="By what the budgeted policy judges sentences: `bm25` (words), `maxsim` (states of the question beside "
-        "the stored concepts), `bm25+maxsim`, or `learned` (the same as it was trained). Default: bm25.",
+        "the stored concepts), `bm25+maxsim`, or `learned` (states as trained projections see them, and words). "
+        "Default: bm25.",
     ),
 ]
 RelevanceCutoff = Annotated[

@@ -10,6 +10,7 @@ from compllm_rag.config import DEFAULT_RATES, Mode, Narrowing
 from compllm_rag.errors import ConfigurationError, ReadBudgetError
 from compllm_rag.evaluation.questions import Question
 from compllm_rag.library import ConceptLibrary
+from compllm_rag.models.plaintext import encode_plain
 from compllm_rag.prompt import QAPrompt, Span
 from compllm_rag.reading.budget import ReadBudget
 from compllm_rag.reading.budgeted import BudgetedReadPolicy
@@ -95,6 +96,14 @@ class QuestionBodies:
             return []
         pairs = zip(retrieved, made, strict=True)
         return [(passage.title, one.spans) for passage, one in pairs if not one.reading.left_out]
+
+    def beside(self, question: Question) -> float:
+        """What the question's own pass through the lower layers takes, in text tokens; 0 where none is compared."""
+        if not getattr(self._reading.policy, "needs_states", False):
+            return 0.0
+        spec = self._library.spec
+        n_tokens = len(encode_plain(self._library.llm.tokenizer, question.question)["input_ids"])
+        return float(n_tokens) * spec.config.entry_layer / spec.depth
 
     def _retrieved(self, question: Question) -> list[Retrieved]:
         template = self._prompt.template

@@ -111,13 +111,15 @@ class Meter:
         self.budget, self._prompt_tokens, self._beside_s, self.window = budget, prompt_tokens, beside_s, window
         self.deep = spec.config.deep
         self._entry_layer, self._depth = spec.config.entry_layer, spec.depth
+        self.beside = 0.0  # of the prefill budget, in text tokens
 
     def spend_beside(self, tokens: int) -> None:
-        """Set aside the time of tokens that run through the LLM's lower half before the prompt does.
+        """Set aside what tokens take that run through the LLM's lower half before the prompt does.
 
         Args:
             tokens: How many.
         """
+        self.beside += tokens * self._entry_layer / self._depth
         if self.budget.costs is not None and self.budget.costs.lower is not None:
             self._beside_s += self.budget.costs.lower(tokens)
 
@@ -130,7 +132,8 @@ class Meter:
         """
         out: dict[str, float] = {
             "position_budget": tokens + concepts,
-            "prefill_budget": counted_prefill(
+            "prefill_budget": self.beside
+            + counted_prefill(
                 tokens, concepts, entry_layer=self._entry_layer, depth=self._depth, narrowing=self.budget.narrowing
             ),
         }
@@ -155,7 +158,7 @@ class Meter:
     def share(self, tokens: int, concepts: int) -> float:
         """What passages take of the limit that is nearest, 1 being all of it; 0 where there is no limit.
 
-        Of a time, what the prompt takes without passages does not count.
+        What is taken without passages does not count.
         """
         bare = self.taken(0, 0)
         shares = [

@@ -11,11 +11,13 @@ import toy
 import toy_embedder
 from benchmarks.planner import planner_page
 from benchmarks.planner.candidates import asked, found, with_passages
-from benchmarks.planner.contenders import CONTENDERS, InOrder
+from benchmarks.planner.contenders import CONTENDERS, LEARNED, InOrder
+from compllm_rag.compression.late_interaction import LateInteraction
 from compllm_rag.compression.loading import untrained_deep
 from compllm_rag.compression.segmentation import Segmenter
 from compllm_rag.evaluation.questions import Question, SourcePassage
 from compllm_rag.evaluation.read_policies import QuestionBodies
+from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import QAPrompt, TextSpan
 from toy_embedder import HashEmbedder
 from trained import information
@@ -60,6 +62,10 @@ def test_it_runs_resumes_and_has_its_section(data: Path, toy_folder: Path, tmp_p
     out = tmp_path / "planner.json"
     words = ["--llm", toy_folder, "--data-dir", data, "--embedder", data / "embedder" / "model", "--limit", 3]
     words += ["--sets", "squad", "musique", "--top-k", 3, "--pool", 4, "--max-new-tokens", 3]
+    made = untrained_deep(TargetLLM.from_pretrained(str(toy_folder)), 1)
+    made.interaction = LateInteraction(made.hidden_size, 8)
+    made.interaction.compressor = made.fingerprint
+    words += ["--reader", "none", "--compressor", made.save_pretrained(tmp_path / "compressor")]
     record, _ = loft_corpus.run("planner", out, *words)
     assert record["rates"] == {"0.25": 2.0, "0.125": 4.0}
     for each in record["sets"].values():
@@ -90,8 +96,9 @@ def test_it_runs_resumes_and_has_its_section(data: Path, toy_folder: Path, tmp_p
 def test_all_of_them_narrowed(data: Path, tmp_path: Path) -> None:
     words = ["--llm", toy.save(tmp_path / "llm", layers=4), "--data-dir", data, "--limit", 2, "--sets", "squad"]
     words += ["--embedder", data / "embedder" / "model", "--top-k", 3, "--pool", 4, "--max-new-tokens", 3]
-    words += ["--narrow", "3:0.1", "--costs", 0.2, "--contenders", "planner", "concepts"]
-    record, _ = loft_corpus.run("planner", tmp_path / "narrowed.json", *words)
+    words += ["--narrow", "3:0.1", "--costs", 0.2, "--contenders", "planner", LEARNED, "concepts"]
+    record, log = loft_corpus.run("planner", tmp_path / "narrowed.json", *words)
+    assert f"{LEARNED}: no relevance is learned" in log and LEARNED not in str(record["sets"])
     assert record["narrowing"] == "3:0.1" and record["rates"]["0.2"] == pytest.approx(0.275 / 0.2)
     rows = {row["contender"]: row for row in record["sets"]["squad"]["rows"]}
     assert rows["concepts"]["prefill_cost"] == pytest.approx(0.2, abs=0.02)

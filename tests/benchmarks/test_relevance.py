@@ -13,9 +13,12 @@ import toy_embedder
 from benchmarks.planner import relevance_page
 from benchmarks.planner.relevance import COLUMNS, _row, hit
 from benchmarks.planner.sought import sought
+from compllm_rag.compression.late_interaction import LateInteraction
+from compllm_rag.compression.loading import untrained_deep
 from compllm_rag.compression.segmentation import Segmenter
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.evaluation.questions import Question, SourcePassage
+from compllm_rag.models.llm import TargetLLM
 from compllm_rag.reading.signals import SIGNALS
 from compllm_rag.training.material import Group, is_held_out
 from toy_embedder import HashEmbedder
@@ -90,7 +93,7 @@ def test_it_runs_and_has_its_section(data: Path, toy_folder: Path, tmp_path: Pat
     words = ["--llm", toy_folder, "--data-dir", data, "--embedder", data / "embedder" / "model", "--passages", 2]
     record, _ = loft_corpus.run("relevance", tmp_path / "relevance.json", *words)
     assert 1 <= record["n"] <= len(PARTS) and record["groups"] == record["n"] and record["entry_layer"] > 0
-    assert set(SIGNALS) < set(record["rows"])
+    assert set(SIGNALS) - {"learned"} < set(record["rows"])
     for name, row in record["rows"].items():
         for column in COLUMNS if name in SIGNALS else COLUMNS[:2]:
             assert 0 <= row[column] <= 100 and row[f"{column} interval"][0] <= row[column]
@@ -104,3 +107,16 @@ def test_it_runs_and_has_its_section(data: Path, toy_folder: Path, tmp_path: Pat
         relevance_page.tables({**record, "rows": {**record["rows"], "maxsim": record["rows"]["bm25"] | apart}})
     )
     assert "recall@1 better than BM25's (+9.0 [+2.0, +16.0])" in page
+
+
+def test_what_was_learned_has_its_row(data: Path, toy_folder: Path, tmp_path: Path) -> None:
+    made = untrained_deep(TargetLLM.from_pretrained(str(toy_folder)), 1)
+    made.interaction = LateInteraction(made.hidden_size, 8)
+    made.interaction.compressor = made.fingerprint
+    words = ["--llm", toy_folder, "--data-dir", data, "--embedder", data / "embedder" / "model", "--passages", 2]
+    words += ["--reader", "none", "--compressor", made.save_pretrained(tmp_path / "compressor")]
+    record, _ = loft_corpus.run("relevance", tmp_path / "relevance.json", *words)
+    row = record["rows"]["learned"]
+    assert all(0 <= row[column] <= 100 for column in COLUMNS)
+    page = "\n".join(relevance_page.tables(record))
+    assert "| learned |" in page and "* learned: recall@1 " in page

@@ -5,7 +5,10 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import torch
+
 import toy
+from compllm_rag.compression.late_interaction import LateInteraction
 from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.reading.budget import ReadBudget
@@ -31,6 +34,19 @@ def library(
     made = compressor(codec)
     out = ConceptLibrary(made, MemoryStore(made.spec.width), rate=rate, also_rates=also)
     if fill:
+        out.ensure(PARTS)
+    return out
+
+
+def learned_library(**options: Any) -> ConceptLibrary:
+    """A library of deep concepts with a relevance that was learned for them: random numbers."""
+    made = trained_deep(toy.llm(layers=4))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made.interaction = LateInteraction(made.hidden_size, 8).requires_grad_(False)
+    made.interaction.compressor = made.fingerprint
+    out = ConceptLibrary(made, MemoryStore(made.spec.width), rate=options.get("rate", 1.0))
+    if options.get("fill", True):
         out.ensure(PARTS)
     return out
 

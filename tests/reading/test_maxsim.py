@@ -13,7 +13,7 @@ import torch
 from compllm_rag.compression.rate_policies.choosing import chooser_of
 from compllm_rag.compression.rate_policies.measures import TextMeasures
 from compllm_rag.config import IngestConfig
-from compllm_rag.errors import ConfigurationError
+from compllm_rag.errors import ConfigurationError, ReadBudgetError
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.reading.budget import ReadBudget
 from compllm_rag.reading.budgeted import BudgetedReadPolicy
@@ -25,7 +25,7 @@ from compllm_rag.reading.signals import SIGNALS, Fused, Judged, MaxSim, Words, s
 from compllm_rag.reading.states import question_states
 from compllm_rag.store.encodings import deep_encoding
 from compllm_rag.store.memory import MemoryStore
-from tests.reading.read_samples import PARTS, QUESTION, compressor, decided, library, retrieved
+from tests.reading.read_samples import PARTS, QUESTION, compressor, decided, learned_library, library, retrieved
 from tests.reading.test_budgeted import COSTS
 
 
@@ -174,7 +174,8 @@ def test_fusion_goes_by_ranks() -> None:
 
 @pytest.mark.parametrize("name", list(SIGNALS))
 def test_the_policy_judges_by_any_and_tells_it(name: str) -> None:
-    found = decided(library(), BudgetedReadPolicy(relevance=name), {"prefill": 40})
+    of = learned_library() if name == "learned" else library()
+    found = decided(of, BudgetedReadPolicy(relevance=name), {"prefill": 40})
     assert found.told["relevance"]["signal"] == name and found.taken["prefill_budget"] <= 40
     assert any(not one.reading.left_out for one in found.passages)
     default = decided(library(), BudgetedReadPolicy(), {"prefill": 40})
@@ -186,13 +187,24 @@ def test_a_time_pays_for_the_question_as_well() -> None:
     limit = {"ttft_s": 0.12, "costs": COSTS}
     plain = decided(library(), BudgetedReadPolicy(text=False, relevance="bm25"), limit)
     found = decided(library(), BudgetedReadPolicy(text=False, relevance="maxsim"), limit)
-    of = library()
-    n = len(of.spec.config.opening) + found.told["relevance"]["question_tokens"]
+    n = found.told["relevance"]["question_tokens"]  # the opening in front of it is kept
     concepts = sum(len(span) for one in found.passages for span in one.spans)
     around = 5 * sum(not one.reading.left_out for one in found.passages)
     expected = COSTS.lower(n) + 1.05 * COSTS.prefill_s(30 + around, concepts)
     assert found.taken["ttft_budget_s"] == pytest.approx(expected) and expected <= 0.12
     assert plain.taken["ttft_budget_s"] <= 0.12
+
+
+def test_a_prefill_pays_for_the_question_as_well() -> None:
+    spec, limit = library().spec, {"prefill": 40}
+    found = decided(library(), BudgetedReadPolicy(text=False, relevance="maxsim"), limit)
+    half = spec.config.entry_layer / spec.depth
+    beside = half * found.told["relevance"]["question_tokens"]
+    concepts = sum(len(span) for one in found.passages for span in one.spans)
+    around = 5 * sum(not one.reading.left_out for one in found.passages)
+    assert beside > 0 and found.taken["prefill_budget"] == pytest.approx(beside + around + (1 - half) * concepts)
+    with pytest.raises(ReadBudgetError, match="at least 1[0-9]"):
+        decided(library(), BudgetedReadPolicy(text=False, relevance="maxsim"), {"prefill": 1 + beside})
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
