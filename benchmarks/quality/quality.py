@@ -92,12 +92,19 @@ def main(argv: Sequence[str] | None = None) -> Record:
     options.add_argument(
         "--narrow-rates", nargs="+", type=float, help="narrow at these of the rates alone (default: at all of them)"
     )
+    options.add_argument("--unit-length", type=int, help="most tokens that deep concepts are made of at once")
     options.add_argument("--sets", nargs="+", choices=[*SETS, "probes"], default=["probes", *SETS])
     args = parsed(options, argv)
     if args.narrow_rates and (not args.narrow or not set(args.narrow_rates) <= set(args.rates)):
         options.error("--narrow-rates must be some of --rates, and --narrow must say how they are narrowed")
     args.out.mkdir(parents=True, exist_ok=True)
     compressor = any_compressor_of(args)
+    if args.unit_length is not None:
+        if not compressor.config.deep:
+            options.error("--unit-length is of deep concepts")
+        settings_of = {**compressor.config.model_dump(), "unit_length": args.unit_length}
+        compressor.config = CompressorConfig.model_validate(settings_of)
+        compressor.refresh_fingerprint()
     made = {}
     for name in args.sets:
         if name != "probes" and args.data_dir is None:

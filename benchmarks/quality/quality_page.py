@@ -6,9 +6,10 @@ from typing import Any
 
 from benchmarks.cells import apart, difference, number, source, table, with_interval
 from benchmarks.quality.quality import SETS
-from compllm_rag.config import DEFAULT_LLM
+from compllm_rag.config import DEFAULT_LLM, CompressorConfig
 
 _LAYER = 15  # at which the concepts enter that are the default of the embedded LLM
+_UNIT = CompressorConfig().unit_length
 _NARROWED = ("tab:green", "tab:olive", "tab:cyan")
 
 
@@ -81,6 +82,8 @@ def _other(record: dict[str, Any]) -> str:
     made, llm = record["compressor"], record["llm"]
     named = "" if llm == DEFAULT_LLM else f" of {llm}"
     named += f", entry layer {made['entry_layer']}" if _elsewhere(record) else ""
+    longest = made.get("unit_length", _UNIT)
+    named += f", units of {longest} tokens" if longest != _UNIT else ""
     alone = made.get("entry_layer") and made["lora_rank"] and not made.get("read_rank")
     return named + (", the upper half frozen" if alone else "") + (", whole and narrowed" if _narrows(record) else "")
 

@@ -251,7 +251,7 @@ def _from_hub(repo_id: str, revision: str | None) -> Path:
             expected="a folder, or a hub id `org/name` with revision=<commit>",
             next_step="check the path",
         )
-    return snapshot(repo_id, revision, [_CONFIG, _WEIGHTS])
+    return snapshot(repo_id, revision, [_CONFIG, _WEIGHTS, RATES_FILE, RELEVANCE_FILE])
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import toy
 from compllm_rag.compression.deep import DeepCompressor
 from compllm_rag.compression.late_interaction import RELEVANCE_FILE, LateInteraction, interaction_of
-from compllm_rag.compression.loading import load_compressor
+from compllm_rag.compression.loading import load_compressor, shipped_adapter
+from compllm_rag.config import DEFAULT_LLM
 from compllm_rag.errors import UnsupportedFormatError
 from trained import trained_deep
 
@@ -120,3 +123,26 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path, harm: str) -> None:
         LateInteraction.load(tmp_path)
     shutil.rmtree(tmp_path)
     assert LateInteraction.load(tmp_path) is None
+
+
+def test_it_comes_with_a_compressor_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, asked = compressor(), list[str]()
+    own.interaction = made(own.hidden_size)
+    own.interaction.compressor = own.fingerprint
+    folder = own.save_pretrained(tmp_path / "own")
+
+    def download(name: str, *, allow_patterns: list[str], **_: Any) -> str:
+        asked.extend(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    found = DeepCompressor.from_pretrained("org/name", own.llm, revision="0" * 40)
+    assert set(asked) == {"config.json", "compressor.safetensors", "rates.json", RELEVANCE_FILE}
+    assert found.interaction is not None and found.interaction.compressor == own.fingerprint
+
+
+def test_what_ships_was_learned_for_what_ships() -> None:
+    folder = Path(str(shipped_adapter(DEFAULT_LLM, "deep")))
+    found, config = LateInteraction.load(folder), json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert found is not None and found.compressor == config["fingerprint"] and found.questions > 1000
+    assert isinstance(interaction_of(found, config["fingerprint"], found.hidden_size), LateInteraction)
