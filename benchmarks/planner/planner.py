@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.common import any_compressor_of, dtype_of, journal_of, parsed, parser, part, progress, written
 from benchmarks.planner.candidates import SETS, asked, found, recall, with_passages
-from benchmarks.planner.contenders import CONTENDERS, LEARNED, PLANNERS
+from benchmarks.planner.contenders import CONTENDERS, LEARNED, LEAST_LEARNED, PLANNERS
 from benchmarks.planner.sought import sought
 from benchmarks.remembered import remember_states
 from compllm_rag.compression.rate_policies.shares import shares_identity
@@ -103,7 +103,9 @@ def _one(
     def ask(label: str, setting: Setting, bodies: PassageBodies | None = None) -> list[Record]:
         asker = Asker(compressor, setting, segmented, _generation(args), bodies, halves=halves)
         make = partial(_asked, asker, fits, args.batch_size, answer=setting.mode != "none")
-        return [Record.from_dict(record) for record in part(journal, f"{name}, {label}", make)]
+        learned = compressor.interaction if label.startswith(LEARNED) else None
+        by = {} if learned is None else {"relevance": learned.identity, "least": LEAST_LEARNED}
+        return [Record.from_dict(record) for record in part(journal, f"{name}, {label}", make, **by)]
 
     whole, none = ask("text", Setting("text")), ask("none", Setting("none"))
     rows = [_row("text", None, whole, whole, none), _row("none", None, none, whole, none)]

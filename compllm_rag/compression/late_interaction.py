@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from compllm_rag.errors import UnsupportedFormatError
+from compllm_rag.fingerprint import tensor_digest
 
 RELEVANCE_FILE = "relevance.safetensors"
 _FORMAT = "1"
@@ -119,6 +120,11 @@ class LateInteraction(nn.Module):
                 rows.append(row + self.whole * row.logsumexp(0))
         said = torch.tensor(list(words), dtype=near.dtype, device=near.device)  # (n_sentences,)
         return (torch.cat(rows) if rows else near.new_zeros(0)) + self.words * said
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of what was learned, for journals that keep what was read by it."""
+        return tensor_digest({name: tensor.cpu().numpy() for name, tensor in self.state_dict().items()})
 
     def save(self, folder: Path) -> None:
         """Write it beside a compressor."""

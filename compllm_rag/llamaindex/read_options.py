@@ -12,10 +12,9 @@ from compllm_rag.generation.costs import CostModel
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.models.narrowing import check_narrowing
 from compllm_rag.reading.budget import NAMES, ReadBudget
-from compllm_rag.reading.budgeted import BudgetedReadPolicy
+from compllm_rag.reading.budgeted import BudgetedReadPolicy, weights_for
 from compllm_rag.reading.choice import FixedReadPolicy, ReadPolicy
 from compllm_rag.reading.passages import PassageReading
-from compllm_rag.reading.relevance import Weights
 from compllm_rag.reading.signals import Signal
 
 READ_OPTIONS = (
@@ -85,8 +84,7 @@ def policy_of(given: object, relevance: Signal | str | None, cutoff: float | Non
             expected="read_policy budgeted, or none",
             next_step="leave one out, or give it to `BudgetedReadPolicy` itself",
         )
-    weights = Weights() if cutoff is None else Weights(least=cutoff)
-    return BudgetedReadPolicy(weights=weights, relevance=relevance or "bm25")
+    return BudgetedReadPolicy(weights=weights_for(relevance, cutoff or 0.0), relevance=relevance or "bm25")
 
 
 def passage_reading(

@@ -40,6 +40,17 @@ _LEAST_KEPT = 1e-3
 _NOTHING = _Option("left out", None, 0, 0, 0.0)
 
 
+def weights_for(signal: str | Signal | None, least: float = 0.0) -> Weights:
+    """Weights that go with a signal: `learned` gives probabilities, which nothing is added to.
+
+    Args:
+        signal: Or its name; None is `bm25`.
+        least: See `Weights`.
+    """
+    learned = signal is not None and signal_named(signal).name == "learned"
+    return Weights(base=0.0, beside=0.0, passage=0.0, rank=0.0, least=least) if learned else Weights(least=least)
+
+
 @dataclass(frozen=True)
 class BudgetedReadPolicy:
     """Reads what a budget allows, the likeliest to matter first.
@@ -56,7 +67,7 @@ class BudgetedReadPolicy:
         text: Whether sentences may be read as text.
         kept: The share of what text gives that concepts keep, by rate; None takes what is predicted for each passage,
             or where nothing is, what was measured with the shipped compressors (`compllm_rag.reading.kept`).
-        weights: What makes a sentence likely to matter.
+        weights: What makes a sentence likely to matter; None takes those of the signal (`weights_for`).
         relevance: The signal: `bm25`, `maxsim` (late interaction of the question's states with the stored concepts, for
             one pass of the LLM's lower half over the question), `bm25+maxsim` (both, by their ranks), `learned` (late
             interaction as it was learned for the compressor, for the same pass), or one of your own
@@ -69,7 +80,7 @@ class BudgetedReadPolicy:
     rates: Sequence[float] | None = None
     text: bool = True
     kept: Mapping[float, float] | None = None
-    weights: Weights = field(default_factory=Weights)
+    weights: Weights | None = None
     relevance: str | Signal = "bm25"
     name: str = field(default="budgeted", init=False)
 
@@ -78,7 +89,9 @@ class BudgetedReadPolicy:
             raise ConfigurationError("rates make no sense", got=list(self.rates), expected="numbers of at least 1")
         if self.kept is not None:
             checked_table(self.kept)
-        signal_named(self.relevance)
+        signal = signal_named(self.relevance)
+        if self.weights is None:
+            object.__setattr__(self, "weights", weights_for(signal))
 
     @property
     def needs_states(self) -> bool:
@@ -106,7 +119,7 @@ class BudgetedReadPolicy:
             )
         signal = signal_named(self.relevance)
         spec.told["relevance"] = {"signal": signal.name}
-        scores = relevance(nodes, signal.judge(query, nodes, spec), self.weights)
+        scores = relevance(nodes, signal.judge(query, nodes, spec), self.weights or weights_for(signal))
         spec.told["kept"] = {"by": "table" if self._by_table(spec) else "predicted losses", "why": self._why(spec)}
         options = [self._options(node, spec) for node in nodes]
         spent = _Spending(nodes, options, [[score.value for score in row] for row in scores], spec)

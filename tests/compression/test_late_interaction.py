@@ -64,6 +64,10 @@ def test_a_sentence_of_which_nothing_is_kept_is_as_far_as_can_be() -> None:
     assert float(found[0] - found[1]) <= 2 * float(one.sharpness) and one(states(2, 1), [], [], []).shape == (0,)
 
 
+def test_what_was_learned_has_a_name() -> None:
+    assert made().identity == made().identity != made(seed=1).identity
+
+
 def test_states_are_standardised_by_a_sample() -> None:
     one, loud = made(), torch.ones(12)
     loud[3] = 500.0

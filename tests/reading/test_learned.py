@@ -10,9 +10,11 @@ import pytest
 
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.library import ConceptLibrary
+from compllm_rag.llamaindex.read_options import policy_of
 from compllm_rag.reading.budget import ReadBudget
-from compllm_rag.reading.budgeted import BudgetedReadPolicy
+from compllm_rag.reading.budgeted import BudgetedReadPolicy, weights_for
 from compllm_rag.reading.passages import PassageReading
+from compllm_rag.reading.relevance import Weights
 from compllm_rag.reading.sentences import sentence_bounds, word_shares
 from compllm_rag.reading.signals import Judged, Learned, Words
 from compllm_rag.reading.states import question_states
@@ -88,3 +90,19 @@ def test_it_is_refused_where_nothing_was_learned(of: Any, said: str) -> None:
         judged(made, Learned())  # a policy that does not say what it needs
     with pytest.raises(ConfigurationError, match="concepts at the input embeddings"):
         PassageReading(library("input"), BudgetedReadPolicy(relevance="learned"), ReadBudget(positions=90))
+
+
+def test_probabilities_are_weighed_as_they_are() -> None:
+    of = learned_library()
+    assert BudgetedReadPolicy().weights == Weights() == weights_for(None) == weights_for("maxsim")
+    assert BudgetedReadPolicy(relevance="learned").weights == weights_for(Learned(temperature=2.0))
+    assert weights_for("learned", 0.3).least == 0.3 == weights_for("bm25", 0.3).least
+    shares = np.exp(scores(of) - scores(of).max())
+    least = float(np.sort(shares)[-2])
+    for cutoff, read in ((least * 0.99, 2), (least * 1.01, 1), (1.0, 1)):
+        policy = BudgetedReadPolicy(relevance="learned", weights=weights_for("learned", cutoff))
+        found = decided(of, policy, {"prefill": 500})
+        kept = [part for one in found.passages for part in one.reading.parts if part.used != "left out"]
+        assert len(kept) == read
+    mine = policy_of(None, "learned", 0.3)
+    assert isinstance(mine, BudgetedReadPolicy) and mine.weights == weights_for("learned", 0.3)
