@@ -104,7 +104,7 @@ def _one(
         asker = Asker(compressor, setting, segmented, _generation(args), bodies, halves=halves)
         make = partial(_asked, asker, fits, args.batch_size, answer=setting.mode != "none")
         learned = compressor.interaction if label.startswith(LEARNED) else None
-        by = {} if learned is None else {"relevance": learned.identity, "least": LEAST_LEARNED}
+        by = {} if learned is None else {"relevance": learned.identity, "least": LEAST_LEARNED, "text": False}
         return [Record.from_dict(record) for record in part(journal, f"{name}, {label}", make, **by)]
 
     whole, none = ask("text", Setting("text")), ask("none", Setting("none"))

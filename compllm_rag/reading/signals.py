@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -20,6 +20,8 @@ from compllm_rag.reading.sentences import sentence_bounds, word_matches
 
 # Of reciprocal rank fusion: how little the first few ranks differ (Cormack, Clarke and Buettcher, SIGIR 2009).
 _RANK_DAMPING = 60
+# Beside probabilities, of a sentence with no word of the question and no concepts to go by: it comes last, not never.
+_LEAST = 1e-3
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class Learned:
     """Late interaction as it was learned for the compressor (see `compllm_rag.compression.late_interaction`).
 
     A sentence's share is its probability to say the answer, beside that of the likeliest one. Passages of which no
-    concepts are stored are judged by their words, as with `MaxSim`.
+    concepts are stored are judged by their words, as with `MaxSim`; there, no word of the question is not nothing.
 
     Args:
         temperature: Above 1 brings probabilities nearer to each other, so that more than the likeliest sentence counts.
@@ -185,7 +187,7 @@ class Learned:
         words = Words().judge(query, nodes, spec)
         asked, stored = _looked_up(self.name, query, nodes, spec)
         made = [(i, found) for i, found in enumerate(stored) if not isinstance(found, str)]
-        out = list(words)
+        out = [replace(one, sentences=tuple(max(share, _LEAST) for share in one.sentences)) for one in words]
         if not made or isinstance(spec.interaction, str):
             return out
         bounds = [sentence_bounds(found.places, nodes[i].sentences) for i, found in made]

@@ -62,10 +62,12 @@ def test_sentences_without_a_kept_token_are_told() -> None:
 def test_passages_without_concepts_are_judged_by_their_words() -> None:
     empty = learned_library(fill=False)
     found, told = judged(empty, Learned())
-    assert found == judged(empty, Words())[0]
+    words = judged(empty, Words())[0]
+    assert flat(found) == [max(share, 1e-3) for share in flat(words)] and 0.0 in flat(words)
+    assert [one.passage for one in found] == [one.passage for one in words]
     assert told["by_words"] == {f"n{i}": "its concepts are not stored" for i in range(len(PARTS))}
     found, told = judged(learned_library(), Learned(), queued={"n1"})
-    assert found[1] == judged(learned_library(), Words())[0][1] and list(told["by_words"]) == ["n1"]
+    assert found[1].whys == judged(learned_library(), Words())[0][1].whys and list(told["by_words"]) == ["n1"]
     assert found[0] != judged(learned_library(), Words())[0][0]
 
 
@@ -104,5 +106,11 @@ def test_probabilities_are_weighed_as_they_are() -> None:
         found = decided(of, policy, {"prefill": 500})
         kept = [part for one in found.passages for part in one.reading.parts if part.used != "left out"]
         assert len(kept) == read
+        assert {part.used for part in kept} == {"concepts"}, "though there is room for text"
+    assert BudgetedReadPolicy().text and BudgetedReadPolicy(relevance="learned", text=True).text
+    missing = decided(
+        learned_library(fill=False), BudgetedReadPolicy(relevance="learned"), {"prefill": 500}, missing="text"
+    )
+    assert {part.used for one in missing.passages for part in one.reading.parts} == {"text"}
     mine = policy_of(None, "learned", 0.3)
     assert isinstance(mine, BudgetedReadPolicy) and mine.weights == weights_for("learned", 0.3)
