@@ -104,7 +104,7 @@ def _one(
         asker = Asker(compressor, setting, segmented, _generation(args), bodies, halves=halves)
         make = partial(_asked, asker, fits, args.batch_size, answer=setting.mode != "none")
         learned = compressor.interaction if label.startswith(LEARNED) else None
-        by = {} if learned is None else {"relevance": learned.identity, "least": LEAST_LEARNED, "text": False}
+        by = {} if learned is None else {"relevance": learned.identity, "least": LEAST_LEARNED}
         return [Record.from_dict(record) for record in part(journal, f"{name}, {label}", make, **by)]
 
     whole, none = ask("text", Setting("text")), ask("none", Setting("none"))
@@ -114,7 +114,7 @@ def _one(
         for label in args.contenders:
             if label == "random" and (not compressor.config.deep or rate == 1):
                 continue
-            if label == LEARNED and compressor.interaction is None:
+            if label.startswith(LEARNED) and compressor.interaction is None:
                 progress(f"{name}, {label}: no relevance is learned for this compressor")
                 continue
             bodies = CONTENDERS[label](compressor, segmented, rate, args.narrow)
