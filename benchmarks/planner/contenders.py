@@ -16,7 +16,7 @@ from compllm_rag.reading.sentences import word_matches
 
 # Of `planner, likeliest alone`: chosen on held-out training questions (docs/guide/read_policy.md).
 LEAST = 0.8
-# The same of probabilities that were learned: chosen on 200 held-out rows, as concepts alone were (ibid.).
+# The same of probabilities that were learned: chosen on 200 held-out rows (ibid.).
 LEAST_LEARNED = 0.2
 Make = Callable[[ConceptCompressor, Segmented, float, Narrowing | None], PassageBodies]
 
@@ -75,7 +75,7 @@ def _planner(
     several: bool = False,
     least: float = 0.0,
     relevance: str = "bm25",
-    text: bool | None = None,
+    text: bool = True,
 ) -> PassageBodies:
     own = DEFAULT_RATES["deep" if compressor.config.deep else "input"]
     kept = (own, rate) if several else (own,)
@@ -97,14 +97,14 @@ def _alike(
 
 LEARNED = "planner, likeliest alone, learned"
 # The planner from a storage at one rate and at two, and two that leave their budget unspent where little matters; then
-# its rivals. Of what was learned, sentences are concepts alone, or text as well where there is room for it.
-PLANNERS = ("planner", "planner, two rates", "planner, likeliest alone", LEARNED, f"{LEARNED}, text too")
+# its rivals. By what was learned sentences are text where there is room for it, as ever, or concepts alone.
+PLANNERS = ("planner", "planner, two rates", "planner, likeliest alone", LEARNED, f"{LEARNED}, concepts alone")
 CONTENDERS: dict[str, Make] = {
     "planner": _planner,
     "planner, two rates": partial(_planner, several=True),
     "planner, likeliest alone": partial(_planner, least=LEAST),
     LEARNED: partial(_planner, least=LEAST_LEARNED, relevance="learned"),
-    f"{LEARNED}, text too": partial(_planner, least=LEAST_LEARNED, relevance="learned", text=True),
+    f"{LEARNED}, concepts alone": partial(_planner, least=LEAST_LEARNED, relevance="learned", text=False),
     "BM25 sentences": partial(_sentences, by_words=True),
     "concepts": partial(_alike, mode="concepts"),
     "fewer text": partial(_sentences, by_words=False),

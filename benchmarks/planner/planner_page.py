@@ -9,7 +9,7 @@ from benchmarks.planner.contenders import LEARNED, PLANNERS, RIVALS
 
 _COLOURS = {
     "planner": "tab:blue", "planner, two rates": "tab:cyan", "planner, likeliest alone": "navy", LEARNED: "tab:purple",
-    f"{LEARNED}, text too": "violet",
+    f"{LEARNED}, concepts alone": "violet",
     "BM25 sentences": "tab:orange", "concepts": "tab:green", "fewer text": "tab:red", "random": "tab:gray",
 }  # fmt: skip
 

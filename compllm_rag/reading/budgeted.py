@@ -64,8 +64,7 @@ class BudgetedReadPolicy:
     Args:
         rates: Rates of concepts to choose from; None takes those at which the storage keeps the passage. Others are
             read where they are stored, and never made.
-        text: Whether sentences may be read as text; None allows it but by `learned`: concepts of a sentence were made
-            from the whole passage, and a sentence that is read alone as text lacks what stands around it.
+        text: Whether sentences may be read as text.
         kept: The share of what text gives that concepts keep, by rate; None takes what is predicted for each passage,
             or where nothing is, what was measured with the shipped compressors (`compllm_rag.reading.kept`).
         weights: What makes a sentence likely to matter; None takes those of the signal (`weights_for`).
@@ -79,7 +78,7 @@ class BudgetedReadPolicy:
     """
 
     rates: Sequence[float] | None = None
-    text: bool | None = None
+    text: bool = True
     kept: Mapping[float, float] | None = None
     weights: Weights | None = None
     relevance: str | Signal = "bm25"
@@ -93,8 +92,6 @@ class BudgetedReadPolicy:
         signal = signal_named(self.relevance)
         if self.weights is None:
             object.__setattr__(self, "weights", weights_for(signal))
-        if self.text is None:
-            object.__setattr__(self, "text", signal.name != "learned")
 
     @property
     def needs_states(self) -> bool:
