@@ -56,7 +56,7 @@ def plot(record: dict[str, Any]) -> Any:
         axis.set_ylabel("F1")
     for axis in axes[len(sets) :]:
         axis.set_axis_off()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 
