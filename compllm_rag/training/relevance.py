@@ -87,7 +87,7 @@ def train_relevance(
         n_groups: Groups of questions that share their passages to learn from, at most.
         epochs: How often each question is seen.
         width: Of what states are projected to.
-        seed: Of the choice and the order.
+        seed: Of the choice, the order and the first weights.
         dtype: Of the LLM.
         device: A torch device, of the LLM alone.
 
@@ -134,7 +134,9 @@ def train_relevance(
     numbers = {text: number for number, text in enumerate(texts)}
     places = [_there(found.places) for found in passages]
     rows = [_rows(library, kind, numbers, places, progress) for kind in (learned, held)]
-    made = LateInteraction(compressor.spec.hidden_size, width)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = LateInteraction(compressor.spec.hidden_size, width)
     sample = random.Random(seed).sample(states, min(_SAMPLE, len(states)))
     made.standardise(torch.cat([row.question for row in rows[0]]), torch.cat([each.float() for each in sample]))
     told = fit(made, rows[0], rows[1], states, epochs=epochs, seed=seed, progress=progress)
