@@ -20,12 +20,13 @@ import numpy as np
 import torch
 
 from compllm_rag.compression.deep import DeepCompressor
-from compllm_rag.compression.loading import AUTO, load_compressor_for
+from compllm_rag.compression.loading import AUTO
 from compllm_rag.compression.rate_policies.losses import RATES, LossPredictor
 from compllm_rag.compression.rate_policies.measures import Floats, TextMeasures
 from compllm_rag.compression.rates import concepts_at
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.prompt import ConceptSpan
+from compllm_rag.training.deep_source import deep_source
 from compllm_rag.training.examples import Example, pack, pack_deep, targets_of
 from compllm_rag.training.job_options import DEEP_DATA
 from compllm_rag.training.material import Material
@@ -80,21 +81,16 @@ def train_rates(
         FingerprintMismatchError, UnknownModelError: See `load_compressor_for`.
     """
     questions, _ = Material.files_of(data_dir)
-    compressor = load_compressor_for(
+    compressor = deep_source(
         llm,
-        reader=None if reader == "none" else reader,
-        compressor=init,
+        init,
+        reader,
+        refusal="losses are learned of deep concepts alone",
+        instead="ingest by rate information",
         dtype=dtype,
         device=device,
         progress=progress,
     )
-    if not isinstance(compressor, DeepCompressor):
-        raise ConfigurationError(
-            "losses are learned of deep concepts alone",
-            got=f"{init}, concepts at the input embeddings",
-            expected="a compressor of deep concepts",
-            next_step="name another with --from, or ingest by rate information",
-        )
     fitted = _fitted(compressor, init) if gain_only else None
     unit_length = compressor.config.unit_length
     material = Material(questions, [], compressor.segmenter, DEEP_DATA.material, unit_length=unit_length)

@@ -21,13 +21,14 @@ import torch
 
 from compllm_rag.compression.deep import DeepCompressor
 from compllm_rag.compression.late_interaction import LateInteraction
-from compllm_rag.compression.loading import AUTO, load_compressor_for
+from compllm_rag.compression.loading import AUTO
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.reading.sentences import sentence_bounds, word_shares
 from compllm_rag.reading.states import question_states
 from compllm_rag.store.disk import DiskStore
 from compllm_rag.store.encodings import deep_encoding
+from compllm_rag.training.deep_source import deep_source
 from compllm_rag.training.gold_sentences import Sought, drawn
 from compllm_rag.training.job_options import DEEP_DATA
 from compllm_rag.training.material import Material
@@ -100,21 +101,16 @@ def train_relevance(
         FingerprintMismatchError, UnknownModelError: See `load_compressor_for`.
     """
     questions, _ = Material.files_of(data_dir)
-    compressor = load_compressor_for(
+    compressor = deep_source(
         llm,
-        reader=None if reader == "none" else reader,
-        compressor=init,
+        init,
+        reader,
+        refusal="relevance is learned of deep concepts alone",
+        instead="take relevance bm25",
         dtype=dtype,
         device=device,
         progress=progress,
     )
-    if not isinstance(compressor, DeepCompressor):
-        raise ConfigurationError(
-            "relevance is learned of deep concepts alone",
-            got=f"{init}, concepts at the input embeddings",
-            expected="a compressor of deep concepts",
-            next_step="name another with --from, or take relevance bm25",
-        )
     material = Material(questions, [], compressor.segmenter, DEEP_DATA.material)
     groups = random.Random(seed).sample(material.groups, min(n_groups, len(material.groups)))
     options = {"n_passages": _PASSAGES, "most": _OF_A_GROUP, "seed": seed}

@@ -24,11 +24,12 @@ from typing import Any
 import torch
 
 from compllm_rag.compression.deep import DeepCompressor
-from compllm_rag.compression.loading import AUTO, load_compressor_for
+from compllm_rag.compression.loading import AUTO
 from compllm_rag.compression.rates import FixedRate
 from compllm_rag.compression.selection import selector_features
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.prompt import ConceptSpan
+from compllm_rag.training.deep_source import deep_source
 from compllm_rag.training.deep_task import concepts_of, drawn_at
 from compllm_rag.training.entry_layer import at_entry_layer
 from compllm_rag.training.examples import Example, pack_deep, targets_of
@@ -84,22 +85,16 @@ def train_selector(
         FingerprintMismatchError, UnknownModelError: See `load_compressor_for`.
     """
     questions, _ = Material.files_of(data_dir)
-    compressor = load_compressor_for(
+    compressor = deep_source(
         llm,
-        reader=None if reader == "none" else reader,
-        compressor=init,
+        init,
+        reader,
+        refusal="only deep concepts choose the tokens they keep by a selector",
         other_reader=other_reader,
         dtype=dtype,
         device=device,
         progress=progress,
     )
-    if not isinstance(compressor, DeepCompressor):
-        raise ConfigurationError(
-            "only deep concepts choose the tokens they keep by a selector",
-            got=f"{init}, concepts at the input embeddings",
-            expected="a compressor of deep concepts",
-            next_step="name another with --from",
-        )
     if entry_layer is not None:
         compressor = at_entry_layer(compressor, entry_layer)
     unit_length = compressor.config.unit_length
