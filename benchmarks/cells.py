@@ -76,7 +76,8 @@ def source(record: dict[str, Any]) -> str:
 
 def other_weights(record: dict[str, Any]) -> str:
     """By what weights a record was measured, where they are not those that ship now; else nothing."""
-    llm, fingerprint = record.get("llm"), record.get("fingerprint")
+    # where a run changed a setting of the compressor, `weights` is the fingerprint without the change
+    llm, fingerprint = record.get("llm"), record.get("weights") or record.get("fingerprint")
     shipped = shipped_fingerprints(ADAPTERS / llm) if isinstance(llm, str) and llm else frozenset[str]()
     if not fingerprint or not shipped or fingerprint in shipped:
         return ""

@@ -24,6 +24,7 @@ DEFAULT_LLM = "smollm2-135m-instruct"
 DEFAULT_EMBEDDER = "all-minilm-l6-v2"
 # Source tokens per concept where nobody asks for another rate: deep concepts at 1 already halve what a passage costs.
 DEFAULT_RATES = {"deep": 1.0, "input": 2.0}
+LONGEST_UNIT = 2048  # records keep places in fp16, which counts no further
 
 Mode = Literal["concepts", "text"]
 Codec = Literal["deep", "input"]
@@ -100,7 +101,7 @@ class CompressorConfig(Frozen):
         default=0, ge=0, description="L, the layer at which concepts enter; 0: the input embeddings (CompLLM)"
     )
     unit_length: int = Field(
-        default=240, ge=2, le=2048, description="most tokens of what deep concepts are made of at once, a chunk"
+        default=240, ge=2, le=LONGEST_UNIT, description="most tokens of what deep concepts are made of at once, a chunk"
     )
     opening: tuple[int, ...] = Field(
         default=(), description="token ids in front of every unit: the prompt's constant opening"

@@ -35,7 +35,7 @@ from compllm_rag.config import DEFAULT_LLM
 from compllm_rag.models.adapters import load_lora_state, lora_state, read_adapter
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import TextSpan
-from compllm_rag.training.deep_task import going_on_from
+from compllm_rag.training.deep_start import going_on_from
 from compllm_rag.training.examples import Branch, Example, positions_of
 from compllm_rag.training.job_options import LINEARS, DeepOptions, MaterialConfig
 from compllm_rag.training.labels import own_instructions
@@ -105,7 +105,13 @@ def train_deep(args: argparse.Namespace, material: Material, held: list[Example]
     """The second stage; writes `out/deep`."""
     llm = TargetLLM.from_pretrained(args.llm, reader=args.out / "reader", dtype="float32", device=str(args.device))
     rank = saved_config(args.deep).lora_rank
-    options = DeepOptions(lora_rank=rank, prompt_rank=args.prompt_rank, marked=args.marked, other_reader=True)
+    options = DeepOptions(
+        lora_rank=rank,
+        prompt_rank=args.prompt_rank,
+        marked=args.marked,
+        unit_length=args.unit_length,
+        other_reader=True,
+    )
     compressor = going_on_from(args.deep, llm, options)
     config = compressor.config
     log("scoring every unit, so that other processes can choose tokens")
@@ -228,6 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--prompt-rank", type=int, help="see `train deep --prompt-rank`")
     parser.add_argument("--marked", action=argparse.BooleanOptionalAction, help="see `train deep --marked`")
+    parser.add_argument("--unit-length", type=int, help="see `train deep --unit-length`")
     parser.add_argument("--windows", type=int, default=3000, help="pieces of plain text")
     parser.add_argument("--held-out", type=int, default=160, help="groups of held-out questions to look at")
     parser.add_argument("--most-steps", type=int, default=10**6, help="of each stage, should that be sooner")
@@ -258,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if (args.out / name).exists():
             log(f"{name}: goes on from {args.out / name}")
             setattr(args, name, args.out / name)
-        material = Material(*files, segmenter, mix, unit_length=config.unit_length)
+        material = Material(*files, segmenter, mix, unit_length=args.unit_length or config.unit_length)
         rng = random.Random(0)
         chosen = rng.sample(material.held_out, min(args.held_out, len(material.held_out)))
         held = [material.questions(group, rng, 0, extras=False) for group in chosen]

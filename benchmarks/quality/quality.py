@@ -27,6 +27,7 @@ from benchmarks.common import (
     progress,
     record_of,
 )
+from compllm_rag.compression.loading import with_unit_length
 from compllm_rag.compression.rates import max_rate
 from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.config import CompressorConfig, Narrowing
@@ -99,12 +100,11 @@ def main(argv: Sequence[str] | None = None) -> Record:
         options.error("--narrow-rates must be some of --rates, and --narrow must say how they are narrowed")
     args.out.mkdir(parents=True, exist_ok=True)
     compressor = any_compressor_of(args)
+    weights = compressor.fingerprint
     if args.unit_length is not None:
         if not compressor.config.deep:
             options.error("--unit-length is of deep concepts")
-        settings_of = {**compressor.config.model_dump(), "unit_length": args.unit_length}
-        compressor.config = CompressorConfig.model_validate(settings_of)
-        compressor.refresh_fingerprint()
+        compressor = with_unit_length(compressor, args.unit_length)
     made = {}
     for name in args.sets:
         if name != "probes" and args.data_dir is None:
@@ -119,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> Record:
         narrowed = {"narrow": list(map(str, args.narrow))} if args.narrow else {}
         narrowed |= {"narrow_rates": args.narrow_rates} if args.narrow_rates else {}
         made[name] = part(journal, name, make, rates=args.rates, **narrowed)
+        if compressor.fingerprint != weights:
+            made[name] = {**made[name], "weights": weights}
         target.write_text(json.dumps(made[name], indent=1) + "\n", encoding="utf-8")
     if args.json is not None:
         args.json.write_text(json.dumps(made) + "\n", encoding="utf-8")

@@ -398,7 +398,9 @@ class DeepCompressor:
                 yield learned_scores(states, table, self.selector).cpu()
             return
         begin = len(self.config.opening)
-        size = max(1, _LOGIT_POSITIONS["cpu" if self.llm.device.type == "cpu" else "cuda"] // (begin + 240))
+        size = max(
+            1, _LOGIT_POSITIONS["cpu" if self.llm.device.type == "cpu" else "cuda"] // (begin + self.config.unit_length)
+        )
         for at in range(0, len(units), size):
             ids, mask = self._rows(units[at : at + size])  # (batch, n) each
             logits = self.llm.model(

@@ -11,6 +11,7 @@ concepts are.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,6 +126,12 @@ class LateInteraction(nn.Module):
     def identity(self) -> str:
         """SHA-256 of what was learned, for journals that keep what was read by it."""
         return tensor_digest({name: tensor.cpu().numpy() for name, tensor in self.state_dict().items()})
+
+    def beside(self, fingerprint: str) -> LateInteraction:
+        """The same weights beside another compressor, whose states they are taken to fit as well."""
+        made = copy.copy(self)
+        made.compressor = fingerprint
+        return made
 
     def save(self, folder: Path) -> None:
         """Write it beside a compressor."""

@@ -14,8 +14,9 @@ import torch
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.compression.deep import DeepCompressor, default_entry_layer
 from compllm_rag.compression.pretrained import read_compressor
+from compllm_rag.compression.segmentation import unit_length_for
 from compllm_rag.compression.spec import ConceptCompressor
-from compllm_rag.config import DEFAULT_LLM, Codec, CompressorConfig, Pin, checked
+from compllm_rag.config import DEFAULT_LLM, LONGEST_UNIT, Codec, CompressorConfig, Pin, checked
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import QAPrompt
@@ -150,11 +151,60 @@ def pinned(compressor: ConceptCompressor, pins: Sequence[Pin]) -> DeepCompressor
     Raises:
         ConfigurationError: It is of concepts at the input embeddings, or there is no such pin.
     """
+    return _remade(compressor, "pins are", pins=tuple(sorted(set(pins))))
+
+
+def with_unit_length(compressor: ConceptCompressor, unit_length: int) -> DeepCompressor:
+    """The same deep concepts, made of longer or shorter runs of text at once; see `CompressorConfig.unit_length`.
+
+    Below the entry layer no unit sees another, so that a chunk loses least as a single one. It has a fingerprint of
+    its own: from the second unit of a text on, its concepts are other ones. What was learned beside the compressor,
+    losses of rates and the relevance of sentences, goes with it, learned from units as they were.
+
+    Args:
+        compressor: Of deep concepts; its weights are copied.
+        unit_length: Most tokens of a unit.
+
+    Raises:
+        ConfigurationError: It is of concepts at the input embeddings, or no unit can be as long, or as short.
+    """
+    made = _remade(compressor, "units are", unit_length=unit_length)
+    window = compressor.llm.window - len(made.config.opening)
+    if unit_length > max(window, compressor.config.longest_unit):
+        raise ConfigurationError(
+            "the LLM does not read units as long as that",
+            got=unit_length,
+            expected=f"at most {window}, its window of {compressor.llm.window} without the prompt's opening",
+            next_step="choose shorter ones, or smaller chunks",
+        )
+    if compressor.losses is not None:
+        made.losses = compressor.losses.model_copy(update={"compressor": made.fingerprint})
+    if compressor.interaction is not None:
+        made.interaction = compressor.interaction.beside(made.fingerprint)
+    return made
+
+
+def with_room_for_chunks(compressor: ConceptCompressor, chunk_size: int) -> ConceptCompressor:
+    """The compressor with units that hold a chunk of this size, as far as units go; itself where they do.
+
+    Args:
+        compressor: Of either kind; segments of concepts at the input embeddings are no chunks.
+        chunk_size: Tokens of a chunk, about.
+    """
+    longest = min(LONGEST_UNIT, compressor.llm.window - len(compressor.config.opening))
+    wanted = min(unit_length_for(chunk_size), longest)
+    if not compressor.config.deep or wanted <= compressor.config.unit_length:
+        return compressor
+    return with_unit_length(compressor, wanted)
+
+
+def _remade(compressor: ConceptCompressor, what: str, **settings: Any) -> DeepCompressor:
+    """Deep concepts by the same weights with other settings, none of which needs weights of its own."""
     if not isinstance(compressor, DeepCompressor):
         raise ConfigurationError(
-            "pins are of deep concepts", got="concepts at the input embeddings", next_step="use codec deep"
+            f"{what} of deep concepts", got="concepts at the input embeddings", next_step="use codec deep"
         )
-    fields = compressor.config.model_dump() | {"pins": tuple(sorted(set(pins)))}
+    fields = compressor.config.model_dump() | settings
     tables = {"information": compressor.information, "selector": compressor.selector}
     made = DeepCompressor(compressor.llm, checked(CompressorConfig, **fields), **tables)
     made.take_lora(compressor)

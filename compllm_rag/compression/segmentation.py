@@ -9,6 +9,7 @@ side, and the chunks around it, while all that comes later keeps its identity an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -116,6 +117,14 @@ def units_of(tokenized: TokenizedText, unit_length: int) -> list[list[int]]:
         tokenized.ids[tokenized.segments[first].start : tokenized.segments[last - 1].end]
         for first, last in chunk_bounds(tokenized, int(unit_length / _MOST))
     ]
+
+
+def unit_length_for(chunk_size: int) -> int:
+    """Least `unit_length` with which `units_of` leaves a chunk of `chunk_texts` in one piece."""
+    length = math.ceil(_MOST * chunk_size)
+    while int(length / _MOST) < chunk_size:  # 1.2 has no exact binary fraction
+        length += 1
+    return length
 
 
 def chunk_texts(tokenized: TokenizedText, chunk_size: int) -> Iterator[tuple[str, int, int]]:

@@ -20,6 +20,7 @@ from llama_index.core.schema import BaseNode, MetadataMode
 from compllm_rag.config import DEFAULT_EMBEDDER
 from compllm_rag.errors import EmbedderMismatchError, EmptyCorpusError
 from compllm_rag.llamaindex.index import ConceptIndex
+from compllm_rag.llamaindex.node_text import text_of_node
 from compllm_rag.llamaindex.stock_index import StockIndex, read_stock_index
 from compllm_rag.llamaindex.storage_parts import embedder_named
 from compllm_rag.storage.manifest import has_manifest, read_manifest
@@ -103,8 +104,9 @@ def import_index(
     known = {name: value for name, value in options.items() if name in ("device", "cache_dir", "offline")}
     made, _, _ = embedder_named(embedder or _own_embedder(storage_dir, namespace), progress, known)
     cosine = check_embedder(stock, made)
-    with ConceptIndex.create(
-        storage_dir, embedder=embedder, namespace=namespace, resume=False, progress=progress, **options
+    longest = max(map(text_of_node, stock.nodes), key=len)
+    with ConceptIndex.create_for(
+        longest, storage_dir, embedder=embedder, namespace=namespace, resume=False, progress=progress, **options
     ) as index:
         added = _take_over(index, stock, progress)
         failed = 0 if later or not len(index.pending) else _compress(index, progress)

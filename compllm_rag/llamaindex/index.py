@@ -100,10 +100,38 @@ class ConceptIndex(IndexAsking, IndexWriting):
         Raises:
             ConfigurationError: An option that is not heeded, such as `storage_context`.
         """
+        return cls.create_for(None, storage_dir, namespace=namespace, generator=generator, resume=resume, **options)
+
+    @classmethod
+    def create_for(
+        cls,
+        longest: str | None,
+        storage_dir: str | Path | None = None,
+        *,
+        namespace: str | None = None,
+        generator: Generator | str | None = None,
+        resume: bool = True,
+        **options: Unpack[CreateOptions],
+    ) -> Self:
+        """The same for nodes that others have cut: a new storage has units that hold the longest of them.
+
+        Args:
+            longest: Text of the longest node; None where no node is known.
+            storage_dir: See `create`.
+            namespace: See `create`.
+            generator: See `create`.
+            resume: See `create`.
+            **options: See `create`.
+
+        Raises:
+            ConfigurationError: See `create`.
+        """
         storage_dir = None if storage_dir is None else check_folder(storage_dir)
         check_generator(generator)
         own: dict[str, Any] = {**options}
         stock = creating(own)
+        if longest is not None:
+            own["holds"] = longest
         if storage_dir is None:
             parts = create_index(None, namespace=namespace, **own)
             return cls.of(parts, generator=generator)._with(stock)

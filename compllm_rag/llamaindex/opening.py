@@ -8,39 +8,40 @@ target LLM and the embedder are named, not copied.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
-from pydantic import ValidationError
 
-from compllm_rag.catalog.faults import damaged
-from compllm_rag.catalog.pending import count_pending
-from compllm_rag.catalog.references import count_keys
-from compllm_rag.catalog.tracked import TrackedNodes, vectors_elsewhere
+from compllm_rag.catalog.tracked import TrackedNodes
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.compression.deep import DeepCompressor
-from compllm_rag.compression.loading import AUTO, load_compressor_for
+from compllm_rag.compression.loading import AUTO, load_compressor_for, with_room_for_chunks, with_unit_length
 from compllm_rag.compression.rate_policies.asked import check_heeded, rate_settings
-from compllm_rag.compression.rate_policies.choosing import chooser_of, learned_losses, resolved
-from compllm_rag.compression.rate_policies.measures import TextMeasures
+from compllm_rag.compression.rate_policies.choosing import resolved
 from compllm_rag.compression.spec import ConceptCompressor, DeferredCompressor
 from compllm_rag.config import (
     DEFAULT_EMBEDDER,
     DEFAULT_LLM,
     DEFAULT_RATES,
     Codec,
-    CompressorConfig,
     GenerationConfig,
-    IngestConfig,
     RateOptions,
-    checked,
 )
-from compllm_rag.errors import CompLLMError, ConfigurationError, StorageMismatchError, UntrainedCompressorWarning
+from compllm_rag.errors import CompLLMError, ConfigurationError
 from compllm_rag.llamaindex.embedding import LoadedEmbedder
+from compllm_rag.llamaindex.opening_checks import (
+    check_complete,
+    check_compressor,
+    check_elsewhere,
+    check_parts,
+    check_rate,
+    ingest_config,
+    rate_options_of,
+    warn_untrained,
+)
 from compllm_rag.llamaindex.options import CreateOptions, LoadOptions, ModelOptions, known_options
 from compllm_rag.llamaindex.settling import REFIT_KEY
 from compllm_rag.llamaindex.storage_parts import (
@@ -103,9 +104,11 @@ def create_index(
     concept_store: str | None = None,
     codec: Codec | str | None = None,
     entry_layer: int | None = None,
+    unit_length: int | None = None,
     generation: GenerationConfig | None = None,
     progress: Callable[[str, float | None], None] | None = None,
     elsewhere: str | None = None,
+    holds: int | str | None = None,
     **model_options: Unpack[ModelOptions],
 ) -> IndexParts:
     """Make an empty storage, or open an existing one for writing.
@@ -134,9 +137,13 @@ def create_index(
         codec: `deep` (the default) for concepts that enter the LLM at a middle layer, `input` for those of CompLLM
             at its input embeddings; a compressor that is given says it itself.
         entry_layer: Of deep concepts: L; see `load_compressor_for`.
+        unit_length: Of deep concepts: most tokens that they are made of at once, see `with_unit_length`. None makes
+            room for a chunk of `chunk_size` where the compressor is named and its own units are shorter; one that is
+            given loaded keeps its own.
         generation: Limits of the answers.
         progress: Called with messages while models are fetched.
         elsewhere: Class of the vector store that keeps vectors and text in the storage's place; None for none.
+        holds: The longest chunk that others will cut, as text or in tokens: room is made for it as for `chunk_size`.
         **model_options: `dtype`, `device`, `cache_dir`, `offline` of `TargetLLM.from_pretrained`.
 
     Raises:
@@ -147,10 +154,10 @@ def create_index(
     settings = known_options(model_options, CreateOptions.__optional_keys__)
     asked = rate_settings(rate, rates, budget, guard)
     if rate_options is not None:
-        asked["rate_options"] = _rate_options(rate_options)
+        asked["rate_options"] = rate_options_of(rate_options)
     if guard_limit is not None:
         asked["guard_limit"] = guard_limit
-    _check_parts(compressor, generation, embedder, settings)
+    check_parts(compressor, generation, embedder, settings)
     if folder is not None and os.path.exists(folder) and not folder.is_dir():  # noqa: PTH110 - says no to any name
         raise ConfigurationError(
             "storage is not a folder", got=folder, expected="a folder, or a path where one can be made"
@@ -170,6 +177,7 @@ def create_index(
             progress=progress,
             codec=codec,
             entry_layer=entry_layer,
+            unit_length=unit_length,
             elsewhere=elsewhere,
             concept_store=concept_store,
             expect={**asked, "chunk_size": chunk_size, "namespace": namespace, "encoding": encoding},
@@ -178,10 +186,11 @@ def create_index(
         return _with_budget(parts, budget_asked) if budget_asked else parts
     default = DEFAULT_RATES["deep"]  # any number: only a policy heeds options
     check_heeded(rate_options, guard_limit, asked.get("rate", default), asked.get("guard", "off"))
-    made = (
-        compressor
-        if isinstance(compressor, Compressor | DeepCompressor)
-        else load_compressor_for(
+    made: ConceptCompressor
+    if isinstance(compressor, Compressor | DeepCompressor):
+        made = compressor
+    else:
+        made = load_compressor_for(
             llm or DEFAULT_LLM,
             reader=reader,
             compressor=compressor,
@@ -190,14 +199,17 @@ def create_index(
             progress=progress,
             **settings,
         )
-    )
-    _check_codec(codec, entry_layer, made.config)
+        if unit_length is None:
+            made = with_room_for_chunks(made, max(chunk_size or 0, _tokens(holds, made)))
+    check_compressor(made.config, codec, entry_layer, None)
+    if unit_length is not None and (unit_length != made.config.unit_length or not made.config.deep):
+        made = with_unit_length(made, unit_length)
     asked["rate"] = resolved(asked.get("rate", DEFAULT_RATES["deep" if made.config.deep else "input"]), made)
     check_heeded(rate_options, guard_limit, asked["rate"], asked.get("guard", "off"))
     if not made.config.trained:
-        _warn_untrained(made)
-    config = _config(chunk_size=chunk_size, namespace=namespace, encoding=encoding, **asked)
-    _check_rate(config, made, elsewhere)
+        warn_untrained(made)
+    config = ingest_config(chunk_size=chunk_size, namespace=namespace, encoding=encoding, **asked)
+    check_rate(config, made, elsewhere)
     embed, source, identity = embedder_named(embedder or DEFAULT_EMBEDDER, progress, settings)
     dimension = len(embed.get_text_embedding("dimension"))
     shared = shared_store(concept_store, folder)
@@ -229,6 +241,7 @@ def load_index(
     complete: bool = True,
     codec: Codec | str | None = None,
     entry_layer: int | None = None,
+    unit_length: int | None = None,
     elsewhere: str | None = None,
     concept_store: str | None = None,
     **model_options: Unpack[ModelOptions],
@@ -246,6 +259,7 @@ def load_index(
         expect: Settings that must be the storage's own.
         codec: Must be the storage's own; None asks for none.
         entry_layer: The same.
+        unit_length: The same.
         elsewhere: Class of the vector store that keeps vectors and text in the storage's place; None for none.
         concept_store: Where the server of its shared concept store is now, with a password if it needs one; None takes
             what the environment says (`COMPLLM_CONCEPT_STORE`), else the address the storage was made with.
@@ -268,109 +282,32 @@ def load_index(
             expected="the one that was loaded from it, as an object",
             next_step="leave compressor out",
         )
-    _check_parts(compressor, generation, embedder, settings)
+    check_parts(compressor, generation, embedder, settings)
     vectors = open_vectors(folder, read_only=read_only)
     try:
         manifest = Manifest.parse(vectors.catalog.get_meta(META_KEY))
-        _check_elsewhere(vectors, elsewhere)
+        check_elsewhere(vectors, elsewhere)
         manifest.check_ingest(**(expect or {}))
         made = compressor or defer_own_compressor(folder, manifest, llm, progress, settings)
         manifest.check_compressor(made.spec.fingerprint, made.llm.source)
-        _check_codec(codec, entry_layer, made.spec.config)
+        check_compressor(made.spec.config, codec, entry_layer, unit_length)
         embed = load_embedder_of(manifest, embedder, progress, settings)
         store = open_store(manifest, folder / CONCEPTS, read_only=read_only, url=concept_store)
         if complete and isinstance(store, DiskStore):  # what others put into a shared one says nothing about this
-            _check_complete(vectors, store)
+            check_complete(vectors, store)
     except CompLLMError:
         vectors.close()
         raise
     return IndexParts(made, store, vectors, embed, manifest, generation, folder)
 
 
-def _check_parts(compressor: object, generation: object, embedder: object, settings: dict[str, Any]) -> None:
-    """Refuse what is of another kind, and settings of an LLM that is loaded already."""
-    if not isinstance(generation, GenerationConfig | None):
-        raise ConfigurationError(
-            "generation says no limits of answers",
-            got=f"a {type(generation).__name__}",
-            expected="a GenerationConfig",
-            next_step="write GenerationConfig(max_new_tokens=...)",
-        )
-    if isinstance(compressor, str | Path | None):
-        return
-    if not hasattr(compressor, "spec"):
-        raise ConfigurationError("this is no compressor", got=f"a {type(compressor).__name__}")
-    late = {name for name in ("dtype", "device", "device_map") if settings.get(name) is not None}
-    if not isinstance(embedder, BaseEmbedding | LoadedEmbedder):
-        late -= {"device"}  # it is heeded, where the embedder is loaded
-    if late:
-        raise ConfigurationError(
-            "the LLM of this compressor is loaded already",
-            got=", ".join(sorted(late)),
-            expected="none",
-            next_step="leave it out, and load the LLM that way: load_compressor_for(llm, dtype=...)",
-        )
+def _tokens(holds: int | str | None, compressor: ConceptCompressor) -> int:
+    return len(compressor.spec.segmenter.tokenize(holds).ids) if isinstance(holds, str) else holds or 0
 
 
 def _begin_elsewhere(vectors: FaissTextVectorStore, elsewhere: str | None) -> None:
     if elsewhere is not None:
         TrackedNodes(vectors.catalog).begin(elsewhere)
-
-
-def _check_elsewhere(vectors: FaissTextVectorStore, elsewhere: str | None) -> None:
-    where = vectors_elsewhere(vectors.catalog)
-    if where != elsewhere:
-        raise StorageMismatchError(
-            "the vectors of this storage do not lie there",
-            got=elsewhere or "the storage alone",
-            expected=where or "the storage alone, which keeps its own vectors and text",
-            next_step="open it in Python with ConceptIndex.from_vector_store(vector_store, storage_dir=...)"
-            if where
-            else "open it with ConceptIndex.load(storage_dir), or give another storage_dir",
-        )
-
-
-def _check_complete(vectors: FaissTextVectorStore, store: DiskStore) -> None:
-    for _ in range(_LOOKS):
-        with vectors.catalog.reading() as connection:
-            referred = count_keys(connection) - count_pending(connection)
-        records = store.stats().records
-        if records >= referred:
-            return
-    store.close()
-    raise damaged(
-        "the concept store does not belong to the text",
-        got=f"{records} records in {store.path}",
-        expected=f"the {referred} that text refers to, at least",
-    )
-
-
-def _config(**asked: Any) -> IngestConfig:
-    try:
-        return IngestConfig(**{name: value for name, value in asked.items() if value is not None})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigurationError(
-            f"{' '.join(map(str, first['loc'][:1])).replace('_', ' ')} makes no sense".lstrip(),
-            got=repr(first["input"]),
-            expected=first["msg"].removeprefix("Input should be ").removeprefix("Value error, "),
-            next_step="change it, or leave it out for the default",
-        ) from error
-
-
-def _check_rate(config: IngestConfig, compressor: ConceptCompressor, elsewhere: str | None) -> None:
-    """Refuse rates that cannot be kept, and policies without the means for them, before anything is made."""
-    measures = TextMeasures(lambda: compressor)
-    chooser_of(config, measures, compressor.config.longest_unit)
-    if config.rate == "learned" or config.guard == "loss":
-        learned_losses(measures)
-    if config.rate == "budget" and elsewhere is not None:
-        raise ConfigurationError(
-            "a budget needs a storage that keeps its own text",
-            got=f"text and vectors in {elsewhere}",
-            expected="ConceptIndex.create or ConceptIndex.from_documents",
-            next_step="choose another policy here",
-        )
 
 
 def _with_budget(parts: IndexParts, asked: dict[str, int]) -> IndexParts:
@@ -394,40 +331,3 @@ def _with_budget(parts: IndexParts, asked: dict[str, int]) -> IndexParts:
         parts.store.close()
         raise
     return replace(parts, manifest=manifest)
-
-
-def _rate_options(given: RateOptions | Mapping[str, Any]) -> RateOptions:
-    if isinstance(given, RateOptions):
-        return given
-    if not isinstance(given, Mapping):
-        raise ConfigurationError(
-            "options of a rate policy make no sense", got=f"a {type(given).__name__}", expected="RateOptions, or a dict"
-        )
-    return checked(RateOptions, **given)
-
-
-def _warn_untrained(compressor: ConceptCompressor) -> None:
-    """Say once that nothing was trained for the LLM of a new storage."""
-    kind = "deep" if compressor.config.deep else "compressor"
-    what = "the LLM's own states" if compressor.config.deep else "hard pruning: the embeddings of the tokens kept"
-    warnings.warn(
-        f"no trained compressor for {compressor.llm.source}: its concepts are {what}, which lose more than trained "
-        f"ones, the more so at higher rates. Next step: `compllm-rag train {kind}`, or pass `compressor=`",
-        UntrainedCompressorWarning,
-        stacklevel=4,
-    )
-
-
-def _check_codec(codec: Codec | str | None, entry_layer: int | None, own: CompressorConfig) -> None:
-    """Refuse another codec or entry layer than the compressor's."""
-    for name, asked, has in (
-        ("codec", codec, "deep" if own.deep else "input"),
-        ("entry layer", entry_layer, own.entry_layer),
-    ):
-        if asked is not None and asked != has:
-            raise StorageMismatchError(
-                f"the compressor has another {name}",
-                got=asked,
-                expected=has,
-                next_step="leave it out, or ingest into a new storage with another compressor",
-            )

@@ -52,6 +52,7 @@ class LoadOptions(ModelOptions, StockNames, total=False):
     progress: Callable[[str, float | None], None] | None
     codec: Codec | str | None
     entry_layer: int | None
+    unit_length: int | None
     concept_store: str | None
 
 
@@ -73,6 +74,7 @@ class CreateOptions(ModelOptions, StockNames, total=False):
     concept_store: str | None
     codec: Codec | str | None
     entry_layer: int | None
+    unit_length: int | None
     generation: GenerationConfig | None
     progress: Callable[[str, float | None], None] | None
 

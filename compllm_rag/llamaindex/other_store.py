@@ -79,6 +79,7 @@ def parts_beside(
     if storage_dir is None:
         parts = create_index(None, namespace=namespace, **options)
     elif read_only:
+        options.pop("holds", None)  # of a storage that is made
         # As where it is opened for writing: settings that are given must be the storage's own.
         expected = {name: options.pop(name, None) for name in ("chunk_size", "encoding", "guard_limit", "rate_options")}
         expected |= rate_settings(*(options.pop(name, None) for name in ("rate", "rates", "budget", "guard")))

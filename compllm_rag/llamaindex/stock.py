@@ -60,6 +60,14 @@ class StockOptions:
     use_async: bool = False
     show_progress: bool = False
 
+    @property
+    def longest_chunk(self) -> int | None:
+        """Most tokens that a transformation says it makes a chunk of; None where none says so."""
+        sizes = list[object]()
+        for one in self.transformations or ():
+            sizes += [getattr(one, "chunk_size", None), *(getattr(one, "chunk_sizes", None) or ())]
+        return max((size for size in sizes if isinstance(size, int)), default=None)
+
     @classmethod
     def taken_from(cls, options: dict[str, Any]) -> StockOptions:
         """Take these out of other options; `embed_model` becomes `embedder`.
@@ -130,7 +138,7 @@ def check_options(options: Iterable[str], *opened_by: Callable[..., Any]) -> Non
     """
     known = {*inspect.signature(TargetLLM.from_pretrained).parameters} - {"spec", "reader"}
     known |= {name for function in opened_by for name in inspect.signature(function).parameters}
-    known -= {"folder", "expect", "complete", "model_options"}
+    known -= {"folder", "expect", "complete", "model_options", "holds"}
     if unknown := sorted(set(options) - known):
         raise refused(*unknown, known=known | {field.name for field in fields(StockOptions)})
 
@@ -161,6 +169,8 @@ def creating(options: dict[str, Any]) -> StockOptions:
     """
     made = StockOptions.taken_from(options)
     check_options(options, create_index)
+    if (longest := made.longest_chunk) is not None:
+        options["holds"] = longest
     return made
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from compllm_rag.compression.rates import concepts_at, max_rate
-from compllm_rag.config import DEFAULT_LLM, CompressorConfig, Frozen
+from compllm_rag.config import DEFAULT_LLM, LONGEST_UNIT, CompressorConfig, Frozen
 
 if TYPE_CHECKING:
     from compllm_rag.training.examples import Example
@@ -154,6 +154,13 @@ class DeepOptions(ConceptOptions):
     )
     entry_layer: int | None = Field(
         default=None, ge=1, description="the layer at which concepts enter; left out: half the LLM's layers"
+    )
+    unit_length: int | None = Field(
+        default=None,
+        ge=2,
+        le=LONGEST_UNIT,
+        description="most tokens that concepts are made of at once; left out: what a run goes on from has, 240 for a "
+        "new one",
     )
     lora_rank: int = Field(default=32, ge=1, description="of LoRA, in each half")
     prompt_rank: int | None = Field(

@@ -17,13 +17,14 @@ from compllm_rag.compression.loading import AUTO, shipped_adapter, untrained_dee
 from compllm_rag.compression.pretrained import read_compressor
 from compllm_rag.compression.segmentation import Segmenter
 from compllm_rag.compression.spec import embedding_rms
-from compllm_rag.config import CompressorConfig, Narrowing
+from compllm_rag.config import CompressorConfig, Narrowing, checked
 from compllm_rag.errors import ConfigurationError, FingerprintMismatchError
 from compllm_rag.models.adapters import read_adapter
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.training.cards import write_card
 from compllm_rag.training.compressor_task import CompressorTask
-from compllm_rag.training.deep_task import DeepTask, going_on_from, lora_settings
+from compllm_rag.training.deep_start import going_on_from, lora_settings
+from compllm_rag.training.deep_task import DeepTask
 from compllm_rag.training.evaluation_guard import refuse_evaluation
 from compllm_rag.training.hub_data import fetch_dataset
 from compllm_rag.training.importance import answer_odds
@@ -146,7 +147,8 @@ def train_deep(
     _check(data)
     llm, _ = _target(options, progress)
     started = going_on_from(options.init, llm, options) if options.init is not None else None
-    config = started.config if started else CompressorConfig()
+    units = {} if options.unit_length is None else {"unit_length": options.unit_length}
+    config = started.config if started else checked(CompressorConfig, **units)
     with _first_process_first():
         segmenter = Segmenter(llm.tokenizer, config.segment_length, config.segmenter_version)
         material = _load(data, segmenter, out / "data", progress, config.unit_length)
@@ -154,6 +156,7 @@ def train_deep(
         llm,
         options.entry_layer,
         information=_information(llm, material, options.answer_weight),
+        **units,
         **lora_settings(options),
     )
     facts = {

@@ -34,7 +34,7 @@ def test_what_nothing_would_heed_is_refused(tmp_path: Path, compressor: Compress
 
 @pytest.mark.parametrize(("function", "options"), [(create_index, CreateOptions), (load_index, LoadOptions)])
 def test_the_types_name_what_the_functions_take(function: Any, options: Any) -> None:
-    inner = {"folder", "namespace", "elsewhere", "expect", "complete", "model_options"}
+    inner = {"folder", "namespace", "elsewhere", "expect", "complete", "model_options", "holds"}
     taken = set(inspect.signature(function).parameters) - inner
     assert options.__optional_keys__ == taken | ModelOptions.__optional_keys__ | StockNames.__optional_keys__
 

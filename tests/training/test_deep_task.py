@@ -24,12 +24,12 @@ from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import unpacked
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import ConceptSpan, PromptPlan, QAPrompt, TextSpan
+from compllm_rag.training.deep_start import going_on_from
 from compllm_rag.training.deep_task import (
     DeepTask,
     Drawn,
     concepts_of,
     drawn_at,
-    going_on_from,
     pruned_of,
     read_concepts,
 )
@@ -325,6 +325,23 @@ def test_going_on_from_a_compressor(world: Path, toy_folder: Path, finished: Pat
     best = max(looks, key=lambda look: look["score"])
     assert first["nll_concepts@2"] == pytest.approx(best["nll_concepts@2"], abs=1e-3)
     assert first["nll_untrained@2"] == pytest.approx(best["nll_untrained@2"], abs=1e-3)
+
+
+def test_units_of_another_length_are_trained_on(world: Path, toy_folder: Path, finished: Path, tmp_path: Path) -> None:
+    command(world, toy_folder, tmp_path / "new", "--unit-length", 90)
+    llm = TargetLLM.from_pretrained(toy_folder)
+    for folder, options, length in (
+        (tmp_path / "new/final", (), 90),
+        (finished / "best", ("--unit-length", 120), 120),
+        (tmp_path / "new/final", ("--unit-length", 40, "--frozen-upper"), 40),
+    ):
+        out = tmp_path / str(length)
+        command(world, toy_folder, out, "--from", folder, *options)
+        made = load_compressor(out / "final", llm)
+        assert made.config.unit_length == length, "what is left out is as it was"
+        assert made.config.read_rank == (0 if "--frozen-upper" in options else 2)
+    error = command(world, toy_folder, tmp_path / "no", "--unit-length", 5000, code=2).stderr
+    assert "unit-length" in error
 
 
 def test_another_reader_wants_something_to_go_on_from(world: Path, toy_folder: Path, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from benchmarks.rivals.trained.row import UNIT, Row, Setup, joined, pooling
 from compllm_rag.compression.deep import DeepCompressor
 from compllm_rag.compression.loading import untrained_deep
 from compllm_rag.prompt import ConceptSpan
-from compllm_rag.training.deep_task import concepts_of, drawn_at, lora_settings
+from compllm_rag.training.deep_start import lora_settings
+from compllm_rag.training.deep_task import concepts_of, drawn_at
 from compllm_rag.training.examples import Example
 from compllm_rag.training.job_options import DeepOptions
 
