@@ -28,13 +28,13 @@ from benchmarks.rivals.trained.about import KINDS
 from benchmarks.rivals.trained.fitting import Fit, Schedule
 from benchmarks.rivals.trained.row import Setup
 from benchmarks.rivals.trained.rows import DEFAULT, Named, named
-from compllm_rag.compression.deep import default_entry_layer
 from compllm_rag.compression.loading import shipped_adapter, untrained_deep
 from compllm_rag.config import DEFAULT_EMBEDDER
 from compllm_rag.errors import ConfigurationError, DivergedError
 from compllm_rag.evaluation.bodies import Setting
 from compllm_rag.evaluation.questions import read_questions
 from compllm_rag.evaluation.statistics import Record, differences, statistics
+from compllm_rag.models.halves import default_entry_layer
 from compllm_rag.models.llm import TargetLLM
 
 _METRICS = ("f1", "em", "nll", "recovered")

@@ -17,7 +17,7 @@ from benchmarks.cells import number, table
 from benchmarks.common import Record, parsed, parser, written
 from benchmarks.shapes import SHAPES, config_of
 from benchmarks.ttft.flops import LayerShape, deep_kv_bytes, deep_prefill, kv_bytes, layers_of, prefill, weight_bytes
-from compllm_rag.compression.deep import default_entry_layer
+from compllm_rag.models.halves import default_entry_layer
 from compllm_rag.store.encodings import deep_encoding, encoding_named
 
 LENGTHS = (250, 1000, 4096, 8192, 32768, 131072)

@@ -26,9 +26,8 @@ from benchmarks.memory import Peak, cache_bytes
 from benchmarks.shapes import SHAPES, attention_for, random_llm, tokenizer_of
 from benchmarks.ttft.cost_model import AROUND, MARKER, PASSAGE
 from benchmarks.ttft.flops import LayerShape, deep_prefill, layers_of, prefill
-from compllm_rag.compression.deep import default_entry_layer
 from compllm_rag.models.device_memory import release_unused
-from compllm_rag.models.halves import Halves
+from compllm_rag.models.halves import Halves, default_entry_layer
 
 
 def tokens(text: str) -> int:

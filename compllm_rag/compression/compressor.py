@@ -30,7 +30,7 @@ from compllm_rag.config import CompressorConfig
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.fingerprint import tagged_digest, tensor_digest
 from compllm_rag.models.adapters import inject_lora, load_lora_state, lora_state
-from compllm_rag.models.device_memory import memory_trouble, out_of_memory, release_unused
+from compllm_rag.models.device_memory import NO_MEMORY, in_halves
 from compllm_rag.models.halves import Halves, lower_half
 from compllm_rag.models.llm import TargetLLM
 
@@ -235,31 +235,19 @@ class Compressor:
             yield from self._compress_batch(batch)
 
     def _compress_batch(self, batch: list[tuple[int, Sequence[int], int]]) -> Iterator[tuple[int, torch.Tensor]]:
-        concepts, said = None, None
-        try:
-            concepts = self._forward([s for _, s, _ in batch], [k for _, _, k in batch]).float().cpu()
-        except (RuntimeError, MemoryError) as error:
-            said = memory_trouble(error)
-            if said is None:
-                raise
-        if concepts is not None:
+        longest = len(batch[-1][1]) + batch[-1][2]
+
+        def shrunk(items: int) -> None:
+            self._most_positions = max(1, items * longest)
+
+        def made(some: Sequence[tuple[int, Sequence[int], int]]) -> list[tuple[int, torch.Tensor]]:
+            # (batch, max K, hidden_size)
+            concepts = self._forward([s for _, s, _ in some], [k for _, _, k in some]).float().cpu()
             # A copy of each row: a view would keep the whole batch alive for as long as one segment is in use.
-            for (index, _, k), row in zip(batch, concepts, strict=True):
-                yield index, row[:k].clone()
-            return
-        release_unused(self.llm.device)
-        if len(batch) == 1:
-            raise out_of_memory(
-                "compress a single segment",
-                self.llm.device,
-                said or "",
-                "end what else uses this device, load the LLM in bfloat16, or take another device (`device='cpu'`)",
-            )
-        half = len(batch) // 2
-        # Those to come fit at once; another process may give memory back, but nobody tells when.
-        self._most_positions = max(1, half * (len(batch[-1][1]) + batch[-1][2]))
-        yield from self._compress_batch(batch[:half])
-        yield from self._compress_batch(batch[half:])
+            return [(index, row[:k].clone()) for (index, _, k), row in zip(some, concepts, strict=True)]
+
+        device = self.llm.device
+        yield from in_halves(made, batch, device, "compress a single segment", NO_MEMORY, shrunk)
 
     @torch.inference_mode()
     def _forward(self, segments: Sequence[Sequence[int]], ks: Sequence[int]) -> torch.Tensor:

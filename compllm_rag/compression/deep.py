@@ -25,28 +25,24 @@ from typing import Any
 
 import torch
 
+from compllm_rag.compression.deep_checks import check_selector, check_unit, require_deep
 from compllm_rag.compression.information import information_for
 from compllm_rag.compression.late_interaction import LateInteraction
 from compllm_rag.compression.pins import Pins, raised
 from compllm_rag.compression.pretrained import SavedCompressor, read_compressor, save_compressor
 from compllm_rag.compression.rate_policies.losses import LossPredictor
 from compllm_rag.compression.segmentation import Segmenter
-from compllm_rag.compression.selection import best_positions, fitted, learned_scores, random_scores
+from compllm_rag.compression.selection import best_positions, fitted
 from compllm_rag.compression.spec import ConceptSpec, inject_reading, state_rms
+from compllm_rag.compression.token_worth import TokenWorth, most_positions, rows_behind
 from compllm_rag.config import CompressorConfig
-from compllm_rag.errors import ConfigurationError
 from compllm_rag.fingerprint import tagged_digest, tensor_digest
 from compllm_rag.models.adapters import inject_lora, load_lora_state, lora_state
-from compllm_rag.models.device_memory import memory_trouble, out_of_memory, release_unused, room_for
+from compllm_rag.models.device_memory import NO_MEMORY, in_halves, memory_trouble, release_unused, room_for
 from compllm_rag.models.halves import Halves, lower_half, merged_tree
 from compllm_rag.models.llm import TargetLLM
 
 logger = logging.getLogger(__name__)
-
-# Positions of one forward, and of one that gives logits over the vocabulary: (positions, vocab_size) in float32.
-_BATCH_POSITIONS = {"cpu": 4096, "cuda": 65536}
-_LOGIT_POSITIONS = {"cpu": 1024, "cuda": 8192}
-_MEMORY = "end what else uses this device, load the LLM in bfloat16, or take another device (`device='cpu'`)"
 
 
 class DeepCompressor:
@@ -74,18 +70,19 @@ class DeepCompressor:
         information: torch.Tensor | None = None,
         selector: torch.Tensor | None = None,
     ) -> None:
-        _require_deep(config)
-        _check_selector(config, selector, llm.hidden_size)
+        require_deep(config)
+        check_selector(config, selector, llm.hidden_size)
         self.llm, self.config = llm, config
         # How the LLM reads these concepts; generators take it from here.
         self.halves = Halves(llm, config.entry_layer)
         inject_reading(self.halves, config)
-        # What the selector looks at: the LLM as it is, whatever LoRA its halves have.
-        self._plain = lower_half(llm.model, config.entry_layer) if config.prompt_rank else self.halves.lower
         table = information if information is not None else information_for(llm.tokenizer)
         # fp16 is what is saved: a table kept finer than its file would choose other positions after a reload.
         self.information = fitted(table, llm.embedding.weight.shape[0]).half().float().to(llm.device)
         self.selector = None if selector is None else selector.half().float().to(llm.device)
+        # The selector looks at the LLM as it is, whatever LoRA its halves have.
+        plain = lower_half(llm.model, config.entry_layer) if config.prompt_rank else self.halves.lower
+        self._worth = TokenWorth(llm, config, self.information, self.selector, plain)
         self._pins = Pins(llm.tokenizer, llm.embedding.weight.shape[0], config.pins) if config.pins else None
         # (hidden_size,), without effect until it is trained; float32 as the LoRA tensors are
         self.marker = torch.nn.Parameter(torch.zeros(llm.hidden_size, device=llm.device)) if config.marked else None
@@ -97,7 +94,7 @@ class DeepCompressor:
         self.interaction: LateInteraction | None = None  # which sentence answers, if that was learned
         self._fingerprint: str | None = None
         self._merged: Any = None  # see `_writing`
-        self._most_positions = max(_BATCH_POSITIONS.values())  # of one forward; less once memory was short
+        self._most_positions: float = math.inf  # of one forward; less once memory was short
 
     @classmethod
     def from_pretrained(
@@ -113,7 +110,7 @@ class DeepCompressor:
     @classmethod
     def of(cls, saved: SavedCompressor) -> DeepCompressor:
         """The compressor that lies on disk."""
-        _require_deep(saved.config)
+        require_deep(saved.config)
         shapes: dict[str, tuple[int, ...]] = {"information": (saved.llm.embedding.weight.shape[0],)}
         if saved.config.selector == "learned":
             shapes["selector"] = (saved.llm.hidden_size + 1,)
@@ -216,25 +213,23 @@ class DeepCompressor:
         """
         given: Sequence[Sequence[int] | None] = places or [None] * len(units)
         for unit, k, own in zip(units, n_concepts, given, strict=True):
-            self._check_unit(unit, k, own)
+            check_unit(self.config, unit, k, own)
         out: list[torch.Tensor | None] = [None] * len(units)
         order = sorted(range(len(units)), key=lambda i: len(units[i]))  # nearly rectangular batches
-        device = "cpu" if self.llm.device.type == "cpu" else "cuda"
-        limit = min(_BATCH_POSITIONS[device], self._most_positions)
+        limit = min(most_positions(self.llm.device), self._most_positions)
         for batch in _batches(order, [len(self.config.opening) + len(unit) for unit in units], limit):
             chosen = [units[i] for i in batch]
             kept = (
                 [list(places[i]) for i in batch] if places else self.kept_places(chosen, [n_concepts[i] for i in batch])
             )
-            made = self._halving(chosen, kept)
-            for i, rows in zip(batch, made, strict=True):
+            for i, rows in zip(batch, self._made(list(zip(chosen, kept, strict=True))), strict=True):
                 out[i] = rows
         return [rows for rows in out if rows is not None]
 
     def kept_places(self, units: Sequence[Sequence[int]], n_concepts: Sequence[int]) -> list[list[int]]:
         """The places that each unit keeps, in order; see `CompressorConfig.selector` and `pins`."""
         scored = [i for i, k in enumerate(n_concepts) if k < len(units[i])]
-        with room_for("choose the tokens to keep of a chunk", self.llm.device, _MEMORY):
+        with room_for("choose the tokens to keep of a chunk", self.llm.device, NO_MEMORY):
             scores = dict(zip(scored, self.scores([units[i] for i in scored]), strict=True))
         return [
             self.best_places(units[i], scores[i], k) if i in scores else list(range(len(units[i])))
@@ -247,40 +242,21 @@ class DeepCompressor:
             scores if self._pins is None else raised(scores, self._pins.of(unit), n_concepts), n_concepts
         )
 
-    def _check_unit(self, unit: Sequence[int], k: int, places: Sequence[int] | None) -> None:
-        n = len(unit)
-        fits = 1 <= n <= self.config.unit_length and 1 <= k <= n
-        if places is not None:
-            fits = fits and len(places) == k and list(places) == sorted({*places} & {*range(n)})
-        if not fits:
-            raise ConfigurationError(
-                "unit cannot be compressed",
-                got=f"{n} tokens into {k} concepts" + ("" if places is None else f" at {list(places)[:20]}"),
-                expected=f"1 to {self.config.unit_length} tokens and 1 to that many concepts, at places in order",
-                next_step="cut the text with the spec's `units`",
-            )
+    def _made(self, batch: Sequence[tuple[Sequence[int], list[int]]]) -> list[torch.Tensor]:
+        """Concepts of units with the places that they keep, as many at once as fit the memory."""
+        longest = len(self.config.opening) + max(len(unit) for unit, _ in batch)
 
-    def _halving(self, units: list[Sequence[int]], kept: list[list[int]]) -> list[torch.Tensor]:
-        made, said = None, None
-        try:
-            made = self._forward(units, kept)
-        except (RuntimeError, MemoryError) as error:
-            said = memory_trouble(error)
-            if said is None:
-                raise
-        if made is not None:
-            return made
-        release_unused(self.llm.device)
-        if len(units) == 1:
-            raise out_of_memory(
-                "compress a single chunk",
-                self.llm.device,
-                said or "",
-                _MEMORY,
-            )
-        half = len(units) // 2
-        self._most_positions = max(1, half * (len(self.config.opening) + max(map(len, units))))
-        return self._halving(units[:half], kept[:half]) + self._halving(units[half:], kept[half:])
+        def shrunk(items: int) -> None:
+            self._most_positions = max(1, items * longest)
+
+        return in_halves(
+            lambda some: self._forward([unit for unit, _ in some], [kept for _, kept in some]),
+            batch,
+            self.llm.device,
+            "compress a single chunk",
+            NO_MEMORY,
+            shrunk,
+        )
 
     @torch.inference_mode()
     def _forward(self, units: Sequence[Sequence[int]], kept: Sequence[Sequence[int]]) -> list[torch.Tensor]:
@@ -336,7 +312,7 @@ class DeepCompressor:
 
     def _through(self, tree: Any, units: Sequence[Sequence[int]], kept: Sequence[Sequence[int]] | None) -> torch.Tensor:
         begin = len(self.config.opening)
-        ids, mask = self._rows(units)  # (batch, begin + most tokens) each
+        ids, mask = rows_behind(self.config.opening, units, self.llm.device)  # (batch, begin + most tokens) each
         hidden: torch.Tensor = tree(
             inputs_embeds=self._marked(self.llm.embedding(ids), units, kept),
             attention_mask=None if bool(mask.all()) else mask,
@@ -360,84 +336,16 @@ class DeepCompressor:
             row[own] = 1
         return embeddings + at[..., None] * self.marker.to(embeddings.dtype)
 
-    @torch.inference_mode()
     def plain_states(self, units: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
         """What stands in front of the entry layer without any LoRA: (n_tokens, hidden_size) of each unit."""
-        begin, limit = len(self.config.opening), _BATCH_POSITIONS["cpu" if self.llm.device.type == "cpu" else "cuda"]
-        size = max(1, limit // (begin + self.config.unit_length))
-        for at in range(0, len(units), size):
-            ids, mask = self._rows(units[at : at + size])  # (batch, n) each
-            hidden = self._plain(
-                inputs_embeds=self.llm.embedding(ids),
-                attention_mask=mask,
-                position_ids=torch.arange(ids.shape[1], device=ids.device).expand_as(ids),  # (batch, n)
-                use_cache=False,
-            ).last_hidden_state  # (batch, n, hidden_size)
-            yield from (row[begin : begin + len(unit)] for row, unit in zip(hidden, units[at : at + size], strict=True))
+        return self._worth.plain_states(units)
 
-    def _rows(self, units: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Opening and unit of each row as ids and mask, (batch, n) each; what pads a row stands behind it."""
-        rows = [[*self.config.opening, *unit] for unit in units]
-        n, device = max(map(len, rows)), self.llm.device
-        ids = torch.tensor([row + [0] * (n - len(row)) for row in rows], device=device)
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        return ids, (torch.arange(n, device=device) < lengths[:, None]).long()
-
-    @torch.inference_mode()
     def scores(self, units: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
         """How much each token of each unit is worth keeping, (n_tokens,) float32 on the CPU each."""
-        if self.config.selector == "random":
-            yield from map(random_scores, units)
-            return
-        known = [self.information[torch.tensor(list(unit), device=self.llm.device)] for unit in units]
-        if self.config.selector == "information":
-            yield from (row.cpu() for row in known)
-            return
-        if self.selector is not None:
-            for states, table in zip(self.plain_states(units), known, strict=True):
-                yield learned_scores(states, table, self.selector).cpu()
-            return
-        begin = len(self.config.opening)
-        size = max(
-            1, _LOGIT_POSITIONS["cpu" if self.llm.device.type == "cpu" else "cuda"] // (begin + self.config.unit_length)
-        )
-        for at in range(0, len(units), size):
-            ids, mask = self._rows(units[at : at + size])  # (batch, n) each
-            logits = self.llm.model(
-                input_ids=ids, attention_mask=None if bool(mask.all()) else mask, use_cache=False
-            ).logits  # (batch, n, vocab_size)
-            for row, unit, table in zip(logits, units[at : at + size], known[at : at + size], strict=True):
-                # What stands at a place foretells the next: the opening's last token foretells the unit's first.
-                said = row[max(begin - 1, 0) : begin - 1 + len(unit)].float().log_softmax(-1)
-                wanted = torch.tensor(list(unit), device=row.device)[-len(said) :]
-                surprisal = -said.gather(1, wanted[:, None])[:, 0]  # (n_tokens,), one less without an opening
-                missing = torch.zeros(len(unit) - len(said), device=row.device)
-                yield (table + 0.5 * torch.cat([missing, surprisal])).cpu()
+        return self._worth.of(units)
 
 
-def _require_deep(config: CompressorConfig) -> None:
-    if not config.deep:
-        raise ConfigurationError(
-            "this is no compressor of deep concepts",
-            got="entry layer 0, the input embeddings",
-            expected="an entry layer of at least 1",
-            next_step="use Compressor",
-        )
-
-
-def _check_selector(config: CompressorConfig, weights: torch.Tensor | None, hidden_size: int) -> None:
-    wanted = (hidden_size + 1,) if config.selector == "learned" else None
-    has = None if weights is None else tuple(weights.shape)
-    if has != wanted:
-        raise ConfigurationError(
-            "selector and its weights do not fit",
-            got=f'selector "{config.selector}" with ' + ("no weights" if has is None else f"weights {has}"),
-            expected="no weights" if wanted is None else f"weights {wanted}",
-            next_step="make one with `compllm-rag train selector`" if wanted else "leave the weights out",
-        )
-
-
-def _batches(order: Sequence[int], lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
+def _batches(order: Sequence[int], lengths: Sequence[int], limit: float) -> Iterator[list[int]]:
     """Runs of `order`, shortest rows first, of at most `limit` positions, padding counted; at least one row each."""
     batch: list[int] = []
     for i in order:
@@ -447,8 +355,3 @@ def _batches(order: Sequence[int], lengths: Sequence[int], limit: int) -> Iterat
         batch.append(i)
     if batch:
         yield batch
-
-
-def default_entry_layer(depth: int) -> int:
-    """Half the LLM's layers; a concept then costs half a token of text."""
-    return max(1, math.floor(depth / 2))

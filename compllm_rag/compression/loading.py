@@ -12,12 +12,13 @@ from typing import Any, get_args
 import torch
 
 from compllm_rag.compression.compressor import Compressor
-from compllm_rag.compression.deep import DeepCompressor, default_entry_layer
+from compllm_rag.compression.deep import DeepCompressor
 from compllm_rag.compression.pretrained import read_compressor
 from compllm_rag.compression.segmentation import unit_length_for
 from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.config import DEFAULT_LLM, LONGEST_UNIT, Codec, CompressorConfig, Pin, checked
 from compllm_rag.errors import ConfigurationError
+from compllm_rag.models.halves import default_entry_layer
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import QAPrompt
 

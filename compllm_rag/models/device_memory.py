@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from typing import TypeVar
 
 import torch
 
 from compllm_rag.errors import DeviceMemoryError
+
+# What to do where not even one piece of work fits.
+NO_MEMORY = "end what else uses this device, load the LLM in bfloat16, or take another device (`device='cpu'`)"
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 def memory_trouble(error: BaseException) -> str | None:
@@ -63,6 +69,47 @@ def room_for(what: str, device: torch.device, next_step: str) -> Iterator[None]:
             raise
         release_unused(device)
         raise out_of_memory(what, device, said, next_step) from error
+
+
+def in_halves(
+    make: Callable[[Sequence[Item]], list[Made]],
+    batch: Sequence[Item],
+    device: torch.device,
+    what: str,
+    next_step: str,
+    shrunk: Callable[[int], None],
+) -> list[Made]:
+    """What is made of a batch, in one go or, where memory is short, in halves of halves.
+
+    Args:
+        make: One result per item, in order.
+        batch: At least one item.
+        device: Where memory is short.
+        what: Is done to a single item, for the error.
+        next_step: What to do where not even that fits.
+        shrunk: Told how many items the next try takes: those to come fit at once, and nobody says when another process
+            gives memory back.
+
+    Raises:
+        DeviceMemoryError: No memory is left for a single item.
+    """
+    made, said = None, None
+    try:
+        made = make(batch)
+    except (RuntimeError, MemoryError) as error:
+        said = memory_trouble(error)
+        if said is None:
+            raise
+    if made is not None:
+        return made
+    release_unused(device)
+    if len(batch) == 1:
+        raise out_of_memory(what, device, said or "", next_step)
+    half = len(batch) // 2
+    shrunk(half)
+    return [
+        one for part in (batch[:half], batch[half:]) for one in in_halves(make, part, device, what, next_step, shrunk)
+    ]
 
 
 def out_of_memory(what: str, device: torch.device, said: str, next_step: str) -> DeviceMemoryError:

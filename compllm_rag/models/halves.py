@@ -239,3 +239,8 @@ def keep_layers(tree: Any, decoder: Any, first: int, last: int) -> None:
         if isinstance(getattr(config, "max_window_layers", None), int):
             config.max_window_layers = max(0, config.max_window_layers - first)
         config.num_hidden_layers = last - first
+
+
+def default_entry_layer(depth: int) -> int:
+    """Half the LLM's layers; a concept then costs half a token of text."""
+    return max(1, depth // 2)
