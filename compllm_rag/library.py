@@ -7,17 +7,13 @@ copied still finds its concepts.
 
 from __future__ import annotations
 
-import hashlib
-import math
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 
 import torch
 
-from compllm_rag.compression.compressor import Compressor
 from compllm_rag.compression.late_interaction import LateInteraction, interaction_of
 from compllm_rag.compression.rate_policies.choosing import Choice, RateChooser
 from compllm_rag.compression.rate_policies.losses import LossPredictor
@@ -26,31 +22,25 @@ from compllm_rag.compression.rate_policies.shares import PredictedShares, shares
 from compllm_rag.compression.rates import FixedRate, RatePolicy
 from compllm_rag.compression.several_rates import compressed_once
 from compllm_rag.compression.spec import ConceptCompressor, DeferredCompressor
+from compllm_rag.concept_checks import check_scale, sample
 from compllm_rag.config import MissingPolicy
 from compllm_rag.errors import (
     ConfigurationError,
     FingerprintMismatchError,
-    InvalidConceptsError,
     MissingConceptsError,
-    RateNotHeldError,
 )
-from compllm_rag.fingerprint import record_key
 from compllm_rag.handles import ProcessBound
 from compllm_rag.metrics import Metrics
+from compllm_rag.passage_cuts import PassageCuts
 from compllm_rag.passages import EnsureReport, Fetched, KeptChoices, Passage, Took, unpacked
 from compllm_rag.store.base import ConceptStore
-from compllm_rag.store.codec import largest
 from compllm_rag.store.memo import ConceptMemo
-from compllm_rag.unicode_text import whole
 
 __all__ = ["ConceptLibrary", "EnsureReport", "Fetched", "KeptChoices", "Passage", "Took", "sample", "unpacked"]
 
-_REMEMBERED = 4096
 _RATES = 16  # at which passages are remembered beside those that are held
 # Concepts made between two writes: bounds memory, and what an interruption can lose.
 _WRITE_EVERY = 20_480
-# Times the RMS of the LLM's embeddings. Concepts stay within a few; a hundred is a head that has run away, or damage.
-_MOST_RMS = 100.0
 
 
 class ConceptLibrary(ProcessBound):
@@ -103,13 +93,11 @@ class ConceptLibrary(ProcessBound):
                 "a chooser has its further rates itself", got=f"also_rates {also_rates}", next_step="give it these"
             )
         self.chooser = policy if isinstance(policy, RateChooser) else RateChooser(policy, further)
-        self.kept = kept
+        self.cuts = PassageCuts(self.spec, self.chooser, kept, namespace)
         self.took = Took()
-        self._known: OrderedDict[str, tuple[Passage, ...]] = OrderedDict()  # at each rate held, the default first
         self._lock, self._memo = threading.Lock(), ConceptMemo()
         self._at: OrderedDict[float, ConceptLibrary] = OrderedDict()  # the same passages at other rates
         self._shares: tuple[LossPredictor | None, PredictedShares | str] | None = None
-        self._most_rms = _MOST_RMS * self.spec.scale
 
     @property
     def policy(self) -> RatePolicy:
@@ -149,38 +137,16 @@ class ConceptLibrary(ProcessBound):
         return self._compressor.get() if isinstance(self._compressor, DeferredCompressor) else self._compressor
 
     def passage(self, text: str, *, rate: float | None = None) -> Passage:
-        """Cut a passage up; the last few thousand are remembered. Half characters count as U+FFFD.
-
-        Args:
-            text: The passage.
-            rate: One of `rates_held(text)`; None takes the first of them.
-
-        Raises:
-            RateNotHeldError: The passage is not kept at this rate.
-        """
-        held = self._held(text)
-        if rate is None:
-            return held[0]
-        for passage in held:
-            if passage.reason is None and math.isclose(passage.rate, rate, rel_tol=1e-9):
-                return passage
-        reason = held[0].reason
-        raise RateNotHeldError(
-            "the passage is not kept at this rate",
-            got=f"{rate:g}",
-            expected=" or ".join(f"{p.rate:g}" for p in held) if reason is None else f"text, as the {reason} decided",
-            next_step="ask for a rate of `rates_held`, or ingest at this one as well",
-        )
+        """Cut a passage up; see `PassageCuts.passage`."""
+        return self.cuts.passage(text, rate=rate)
 
     def rates_held(self, text: str) -> tuple[float, ...]:
-        """The rates at which a passage can be fetched, the default of queries first; none where it stays text.
+        """The rates at which a passage can be fetched; see `PassageCuts.rates_held`."""
+        return self.cuts.rates_held(text)
 
-        They are the rates that were asked for at ingestion (1 and 2, say), by which `passage` and `fetch` find the
-        passage; where a policy decides, the first is what it achieved for this passage. What a rate costs is told by
-        `passage(text, rate=...).n_concepts`. All of them are kept for every passage of a storage; a text that was
-        never ingested can be compressed at each of them.
-        """
-        return tuple(passage.rate for passage in self._held(text) if passage.reason is None)
+    def passage_as(self, text: str, choice: Choice) -> Passage:
+        """What a passage would be had this been chosen for it; of all rates the default of queries."""
+        return self.cuts.passage_as(text, choice)
 
     @property
     def rate(self) -> float | None:
@@ -218,45 +184,9 @@ class ConceptLibrary(ProcessBound):
         made = self._memo.find([key for key, there in zip(keys, stored, strict=True) if not there])
         return [there or key in made for key, there in zip(keys, stored, strict=True)]
 
-    def _held(self, text: str) -> tuple[Passage, ...]:
-        """The passage at each rate at which it is kept, the default first."""
-        text = whole(text)
-        with self._lock:
-            if text in self._known:
-                self._known.move_to_end(text)
-                return self._known[text]
-        made = self._cut(text)
-        with self._lock:
-            self._known[text] = made
-            while len(self._known) > _REMEMBERED:
-                self._known.popitem(last=False)
-        return made
-
-    def passage_as(self, text: str, choice: Choice) -> Passage:
-        """What a passage would be had this been chosen for it; of all rates the default of queries."""
-        return self._cut(whole(text), choice)[0]
-
-    def _cut(self, text: str, choice: Choice | None = None) -> tuple[Passage, ...]:
-        segments = tuple(tuple(segment) for segment in self.spec.units(text))
-        ids = tuple(token for segment in segments for token in segment)
-        digest, fingerprint = hashlib.sha256(text.encode()).hexdigest(), self.spec.fingerprint
-        if choice is None:
-            choice = None if self.kept is None or self.chooser.plain else self.kept.of(digest)
-        if choice is None or not choice.fits(segments):
-            choice = self.chooser.choose(segments)
-        if choice.reason is not None:
-            return (Passage(ids, segments, (), (), 1.0, (), choice, digest),)
-        made = list[Passage]()
-        for rate, ks in zip(choice.rates, choice.n_concepts, strict=True):
-            keys = tuple(record_key(self.namespace, fingerprint, k, s) for k, s in zip(ks, segments, strict=True))
-            made.append(Passage(ids, segments, ks, keys, rate, (), choice, digest))
-        others = tuple(key for passage in made[1:] for key in passage.keys)
-        return (replace(made[0], others=others), *made[1:])
-
     def forget_choices(self) -> None:
         """Look up again what is chosen for each passage, after it was changed where it is kept."""
-        with self._lock:
-            self._known.clear()
+        self.cuts.forget()
 
     def ensure(self, texts: Iterable[str]) -> EnsureReport:
         """Have concepts of every passage: compress what is missing, write it in ingest order.
@@ -265,7 +195,7 @@ class ConceptLibrary(ProcessBound):
         """
         begun = time.perf_counter()
         total = compressed = tokens = concepts = 0
-        for group in _groups(map(self._held, texts)):
+        for group in _groups(map(self.cuts.held, texts)):
             read = [held[0] for held in group]
             segments, made = sum(len(p.keys) for p in read), self._ensure_group(group)
             total, compressed = total + segments, compressed + made
@@ -290,7 +220,7 @@ class ConceptLibrary(ProcessBound):
             begun = time.perf_counter()
             made = self._compress([s for s, _ in items], [k for _, k in items])
             self._note_time(passages, {segment for segment, _ in items}, time.perf_counter() - begun)
-            self._check_scale(torch.cat(made))
+            check_scale(torch.cat(made), self.spec)
             self.store.put(zip(missing, made, strict=True))
             sample(self.compressor, self.store, missing, [s for s, _ in items], made, self.metrics)
         return len({segment for segment, _ in items})
@@ -358,26 +288,12 @@ class ConceptLibrary(ProcessBound):
 
     def _fetched(self, passage: Passage, rows: torch.Tensor, hits: int, misses: int, compress_s: float) -> Fetched:
         """Check records (n_concepts, width) of a passage and take them apart."""
-        self._check_scale(rows)
+        check_scale(rows, self.spec)
         if not self.spec.config.deep:
             return Fetched(rows, hits, misses, compress_s)
         states, places = unpacked(rows, passage.segments, passage.n_concepts)
         ids = tuple(passage.ids[place] for place in places.tolist())
         return Fetched(states, hits, misses, compress_s, places, len(passage.ids), ids=ids)
-
-    def _check_scale(self, concepts: torch.Tensor) -> None:
-        """Refuse concepts (n, width) that would drown everything else in a prompt."""
-        concepts = concepts[:, : self.spec.hidden_size]
-        if _largest(concepts) <= self._most_rms:
-            return  # no RMS is larger than the largest value, and this takes a tenth of the time
-        largest = float(concepts.float().square().mean(-1).max().sqrt())
-        if not largest <= self._most_rms:
-            raise InvalidConceptsError(
-                "concepts are far outside the scale of what the LLM reads",
-                got=f"an RMS of {largest:.3g}",
-                expected=f"at most {self._most_rms:.3g}, {_MOST_RMS:g} times that of the LLM's own states",
-                next_step="look at the compressor that made them",
-            )
 
     def _at_hand(self, passage: Passage) -> list[torch.Tensor | None]:
         """Concepts of each segment: from the store, or made for a question of before; else None."""
@@ -401,7 +317,7 @@ class ConceptLibrary(ProcessBound):
                 strict=True,
             )
         )
-        self._check_scale(torch.cat(list(made.values())))
+        check_scale(torch.cat(list(made.values())), self.spec)
         # Through the storage's precision, so that the answer is what it would be had the concepts been stored.
         rounded = {key: self.store.encoding.rounded(concepts) for key, concepts in made.items()}
         self._memo.keep(rounded.items())
@@ -409,13 +325,6 @@ class ConceptLibrary(ProcessBound):
             rounded[key] if concepts is None else concepts for key, concepts in zip(passage.keys, found, strict=True)
         ]
         return torch.cat(parts)
-
-
-def _largest(concepts: torch.Tensor) -> float:
-    """The largest magnitude in concepts (n, hidden_size); those of a store go by their bits."""
-    if concepts.dtype != torch.float16 or concepts.device.type != "cpu":
-        return float(concepts.abs().max())
-    return largest(concepts.detach().contiguous().numpy())
 
 
 def _groups(passages: Iterable[tuple[Passage, ...]]) -> Iterator[list[tuple[Passage, ...]]]:
@@ -429,38 +338,3 @@ def _groups(passages: Iterable[tuple[Passage, ...]]) -> Iterator[list[tuple[Pass
             group, size = [], 0
     if group:
         yield group
-
-
-def sample(
-    compressor: ConceptCompressor,
-    store: ConceptStore,
-    keys: Sequence[str],
-    segments: Sequence[Sequence[int]],
-    made: Sequence[torch.Tensor],
-    metrics: Metrics,
-) -> None:
-    """Read a few records back and compare them with what the compressor made.
-
-    Args:
-        compressor: Made them.
-        store: Keeps them, flushed or not.
-        keys: Of the records just put.
-        segments: Token ids of each.
-        made: Concepts (K, hidden_size) of each, as they were put.
-        metrics: Told the outcome.
-    """
-    chosen = range(0, len(keys), metrics.sample_every)
-    for i, read in zip(chosen, store.get([keys[i] for i in chosen]), strict=True):
-        if read is not None:
-            true, read = made[i][:, : compressor.hidden_size].float(), read[:, : compressor.hidden_size]
-            loss = float((read.float() - true).square().mean().sqrt() / true.square().mean().sqrt().clamp_min(1e-12))
-            metrics.sampled(loss, _anchor_cosine(compressor, segments[i], true))
-
-
-def _anchor_cosine(compressor: ConceptCompressor, segment: Sequence[int], concepts: torch.Tensor) -> float | None:
-    """Mean cosine between concepts (K, hidden_size) and the embeddings they start from; None when they do not."""
-    if not isinstance(compressor, Compressor) or compressor.config.queries != "anchor":
-        return None
-    places = compressor.anchors(segment, len(concepts))
-    anchors = compressor.llm.embed([segment[place] for place in places]).float().cpu()
-    return float(torch.nn.functional.cosine_similarity(anchors, concepts, dim=-1).mean())

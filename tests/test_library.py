@@ -140,10 +140,10 @@ def test_a_passage_is_its_tokens_cut_up_and_keyed(library: ConceptLibrary, llm: 
 
 
 def test_remembered_passages_are_bounded(library: ConceptLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compllm_rag.library._REMEMBERED", 3)
+    monkeypatch.setattr("compllm_rag.passage_cuts._REMEMBERED", 3)
     for i in range(10):
         library.passage(f"passage {i}")
-    assert list(library._known) == ["passage 7", "passage 8", "passage 9"]
+    assert list(library.cuts._known) == ["passage 7", "passage 8", "passage 9"]
 
 
 # What is missing
