@@ -17,9 +17,9 @@ from pathlib import Path
 from compllm_rag.cli.progress import ProgressShow
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
 from compllm_rag.errors import CompLLMError
+from compllm_rag.llamaindex.corpus import IngestReport
 from compllm_rag.llamaindex.documents import load_documents, some
 from compllm_rag.llamaindex.index import ConceptIndex
-from compllm_rag.llamaindex.ingest import IngestReport
 from compllm_rag.llamaindex.readers.found import SkippedFile
 
 

@@ -91,9 +91,9 @@ def _run(
     storage: Path,
     offline: bool,
 ) -> dict[str, Any]:
+    from compllm_rag.llamaindex.corpus import IngestReport
     from compllm_rag.llamaindex.documents import load_documents
     from compllm_rag.llamaindex.index import ConceptIndex
-    from compllm_rag.llamaindex.ingest import IngestReport
 
     def read() -> IngestReport:
         return index.ingest(load_documents([sample_corpus() / "articles"]), progress=show.ingested)

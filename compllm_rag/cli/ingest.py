@@ -15,8 +15,8 @@ from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
 from compllm_rag.errors import ConfigurationError, UnreadableFileError
 
 if TYPE_CHECKING:
+    from compllm_rag.llamaindex.corpus import IngestReport
     from compllm_rag.llamaindex.documents import StdinSource
-    from compllm_rag.llamaindex.ingest import IngestReport
     from compllm_rag.llamaindex.readers.found import FileNote, SkippedFile
 
 _STDIN = Path("-")

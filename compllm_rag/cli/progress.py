@@ -18,7 +18,7 @@ from rich.progress import (
 )
 
 if TYPE_CHECKING:
-    from compllm_rag.llamaindex.ingest import IngestReport
+    from compllm_rag.llamaindex.corpus import IngestReport
 
 
 class ProgressShow:

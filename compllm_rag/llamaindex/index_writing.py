@@ -15,9 +15,10 @@ from llama_index.core.utils import iter_batch
 
 from compllm_rag.errors import CompLLMError, ConfigurationError
 from compllm_rag.library import EnsureReport
+from compllm_rag.llamaindex.corpus import IngestReport, Progress
 from compllm_rag.llamaindex.heeded import refuse_options, update_options
 from compllm_rag.llamaindex.index_base import IndexBase
-from compllm_rag.llamaindex.ingest import IngestReport, Progress, changed_documents, ingest_documents
+from compllm_rag.llamaindex.ingest import changed_documents, ingest_documents
 from compllm_rag.llamaindex.settling import complete, is_due, open_price, settle
 from compllm_rag.llamaindex.sound import sound_documents, sound_nodes
 from compllm_rag.llamaindex.stock import bar

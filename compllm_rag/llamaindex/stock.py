@@ -20,8 +20,8 @@ from llama_index.core.schema import TransformComponent
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from compllm_rag.errors import ConfigurationError
+from compllm_rag.llamaindex.corpus import IngestReport, Progress
 from compllm_rag.llamaindex.embedding import LoadedEmbedder
-from compllm_rag.llamaindex.ingest import IngestReport, Progress
 from compllm_rag.llamaindex.opening import create_index, load_index
 from compllm_rag.models.llm import TargetLLM
 

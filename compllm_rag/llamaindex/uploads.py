@@ -27,7 +27,8 @@ from compllm_rag.errors import (
     StoreUnavailableError,
     UploadQueueFullError,
 )
-from compllm_rag.llamaindex.ingest import Corpus, changed_documents, remember_origins, replace_documents
+from compllm_rag.llamaindex.corpus import Corpus
+from compllm_rag.llamaindex.ingest import changed_documents, remember_origins, replace_documents
 from compllm_rag.llamaindex.naming import Names
 from compllm_rag.llamaindex.sound import sound_documents
 from compllm_rag.llamaindex.tracing import traced_ensure

@@ -18,7 +18,7 @@ import toy
 from compllm_rag.cli.main import app
 from compllm_rag.cli.progress import ProgressShow
 from compllm_rag.config import RateOptions
-from compllm_rag.llamaindex.ingest import IngestReport
+from compllm_rag.llamaindex.corpus import IngestReport
 from compllm_rag.storage.manifest import read_manifest
 from compllm_rag.storage.stats import storage_stats
 from toy_embedder import save_sentence_transformer

@@ -22,7 +22,7 @@ import toy
 from compllm_rag import ConceptIndex, TargetLLM
 from compllm_rag.cli.main import app
 from compllm_rag.llamaindex.answer import answer
-from compllm_rag.llamaindex.ingest import IngestReport
+from compllm_rag.llamaindex.corpus import IngestReport
 from compllm_rag.llamaindex.repair import RepairReport
 from compllm_rag.llamaindex.watching.batch import WatchBatch
 from compllm_rag.storage.compaction import StorageCompaction

@@ -20,14 +20,10 @@ from llama_index.core.schema import BaseNode, Document, MetadataMode
 from compllm_rag.catalog.kv import KeyValues
 from compllm_rag.catalog.origins import Origins
 from compllm_rag.errors import ConfigurationError, WorkersFailedError
+from compllm_rag.llamaindex.corpus import IngestReport
 from compllm_rag.llamaindex.documents import FileDocuments, empty_corpus
 from compllm_rag.llamaindex.index import ConceptIndex
-from compllm_rag.llamaindex.ingest import (
-    IngestReport,
-    changed_documents,
-    remember_origins,
-    replace_documents,
-)
+from compllm_rag.llamaindex.ingest import changed_documents, remember_origins, replace_documents
 from compllm_rag.llamaindex.naming import Names
 from compllm_rag.llamaindex.readers.walk import roots_of
 from compllm_rag.llamaindex.sharding.shards import Shard, ShardManifest, damaged_shard, read_shard, shard_store

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from compllm_rag.llamaindex.corpus import IngestReport
 from compllm_rag.llamaindex.documents import FileDocuments
-from compllm_rag.llamaindex.ingest import IngestReport
 from compllm_rag.llamaindex.readers.found import FileNote
 
 

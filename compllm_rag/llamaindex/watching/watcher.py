@@ -28,8 +28,9 @@ from compllm_rag.errors import (
     UnreadableFileError,
     UnsupportedFormatError,
 )
+from compllm_rag.llamaindex.corpus import Corpus, IngestReport, Progress
 from compllm_rag.llamaindex.documents import FileDocuments
-from compllm_rag.llamaindex.ingest import Corpus, IngestReport, Progress, ingest_documents
+from compllm_rag.llamaindex.ingest import ingest_documents
 from compllm_rag.llamaindex.pruning import prunable
 from compllm_rag.llamaindex.readers.found import FileNote, SkippedFile, shown
 from compllm_rag.llamaindex.readers.walk import Listing, as_paths
