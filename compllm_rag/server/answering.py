@@ -17,9 +17,9 @@ from compllm_rag.llamaindex.chat.engine import ConceptChatEngine
 from compllm_rag.llamaindex.decoding import generation_of
 from compllm_rag.llamaindex.llm import ConceptLLM
 from compllm_rag.server.abandoning import AbandonableGenerator
+from compllm_rag.server.answer_schemas import Answer, Citation, FoundNode, Plan, PlannedNode, Retrieved, Timings, Token
 from compllm_rag.server.failures import Refusal
 from compllm_rag.server.reading import ReadDefaults
-from compllm_rag.server.schemas import Answer, Citation, FoundNode, Plan, PlannedNode, Retrieved, Timings, Token
 from compllm_rag.server.work import Cancelled, Ticket
 
 if TYPE_CHECKING:

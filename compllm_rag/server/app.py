@@ -18,13 +18,14 @@ from starlette.exceptions import HTTPException
 from compllm_rag import __version__
 from compllm_rag.errors import CompLLMError
 from compllm_rag.server import routes_about, routes_documents, routes_openai, routes_query
+from compllm_rag.server.document_schemas import NewDocuments
 from compllm_rag.server.failures import Refusal, refusal_of
 from compllm_rag.server.gate import Gate, accepted_hosts, host_names
 from compllm_rag.server.jobs import Jobs
 from compllm_rag.server.keys import KeyFile
 from compllm_rag.server.openai_schemas import CompletionRequest
 from compllm_rag.server.registry import Registry
-from compllm_rag.server.schemas import ErrorBody, NewDocuments
+from compllm_rag.server.schemas import ErrorBody
 from compllm_rag.server.service import Service
 from compllm_rag.server.settings import ServerSettings
 

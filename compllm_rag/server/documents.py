@@ -12,10 +12,7 @@ from compllm_rag.catalog.documents import documents_after
 from compllm_rag.errors import StoreLockedError
 from compllm_rag.llamaindex.uploads import UploadReceipt
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
-from compllm_rag.server.failures import Refusal, code_of
-from compllm_rag.server.files import Read
-from compllm_rag.server.jobs import Jobs, UploadJob
-from compllm_rag.server.schemas import (
+from compllm_rag.server.document_schemas import (
     Chunk,
     DocumentDetail,
     DocumentList,
@@ -25,6 +22,9 @@ from compllm_rag.server.schemas import (
     State,
     UploadAccepted,
 )
+from compllm_rag.server.failures import Refusal, code_of
+from compllm_rag.server.files import Read
+from compllm_rag.server.jobs import Jobs, UploadJob
 from compllm_rag.server.work import Workers
 
 if TYPE_CHECKING:

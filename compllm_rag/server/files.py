@@ -14,8 +14,8 @@ from llama_index.core.schema import Document
 from compllm_rag.errors import UnreadableFileError
 from compllm_rag.llamaindex.readers.found import FileDocument, SourceFile, broken
 from compllm_rag.llamaindex.readers.kinds import SUPPORTED, missing_package, reader_of
+from compllm_rag.server.document_schemas import NewDocument, Skipped
 from compllm_rag.server.failures import Refusal
-from compllm_rag.server.schemas import NewDocument, Skipped
 
 _LONGEST_NAME = 500
 _UNPACKED = 256 << 20  # bytes of an archive's parts, as it says itself

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, field_validator
 
+from compllm_rag.server.answer_schemas import Citation
 from compllm_rag.server.reading import ReadAccount, ReadAsked
-from compllm_rag.server.schemas import Body, Citation
+from compllm_rag.server.schemas import Body
 
 MODELS = {"compllm-rag": "concepts", "compllm-rag-text": "text"}
 """Model ids, and how each reads the passages."""

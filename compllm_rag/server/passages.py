@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from llama_index.core.schema import MetadataMode
 
+from compllm_rag.server.document_schemas import Kept, KeptToken
 from compllm_rag.server.failures import Refusal
-from compllm_rag.server.schemas import Kept, KeptToken
 
 if TYPE_CHECKING:
     from compllm_rag.compression.segmentation import TokenizedText

@@ -12,9 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
 from compllm_rag.server import documents, files, passages
-from compllm_rag.server.failures import Refusal
-from compllm_rag.server.schemas import (
-    Deleted,
+from compllm_rag.server.document_schemas import (
     DocumentDetail,
     DocumentList,
     Job,
@@ -25,6 +23,8 @@ from compllm_rag.server.schemas import (
     Replacement,
     UploadAccepted,
 )
+from compllm_rag.server.failures import Refusal
+from compllm_rag.server.schemas import Deleted
 from compllm_rag.server.service import index_of, must_write, service_of
 
 router = APIRouter(tags=["documents"])

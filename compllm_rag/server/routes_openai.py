@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from sse_starlette import ServerSentEvent
 
 from compllm_rag.config import Mode
+from compllm_rag.server.answer_schemas import Answer, Token
 from compllm_rag.server.answering import Asked, Conversation, Event, converse, decoding
 from compllm_rag.server.failures import Refusal, refusal_of
 from compllm_rag.server.openai_schemas import (
@@ -34,7 +35,6 @@ from compllm_rag.server.openai_schemas import (
     Sources,
     Usage,
 )
-from compllm_rag.server.schemas import Answer, Token
 from compllm_rag.server.service import asked_reading, index_of, service_of
 from compllm_rag.server.sessions import memory_of
 from compllm_rag.server.streaming import stream, whole

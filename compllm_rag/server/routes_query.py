@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from fastapi import APIRouter, Request, Response
 
+from compllm_rag.server.answer_schemas import Answer, ChatRequest, Decoding, QueryRequest
 from compllm_rag.server.answering import Asked, Conversation, Event, answer, converse, decoding
-from compllm_rag.server.schemas import Answer, ChatRequest, Decoding, Deleted, QueryRequest
+from compllm_rag.server.schemas import Deleted
 from compllm_rag.server.service import asked_reading, index_of, service_of
 from compllm_rag.server.streaming import stream, whole
 

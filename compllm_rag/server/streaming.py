@@ -10,9 +10,9 @@ from typing import TypeVar
 from fastapi import Request
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
+from compllm_rag.server.answer_schemas import Answer, Plan, Retrieved, Token
 from compllm_rag.server.answering import Event
 from compllm_rag.server.failures import Refusal, refusal_of
-from compllm_rag.server.schemas import Answer, Plan, Retrieved, Token
 from compllm_rag.server.service import Service
 from compllm_rag.server.work import Cancelled, Ticket
 

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from compllm_rag.catalog.measures import storage_families
 from compllm_rag.generation.batch_measures import BatchMeasures
 from compllm_rag.metrics import PREFIX, labelled
-from compllm_rag.server.schemas import Answer
+from compllm_rag.server.answer_schemas import Answer
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric

@@ -20,6 +20,7 @@ from compllm_rag.llamaindex.readers import kinds
 from compllm_rag.llamaindex.readers.found import Piece
 from compllm_rag.server import documents, files
 from compllm_rag.server import registry as registry_module
+from compllm_rag.server.answer_schemas import Plan, Retrieved
 from compllm_rag.server.answering import Asked, Conversation, answer, converse
 from compllm_rag.server.documents import upload
 from compllm_rag.server.failures import Refusal
@@ -27,7 +28,6 @@ from compllm_rag.server.files import Read, file_name, read_files
 from compllm_rag.server.jobs import Jobs
 from compllm_rag.server.passages import kept
 from compllm_rag.server.registry import Registry
-from compllm_rag.server.schemas import Plan, Retrieved
 from compllm_rag.server.sessions import Sessions, memory_of
 from compllm_rag.server.work import Cancelled, Workers
 from tests.server.server_samples import registry
