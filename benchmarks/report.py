@@ -87,7 +87,7 @@ relevance`.
 PAGES = {
     "quality.md": (
         QUALITY,
-        "quality_deep quality_units narrowing quality_narrowed quality_further quality_frozen quality_gemma chunks "
+        "quality_deep quality_units narrowing quality_further quality_frozen quality_gemma chunks "
         "frontier pins placeholders quality anchors ablations",
     ),
     "storage.md": (STORAGE, "storage_size storage_quality_deep storage_quality store_read commits"),
@@ -102,7 +102,6 @@ PAGES = {
 _PICTURE = re.compile(r"^!\[.*\]\((.*)\)$", re.MULTILINE)
 BENCHMARK_OF = {
     "quality_deep": "quality",
-    "quality_narrowed": "quality",
     "quality_further": "quality",
     "quality_frozen": "quality",
     "quality_units": "quality",
@@ -139,9 +138,12 @@ def main() -> None:
     args.docs.mkdir(parents=True, exist_ok=True)
     for name, text in made.items():
         (args.docs / name).write_text(text, encoding="utf-8")
+    drawn: dict[str, str] = {}
     for name, record in found.items():
         made_of = page(BENCHMARK_OF.get(name, name))
         for picture in _PICTURE.findall("\n".join(made_of.tables(record) if record else [])):
+            if drawn.setdefault(picture, name) != name:
+                sys.exit(f"error: {picture} is of {drawn[picture]} and of {name}. Next step: name one otherwise")
             made_of.plot(record).savefig(args.docs / picture, dpi=120)
 
 

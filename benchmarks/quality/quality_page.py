@@ -21,12 +21,22 @@ def tables(record: dict[str, Any]) -> list[str]:
     """
     sets = [name for name in SETS if name in record]
     lines = [line for name in sets for line in _section(record[name])]
-    over, name = ("prefill cost", "quality_deep") if _deep(record) else ("the achieved rate", "quality")
-    if any(_narrows(record[each]) for each in sets):
-        name = "quality_narrowed" if not any(_elsewhere(record[each]) for each in sets) else "quality_further"
+    over = "prefill cost" if _deep(record) else "the achieved rate"
     # A single set is no comparison; and pages may hold several records of one, beside those with a plot.
-    lines += [f"![Recovered over {over}]({name}.png)", ""] if len(sets) > 1 else []
+    lines += [f"![Recovered over {over}]({_picture(record[sets[0]])}.png)", ""] if len(sets) > 1 else []
     return lines + (_probes(record["probes"]) if "probes" in record else [])
+
+
+def _picture(record: dict[str, Any]) -> str:
+    """The name of a plot, another for each kind of concepts."""
+    made = record["compressor"]
+    if not made.get("entry_layer"):
+        return "quality"
+    if _elsewhere(record):
+        return "quality_further"
+    if made.get("unit_length", _UNIT) != _UNIT:
+        return "quality_units"
+    return "quality_frozen" if _frozen(made) else "quality_deep"
 
 
 def _section(record: dict[str, Any]) -> list[str]:
@@ -84,8 +94,16 @@ def _other(record: dict[str, Any]) -> str:
     named += f", entry layer {made['entry_layer']}" if _elsewhere(record) else ""
     longest = made.get("unit_length", _UNIT)
     named += f", units of {longest} tokens" if longest != _UNIT else ""
-    alone = made.get("entry_layer") and made["lora_rank"] and not made.get("read_rank")
-    return named + (", the upper half frozen" if alone else "") + (", whole and narrowed" if _narrows(record) else "")
+    return (
+        named
+        + (", the upper half frozen" if _frozen(made) else "")
+        + (", whole and narrowed" if _narrows(record) else "")
+    )
+
+
+def _frozen(made: dict[str, Any]) -> bool:
+    """Whether a trained compressor is read by the LLM as it is."""
+    return bool(made.get("entry_layer") and made["lora_rank"] and not made.get("read_rank"))
 
 
 def _elsewhere(record: dict[str, Any]) -> bool:
