@@ -42,6 +42,17 @@ GeneratorAddress = Annotated[
         "vllm-deep:http://HOST:PORT, for deep concepts. Default: this process runs it.",
     ),
 ]
+ReaderName = Annotated[
+    str, typer.Option("--reader", help="Folder of a reader adapter, `auto` for the shipped one, or `none`.")
+]
+CompressorName = Annotated[
+    str,
+    typer.Option(
+        "--compressor",
+        help="Folder of a compressor, `auto` for the shipped one, `none` for an untrained, `frozen` for the shipped "
+        "one of deep concepts that the LLM reads as it is.",
+    ),
+]
 EntryLayer = Annotated[
     int | None,
     typer.Option(
@@ -50,6 +61,11 @@ EntryLayer = Annotated[
         "layer of the one that ships, else half of them.",
     ),
 ]
+
+
+def or_none(name: str) -> str | None:
+    """The adapter that `--reader` or `--compressor` names; None for `none`."""
+    return None if name == "none" else name
 
 
 KEPT = "interrupted; what was finished is kept, run the same command again to go on"

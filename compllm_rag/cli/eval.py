@@ -14,8 +14,11 @@ from compllm_rag.cli.base import (
     LOST_WITHOUT_JOURNAL,
     AsJson,
     CodecName,
+    CompressorName,
     EntryLayer,
     Offline,
+    ReaderName,
+    or_none,
     print_json,
     progress_show,
     reported,
@@ -42,11 +45,6 @@ Rate = Annotated[
 Limit = Annotated[int | None, typer.Option(min=1, help="Ask only N, the first in the order of the seed.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the order and of the intervals.")]
 Llm = Annotated[str, typer.Option(help="Target LLM: alias, folder or org/name@revision.")]
-Reader = Annotated[str, typer.Option(help="Folder of a reader adapter, `auto` for the shipped one, or `none`.")]
-Adapter = Annotated[
-    str,
-    typer.Option("--compressor", help="Folder of a compressor, `auto` for the shipped one, `none` for an untrained."),
-]
 EvalNarrowing = Annotated[
     str | None,
     typer.Option("--narrow", help="Read but a SHARE of deep concepts from a LAYER on, LAYER:SHARE, such as 24:0.1."),
@@ -75,8 +73,8 @@ def eval_command(
     seed: Seed = 0,
     passages: Annotated[str, typer.Option(help="`all` passages of a row, or only the `gold` ones.")] = "all",
     llm: Llm = DEFAULT_LLM,
-    reader: Reader = "auto",
-    compressor: Adapter = "auto",
+    reader: ReaderName = "auto",
+    compressor: CompressorName = "auto",
     codec: CodecName = None,
     entry_layer: EntryLayer = None,
     narrow: EvalNarrowing = None,
@@ -143,8 +141,8 @@ def probe_command(
     limit: Limit = None,
     seed: Seed = 0,
     llm: Llm = DEFAULT_LLM,
-    reader: Reader = "auto",
-    compressor: Adapter = "auto",
+    reader: ReaderName = "auto",
+    compressor: CompressorName = "auto",
     codec: CodecName = None,
     entry_layer: EntryLayer = None,
     batch_size: BatchSize = 16,
@@ -215,8 +213,8 @@ def _load(
 
     return load_compressor_for(
         llm,
-        reader=None if reader == "none" else reader,
-        compressor=None if compressor == "none" else compressor,
+        reader=or_none(reader),
+        compressor=or_none(compressor),
         codec=codec or "deep",
         entry_layer=entry_layer,
         dtype=dtype,

@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from compllm_rag.cli.base import AsJson, CodecName, EntryLayer, Offline, Storage, print_json, progress_show, reported
+from compllm_rag.cli.base import (
+    AsJson,
+    CodecName,
+    CompressorName,
+    EntryLayer,
+    Offline,
+    ReaderName,
+    Storage,
+    or_none,
+    print_json,
+    progress_show,
+    reported,
+)
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
 
 
@@ -38,6 +50,8 @@ def import_index(
             help="Source tokens per concept, or what chooses them by the text [1 for deep concepts, 2 for input].",
         ),
     ] = None,
+    reader: ReaderName = "auto",
+    compressor: CompressorName = "auto",
     codec: CodecName = None,
     entry_layer: EntryLayer = None,
     encoding: Annotated[
@@ -65,6 +79,8 @@ def import_index(
             namespace=namespace,
             llm=llm,
             rate=rate,
+            reader=or_none(reader),
+            compressor=or_none(compressor),
             codec=codec,
             entry_layer=entry_layer,
             encoding=encoding,

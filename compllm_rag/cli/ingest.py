@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compllm_rag.cli.base import AsJson, CodecName, EntryLayer, Offline, Storage, print_json, progress_show, reported
+from compllm_rag.cli.base import (
+    AsJson,
+    CodecName,
+    CompressorName,
+    EntryLayer,
+    Offline,
+    ReaderName,
+    Storage,
+    or_none,
+    print_json,
+    progress_show,
+    reported,
+)
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
 from compllm_rag.errors import ConfigurationError, UnreadableFileError
 
@@ -81,6 +93,8 @@ def ingest(
         float | None,
         typer.Option(help="Of rate learned: most predicted loss, in nats per token of an answer [0.1]."),
     ] = None,
+    reader: ReaderName = "auto",
+    compressor: CompressorName = "auto",
     codec: CodecName = None,
     entry_layer: EntryLayer = None,
     chunk_size: Annotated[int | None, typer.Option(help="Tokens per chunk, about. Default: 200.")] = None,
@@ -142,6 +156,8 @@ def ingest(
                 guard=guard,
                 guard_limit=guard_limit,
                 rate_options=rate_options,
+                reader=or_none(reader),
+                compressor=or_none(compressor),
                 codec=codec,
                 entry_layer=entry_layer,
                 chunk_size=chunk_size,

@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compllm_rag.cli.base import AsJson, CodecName, EntryLayer, Offline, Storage, print_json, progress_show, reported
+from compllm_rag.cli.base import (
+    AsJson,
+    CodecName,
+    CompressorName,
+    EntryLayer,
+    Offline,
+    ReaderName,
+    Storage,
+    or_none,
+    print_json,
+    progress_show,
+    reported,
+)
 from compllm_rag.config import DEFAULT_EMBEDDER, DEFAULT_LLM
 
 if TYPE_CHECKING:
@@ -42,6 +54,8 @@ def watch(
     llm: Annotated[str | None, typer.Option(help=f"Target LLM of a new storage [{DEFAULT_LLM}].")] = None,
     embedder: Annotated[str | None, typer.Option(help=f"Embedder of a new storage [{DEFAULT_EMBEDDER}].")] = None,
     rate: Annotated[float | None, typer.Option(help="Compression rate of a new storage.")] = None,
+    reader: ReaderName = "auto",
+    compressor: CompressorName = "auto",
     codec: CodecName = None,
     entry_layer: EntryLayer = None,
     chunk_size: Annotated[int | None, typer.Option(help="Tokens per chunk of a new storage, about [200].")] = None,
@@ -78,6 +92,8 @@ def watch(
             llm=llm,
             embedder=embedder,
             rate=rate,
+            reader=or_none(reader),
+            compressor=or_none(compressor),
             codec=codec,
             entry_layer=entry_layer,
             chunk_size=chunk_size,

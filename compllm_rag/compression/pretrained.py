@@ -24,6 +24,7 @@ from compllm_rag.errors import (
     UnknownModelError,
     UnsupportedFormatError,
 )
+from compllm_rag.fingerprint import tensor_digest
 from compllm_rag.models.halves import Halves
 from compllm_rag.models.hub import snapshot
 from compllm_rag.models.llm import TargetLLM
@@ -170,6 +171,15 @@ def saved_config(folder: Path) -> CompressorConfig:
         UnsupportedFormatError: Files are missing, or of a newer format.
     """
     return CompressorConfig.model_validate(_read_config(folder / _CONFIG)["config"])
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of everything learned in a saved compressor, whatever its settings are.
+
+    Raises:
+        UnsupportedFormatError: Files are missing or damaged.
+    """
+    return tensor_digest({name: tensor.numpy() for name, tensor in _read_weights(folder / _WEIGHTS).items()})
 
 
 def load_spec(folder: Path, llm: TargetLLM) -> ConceptSpec:

@@ -18,7 +18,13 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 from compllm_rag.catalog.tracked import TrackedNodes
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.compression.deep import DeepCompressor
-from compllm_rag.compression.loading import AUTO, load_compressor_for, with_room_for_chunks, with_unit_length
+from compllm_rag.compression.loading import (
+    AUTO,
+    compressor_folder,
+    load_compressor_for,
+    with_room_for_chunks,
+    with_unit_length,
+)
 from compllm_rag.compression.rate_policies.asked import check_heeded, rate_settings
 from compllm_rag.compression.rate_policies.choosing import resolved
 from compllm_rag.compression.spec import ConceptCompressor, DeferredCompressor
@@ -33,6 +39,7 @@ from compllm_rag.config import (
 from compllm_rag.errors import CompLLMError, ConfigurationError
 from compllm_rag.llamaindex.embedding import LoadedEmbedder
 from compllm_rag.llamaindex.opening_checks import (
+    check_adapters,
     check_complete,
     check_compressor,
     check_elsewhere,
@@ -183,7 +190,7 @@ def create_index(
             expect={**asked, "chunk_size": chunk_size, "namespace": namespace, "encoding": encoding},
             **settings,
         )
-        return _with_budget(parts, budget_asked) if budget_asked else parts
+        return _as_asked(parts, folder, llm, reader, compressor, budget_asked)
     default = DEFAULT_RATES["deep"]  # any number: only a policy heeds options
     check_heeded(rate_options, guard_limit, asked.get("rate", default), asked.get("guard", "off"))
     made: ConceptCompressor
@@ -310,6 +317,28 @@ def _begin_elsewhere(vectors: FaissTextVectorStore, elsewhere: str | None) -> No
         TrackedNodes(vectors.catalog).begin(elsewhere)
 
 
+def _as_asked(
+    parts: IndexParts,
+    folder: Path,
+    llm: str | None,
+    reader: str | Path | None,
+    compressor: str | Path | Compressor | DeepCompressor | None,
+    budget: dict[str, int],
+) -> IndexParts:
+    """A storage that was opened, with this budget, if the adapters that were named are its own; else it is closed."""
+    manifest = parts.manifest
+    try:
+        if isinstance(compressor, str | Path | None):
+            codec: Codec = "deep" if manifest.entry_layer else "input"
+            own = compressor_folder(llm or manifest.llm, compressor, codec, manifest.entry_layer or None)
+            check_adapters(folder, reader, own, compressor)
+        return _with_budget(parts, budget) if budget else parts
+    except CompLLMError:
+        parts.vectors.close()
+        parts.store.close()
+        raise
+
+
 def _with_budget(parts: IndexParts, asked: dict[str, int]) -> IndexParts:
     """The storage with this budget, which it keeps; its chunks share it at the end of the next ingest.
 
@@ -322,12 +351,7 @@ def _with_budget(parts: IndexParts, asked: dict[str, int]) -> IndexParts:
         return parts
     manifest = parts.manifest.model_copy(update={"ingest": ingest})
     catalog = parts.vectors.catalog
-    try:
-        catalog.set_meta(META_KEY, manifest.model_dump_json())
-        catalog.set_meta(REFIT_KEY, "yes")
-        catalog.commit()
-    except CompLLMError:
-        parts.vectors.close()
-        parts.store.close()
-        raise
+    catalog.set_meta(META_KEY, manifest.model_dump_json())
+    catalog.set_meta(REFIT_KEY, "yes")
+    catalog.commit()
     return replace(parts, manifest=manifest)

@@ -14,13 +14,18 @@ from compllm_rag.catalog.faults import damaged
 from compllm_rag.catalog.pending import count_pending
 from compllm_rag.catalog.references import count_keys
 from compllm_rag.catalog.tracked import vectors_elsewhere
+from compllm_rag.compression.loading import AUTO
+from compllm_rag.compression.pretrained import saved_config, weights_digest
 from compllm_rag.compression.rate_policies.choosing import chooser_of, learned_losses
 from compllm_rag.compression.rate_policies.measures import TextMeasures
 from compllm_rag.compression.spec import ConceptCompressor
 from compllm_rag.config import Codec, CompressorConfig, GenerationConfig, IngestConfig, RateOptions, checked
 from compllm_rag.errors import ConfigurationError, StorageMismatchError, UntrainedCompressorWarning
+from compllm_rag.fingerprint import file_digest
 from compllm_rag.llamaindex.embedding import LoadedEmbedder
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
+from compllm_rag.models.adapters import ADAPTER_FILE
+from compllm_rag.storage.adapter_files import COMPRESSOR, READER
 from compllm_rag.store import DiskStore
 
 _LOOKS = 10  # a writer would have to commit, or a compaction to end, between each two of them
@@ -48,6 +53,41 @@ def check_parts(compressor: object, generation: object, embedder: object, settin
             got=", ".join(sorted(late)),
             expected="none",
             next_step="leave it out, and load the LLM that way: load_compressor_for(llm, dtype=...)",
+        )
+
+
+def check_adapters(folder: Path, reader: str | Path | None, compressor: Path | None, asked: str | Path | None) -> None:
+    """Refuse adapters that a user names and a storage was not made with.
+
+    Args:
+        folder: The storage.
+        reader: Folder of a reader, `auto` for whichever it has, None for none.
+        compressor: The folder that `asked` means; None where it means an untrained one.
+        asked: What was said of the compressor; `auto` for whichever it has.
+
+    Raises:
+        StorageMismatchError: It has others.
+        ConfigurationError, UnsupportedFormatError: What is named is not there, or not an adapter.
+    """
+    if reader != AUTO:
+        kept, named = folder / READER / ADAPTER_FILE, None if reader is None else Path(reader) / ADAPTER_FILE
+        if named is not None and not named.is_file():
+            raise ConfigurationError("there is no reader here", got=reader, expected=f"a folder with {ADAPTER_FILE}")
+        has = file_digest(kept) if kept.is_file() else None
+        _check_same("reader", reader, has, None if named is None else file_digest(named))
+    if asked != AUTO:
+        own = folder / COMPRESSOR
+        has = weights_digest(own) if compressor is not None or saved_config(own).trained else None
+        _check_same("compressor", asked, has, None if compressor is None else weights_digest(compressor))
+
+
+def _check_same(what: str, asked: str | Path | None, has: str | None, wanted: str | None) -> None:
+    if has != wanted:
+        raise StorageMismatchError(
+            f"the storage was made with another {what}",
+            got="none" if asked is None else asked,
+            expected=f"no trained {what}" if has is None else f"the {what} that it keeps",
+            next_step="leave it out, or ingest into a new storage",
         )
 
 

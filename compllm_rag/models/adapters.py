@@ -15,7 +15,7 @@ from torch import nn
 from compllm_rag.errors import ConfigurationError, UnsupportedFormatError
 from compllm_rag.fingerprint import file_digest
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 _A, _B = ".lora_A.weight", ".lora_B.weight"  # (rank, in_features) and (out_features, rank)
 _NOT_PLAIN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_qalora", "lora_bias")
 
@@ -69,12 +69,12 @@ def merge_adapter(model: Any, folder: Path) -> dict[str, str]:
         tuner = LoraModel(model, plain, "default", low_cpu_mem_usage=True)
         set_peft_model_state_dict(model, state, low_cpu_mem_usage=True)
         tuner.merge_and_unload()
-    return {name: file_digest(folder / name) for name in (_CONFIG, _WEIGHTS)}
+    return {name: file_digest(folder / name) for name in (_CONFIG, ADAPTER_FILE)}
 
 
 def adapter_digests(folder: Path) -> dict[str, str]:
     """What a merged adapter adds to the digests of its target."""
-    return {f"reader/{name}": file_digest(folder / name) for name in (_CONFIG, _WEIGHTS)}
+    return {f"reader/{name}": file_digest(folder / name) for name in (_CONFIG, ADAPTER_FILE)}
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -85,12 +85,12 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
     """
     try:
         config = dict(json.loads((folder / _CONFIG).read_text(encoding="utf-8")))
-        state = load_file(folder / _WEIGHTS)
+        state = load_file(folder / ADAPTER_FILE)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UnsupportedFormatError(
             "adapter folder is not complete",
             got=f"{folder} ({type(error).__name__})",
-            expected=f"{_CONFIG} and {_WEIGHTS}",
+            expected=f"{_CONFIG} and {ADAPTER_FILE}",
             next_step="check the path, or save the adapter again",
         ) from error
     trouble = _not_plain(config, state)
