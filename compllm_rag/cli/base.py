@@ -49,8 +49,7 @@ CompressorName = Annotated[
     str,
     typer.Option(
         "--compressor",
-        help="Folder of a compressor, `auto` for the shipped one, `none` for an untrained, `frozen` for the shipped "
-        "one of deep concepts that the LLM reads as it is.",
+        help="Folder of a compressor, `auto` for the shipped one, `none` for an untrained.",
     ),
 ]
 EntryLayer = Annotated[

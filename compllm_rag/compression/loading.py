@@ -24,7 +24,7 @@ from compllm_rag.prompt import QAPrompt
 
 logger = logging.getLogger(__name__)
 
-AUTO, FROZEN = "auto", "frozen"
+AUTO = "auto"
 
 
 def shipped_adapter(llm: str, kind: str) -> Path | None:
@@ -32,7 +32,7 @@ def shipped_adapter(llm: str, kind: str) -> Path | None:
 
     Args:
         llm: The LLM's alias.
-        kind: `reader`, `deep`, `deep_frozen` or `compressor`.
+        kind: `reader`, `deep` or `compressor`.
     """
     if "/" in llm or llm in (".", ".."):
         return None
@@ -61,27 +61,13 @@ def compressor_folder(
 
     Args:
         llm: The LLM's alias.
-        compressor: A folder, `auto`, `frozen` or None; see `load_compressor_for`.
+        compressor: A folder, `auto` or None; see `load_compressor_for`.
         codec: See `load_compressor_for`.
         entry_layer: See `load_compressor_for`.
-
-    Raises:
-        ConfigurationError: `frozen` is asked for with concepts at the input embeddings.
     """
     if compressor is None:
         return None
-    if compressor == AUTO:
-        return shipped_compressor(llm, codec, entry_layer)
-    if compressor != FROZEN:
-        return Path(compressor)
-    if codec != "deep":
-        raise ConfigurationError(
-            "the LLM reads concepts at its input embeddings as it is in any case",
-            got=f"compressor {FROZEN!r} with codec {codec!r}",
-            expected=f"compressor {AUTO!r}, or codec 'deep'",
-        )
-    found = shipped_adapter(llm, "deep_frozen")
-    return found if found is None or entry_layer in (None, _entry_layer_of(found)) else None
+    return shipped_compressor(llm, codec, entry_layer) if compressor == AUTO else Path(compressor)
 
 
 def _entry_layer_of(folder: Path) -> int:
@@ -109,8 +95,7 @@ def load_compressor_for(
         llm: Alias, local folder, or `org/name@revision`.
         reader: Folder of a reader adapter; `auto` takes the shipped one where there is one, None none.
         compressor: Folder of a compressor; `auto` takes the shipped one where there is one and the reader is the
-            shipped one too, else the untrained one; `frozen` the same for an LLM that reads deep concepts as it is, by
-            no LoRA; None takes the untrained one.
+            shipped one too, else the untrained one; None takes the untrained one.
         codec: Where no folder is given: `deep`, concepts that enter at a middle layer, or `input`, those of CompLLM at
             the input embeddings.
         entry_layer: Of deep concepts: L, with `auto` of the compressor that ships for this layer, where there is one;
@@ -145,7 +130,7 @@ def load_compressor_for(
         progress=progress,
     )
     folder = compressor_folder(llm, compressor, codec, entry_layer)
-    if compressor in (AUTO, FROZEN) and reader != AUTO and not other_reader:
+    if compressor == AUTO and reader != AUTO and not other_reader:
         folder = None  # what ships was made with the reader that ships
     made: ConceptCompressor
     if folder is not None:

@@ -1,4 +1,4 @@
-"""Adapters that are named where a storage is made or opened: what ships, one's own, none, and none of its own."""
+"""Adapters that are named where a storage is made or opened: one's own, none, and others than it was made with."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from typer.testing import CliRunner
 import toy
 from compllm_rag import ConceptIndex, load_embedder
 from compllm_rag.cli.main import app
-from compllm_rag.compression import loading
-from compllm_rag.compression.loading import load_compressor_for
 from compllm_rag.errors import ConfigurationError, StorageMismatchError, UnsupportedFormatError
 from tests.compression.test_loading import write_reader
 from toy_embedder import HashEmbedder, save_sentence_transformer
@@ -24,11 +22,11 @@ FROZEN = {"read_rank": 0, "read_alpha": 0, "read_modules": ()}
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An LLM with two compressors, one of which the LLM reads as it is, and a reader."""
+    """An LLM with two compressors, one of which it reads as it is, and a reader."""
     folder = tmp_path_factory.mktemp("named")
     llm = toy.TargetLLM.from_pretrained(toy.save(folder / "llm", layers=4))
     trained_deep(llm).save_pretrained(folder / "deep")
-    trained_deep(llm, seed=1, **FROZEN).save_pretrained(folder / "deep_frozen")
+    trained_deep(llm, seed=1, **FROZEN).save_pretrained(folder / "other")
     write_reader(folder / "reader")
     return folder
 
@@ -37,28 +35,13 @@ def create(parts: Path, storage: Path | None, **options: Any) -> ConceptIndex:
     return ConceptIndex.create(storage, llm=str(parts / "llm"), embedder=HashEmbedder(), **options)
 
 
-def test_frozen_takes_what_ships_for_an_llm_that_reads_as_it_is(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shipped = {"deep": parts / "deep", "deep_frozen": parts / "deep_frozen"}
-    monkeypatch.setattr(loading, "shipped_adapter", lambda llm, kind: shipped.get(kind))
-    llm = str(parts / "llm")
-    frozen, usual = load_compressor_for(llm, compressor="frozen"), load_compressor_for(llm)
-    assert (frozen.config.read_rank, usual.config.read_rank) == (0, 2)
-    assert load_compressor_for(llm, compressor="frozen", entry_layer=2).fingerprint == frozen.fingerprint
-    assert not load_compressor_for(llm, compressor="frozen", entry_layer=1).config.trained
-    assert not load_compressor_for(llm, compressor="frozen", reader=parts / "reader").config.trained
-    with pytest.raises(ConfigurationError, match=r"as it is in any case.*codec 'input'"):
-        load_compressor_for(llm, compressor="frozen", codec="input")
-    shipped.clear()
-    assert not load_compressor_for(llm, compressor="frozen").config.trained, "where nothing ships"
-
-
 def test_a_storage_is_opened_again_by_the_same_words_and_by_no_others(parts: Path, tmp_path: Path) -> None:
     own = {"compressor": parts / "deep", "reader": None}
     create(parts, tmp_path / "s", chunk_size=700, **own).close()  # with units of another length
     for again in (own, {}, {"compressor": str(parts / "deep")}):
         create(parts, tmp_path / "s", **again).close()
     for wrong, what in (
-        ({"compressor": parts / "deep_frozen"}, "compressor"),
+        ({"compressor": parts / "other"}, "compressor"),
         ({"compressor": None}, "compressor"),
         ({"reader": parts / "reader"}, "reader"),
     ):
@@ -86,14 +69,16 @@ def test_the_commands_take_adapters(parts: Path, tmp_path: Path, command: str) -
     models = ["--llm", str(parts / "llm"), "--embedder", str(embedder)]
     source = {"ingest": ["docs"], "watch": ["docs", "--once"], "import-index": ["stock"]}[command]
     if command == "import-index":
-        made = VectorStoreIndex.from_documents([Document(text="Ada Marsh.")], embed_model=load_embedder(str(embedder))[0])
+        made = VectorStoreIndex.from_documents(
+            [Document(text="Ada Marsh.")], embed_model=load_embedder(str(embedder))[0]
+        )
         made.storage_context.persist(str(tmp_path / "stock"))
     words = [str(tmp_path / source[0]), *source[1:], "--storage", str(tmp_path / "s"), *models]
 
     def run(*options: str) -> Any:
         return CliRunner().invoke(app, [command, *words, *options])
 
-    done = run("--compressor", str(parts / "deep_frozen"), "--reader", "none")
+    done = run("--compressor", str(parts / "other"), "--reader", "none")
     assert done.exit_code == 0, done.output
     with ConceptIndex.load(tmp_path / "s", embedder=str(embedder)) as index:
         assert index.library.spec.config.read_rank == 0
