@@ -87,7 +87,7 @@ relevance`.
 PAGES = {
     "quality.md": (
         QUALITY,
-        "quality_deep quality_units narrowing quality_further quality_frozen quality_gemma chunks "
+        "quality_deep quality_units narrowing quality_further quality_frozen quality_gemma chunks chunks_kinds "
         "frontier pins placeholders quality anchors ablations",
     ),
     "storage.md": (STORAGE, "storage_size storage_quality_deep storage_quality store_read commits"),
@@ -107,6 +107,7 @@ BENCHMARK_OF = {
     "quality_units": "quality",
     "ttft_narrowed": "ttft_deep",
     "quality_gemma": "quality",
+    "chunks_kinds": "chunks",
     "storage_quality_deep": "storage_quality",
     "rivals_deep": "rivals",
     "equal_cost_deep": "equal_cost",
