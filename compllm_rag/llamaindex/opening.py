@@ -193,6 +193,7 @@ def create_index(
         return _as_asked(parts, folder, llm, reader, compressor, budget_asked)
     default = DEFAULT_RATES["deep"]  # any number: only a policy heeds options
     check_heeded(rate_options, guard_limit, asked.get("rate", default), asked.get("guard", "off"))
+    room = 0 if chunk_size is None else ingest_config(chunk_size=chunk_size).chunk_size
     made: ConceptCompressor
     if isinstance(compressor, Compressor | DeepCompressor):
         made = compressor
@@ -207,7 +208,7 @@ def create_index(
             **settings,
         )
         if unit_length is None:
-            made = with_room_for_chunks(made, max(chunk_size or 0, _tokens(holds, made)))
+            made = with_room_for_chunks(made, max(room, _tokens(holds, made)))
     check_compressor(made.config, codec, entry_layer, None)
     if unit_length is not None and (unit_length != made.config.unit_length or not made.config.deep):
         made = with_unit_length(made, unit_length)

@@ -71,6 +71,9 @@ def test_a_loaded_compressor_keeps_its_units_unless_asked(made_by: dict[str, Any
         assert report.segments > report.chunks
     with ConceptIndex.create(chunk_size=700, unit_length=500, **own) as index:
         assert units(index) == 500
+    for wrong in ("many", 3, -800):
+        with pytest.raises(ConfigurationError, match="chunk size makes no sense"):
+            ConceptIndex.create(chunk_size=wrong, **made_by)
     with pytest.raises(ConfigurationError, match="units are of deep concepts"):
         ConceptIndex.create(**{**made_by, "compressor": None, "codec": "input"}, unit_length=500)
 
