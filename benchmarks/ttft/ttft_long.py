@@ -3,7 +3,8 @@
 A prompt is read in chunks, so that no attention mask is larger than one chunk times what stands in front of it; rotary
 positions are scaled to the length (benchmarks/shapes.py). Nothing is fetched and no store is asked: what is timed is
 the prefill, and each of the tokens that are decoded behind it. One run of each way, since a long prefill varies little;
-on a GPU the second of two, for the first also loads kernels and takes memory from the driver.
+on a GPU the second of two, for the first also loads kernels and takes memory from the driver. A prefill of hours can be
+had from some of its chunks (`--whole-to`, benchmarks/ttft/long_prompt.py).
 
 Every run is kept beside the JSON as soon as it is done (OUT.records.jsonl), shortest contexts first, so that it can be
 stopped at any time and started again with the same words, or with another `--shape-to`.
@@ -24,90 +25,18 @@ from benchmarks.cells import number, source, table
 from benchmarks.common import Record, journal_of, parsed, parser, part, progress, written
 from benchmarks.memory import Peak, cache_bytes
 from benchmarks.shapes import SHAPES, attention_for, random_llm, tokenizer_of
-from benchmarks.ttft.cost_model import AROUND, MARKER, PASSAGE
 from benchmarks.ttft.flops import LayerShape, deep_prefill, layers_of, prefill
+from benchmarks.ttft.long_prompt import Caches, Prompt, decode, slots
 from compllm_rag.models.device_memory import release_unused
 from compllm_rag.models.halves import Halves, default_entry_layer
+
+# Full chunks that are timed of a prompt that is not read as a whole; its last chunk comes on top.
+TIMED = 5
 
 
 def tokens(text: str) -> int:
     """A number of tokens: `4096`, or `4k` for 4 times 1,024."""
     return 1024 * int(text[:-1]) if text.lower().endswith("k") else int(text)
-
-
-def slots(length: int, rate: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The slots of a prompt over that many source tokens: which are tokens of its own, and at which position each is.
-
-    Args:
-        length: Source tokens, in passages of `PASSAGE`.
-        rate: Source tokens per concept; None reads them as text, so that all slots are tokens.
-
-    Returns:
-        Boolean (n,), and positions (n,) with gaps where tokens of a passage were not kept.
-    """
-    is_token, where = [True] * (AROUND // 2), list(range(AROUND // 2))
-    at = len(where)
-    for begin in range(0, length, PASSAGE):
-        size = min(PASSAGE, length - begin)
-        where += range(at, at + MARKER)
-        is_token += [True] * MARKER
-        at += MARKER
-        kept = size if rate is None else max(1, round(size / rate))
-        where += [at + place * size // kept for place in range(kept)]
-        is_token += [rate is None] * kept
-        at += size
-    where += range(at, at + AROUND - AROUND // 2)
-    is_token += [True] * (AROUND - AROUND // 2)
-    return torch.tensor(is_token), torch.tensor(where)
-
-
-@torch.inference_mode()
-def chunked_prefill(
-    halves: Halves, ids: torch.Tensor, is_token: torch.Tensor, positions: torch.Tensor, chunk: int
-) -> tuple[torch.Tensor, tuple[Any, Any]]:
-    """Read one prompt, `chunk` slots at a time; concepts are random states.
-
-    Args:
-        halves: The LLM in two halves; with an entry layer of 0 the whole LLM is the upper one.
-        ids: Token ids (tokens,).
-        is_token: Boolean (n,), which slots are tokens.
-        positions: (n,).
-        chunk: Slots of one forward; 0 takes all at once.
-
-    Returns:
-        Logits (vocab_size,) of the first new token, and the KV caches of both halves.
-    """
-    llm, caches, n = halves.llm, halves.caches(), len(is_token)
-    size, read, logits = chunk or n, 0, torch.empty(0)
-    for begin in range(0, n, size):
-        here = is_token[begin : begin + size].to(llm.device)
-        at = positions[begin : begin + size].to(llm.device)[None]  # (1, slots of the chunk)
-        count = int(here.sum())
-        hidden = torch.randn(1, len(here), llm.hidden_size, device=llm.device, dtype=llm.dtype)
-        if count:
-            embeddings = llm.embedding(ids[read : read + count].to(llm.device)[None])  # (1, count, hidden_size)
-            read += count
-            mask = torch.ones(1, read, dtype=torch.long, device=llm.device)
-            hidden[:, here] = halves.below(embeddings, mask, at[:, here], caches[0])
-        mask = torch.ones(1, begin + len(here), dtype=torch.long, device=llm.device)
-        logits = halves.above(hidden, mask, at, caches[1], keep=1)[0, -1]
-    return logits, caches
-
-
-@torch.inference_mode()
-def decode(halves: Halves, token: torch.Tensor, at: int, caches: tuple[Any, Any], steps: int) -> list[float]:
-    """Seconds of each further token, the first at position `at`."""
-    llm, took = halves.llm, []
-    for step in range(steps):
-        begun = time.perf_counter()
-        where = torch.tensor([[at + step]], device=llm.device)
-        seen = [cache.get_seq_length() + 1 for cache in caches]
-        masks = [torch.ones(1, n, dtype=torch.long, device=llm.device) for n in seen]
-        hidden = halves.below(llm.embedding(token[None, None]), masks[0], where, caches[0])
-        token = halves.above(hidden, masks[1], where, caches[1], keep=1)[0, -1].argmax()
-        int(token)  # waits for a GPU
-        took.append(time.perf_counter() - begun)
-    return took
 
 
 def one(halves: Halves, layers: list[LayerShape], length: int, rate: float | None, args: Any) -> dict[str, Any]:
@@ -118,14 +47,21 @@ def one(halves: Halves, layers: list[LayerShape], length: int, rate: float | Non
     ids = torch.randint(0, halves.llm.embedding.weight.shape[0], (own,), generator=generator)
     gc.collect()
     release_unused(halves.llm.device)  # what was kept from the run before would hide this one's peak
+    prompt = Prompt(halves, ids, is_token, positions, args.prefill_chunk)
+    whole = args.whole_to is None or length <= args.whole_to
+    check = prompt.sampled(TIMED)[0] if length == args.whole_to else None
     for _ in range(_runs(halves.llm.device)):
-        caches: Any = None  # those of the first run make room
+        caches: Caches = (None, None)  # those of the first run make room
         with Peak(halves.llm.device) as peak:
             begun = time.perf_counter()
-            logits, caches = chunked_prefill(halves, ids, is_token, positions, args.prefill_chunk)
-            token = logits.argmax()
-            int(token)
-            prefill_s = time.perf_counter() - begun
+            if whole:
+                logits, caches = prompt.whole()
+                token = logits.argmax()
+                int(token)
+                prefill_s = time.perf_counter() - begun
+            else:
+                prefill_s, logits, caches = prompt.sampled(TIMED)
+                token = logits.argmax()
     steps = decode(halves, token, int(positions[-1]) + 1, caches, args.decode)
     progress(f"{length} tokens, {'text' if rate is None else f'C = {rate:g}'}: {prefill_s:.1f} s")
     concepts = len(is_token) - own
@@ -135,6 +71,8 @@ def one(halves: Halves, layers: list[LayerShape], length: int, rate: float | Non
         "positions": len(is_token),
         "concepts": concepts,
         "prefill_s": prefill_s,
+        "whole": whole,
+        "sampled_s": check,
         "per_token_s": statistics.median(steps) if steps else None,
         "kv_bytes": cache_bytes(*caches),
         "peak_bytes": peak.bytes,
@@ -148,6 +86,11 @@ def main(argv: Sequence[str] | None = None) -> Record:
     options.add_argument("--shape", choices=list(SHAPES), default="smollm2-135m", help="--llm gives its tokenizer")
     options.add_argument("--shape-to", type=tokens, default=tokens("128k"), help="longest context, such as 32k")
     options.add_argument("--shape-from", type=tokens, default=tokens("1k"), help="shortest; each next is twice as long")
+    options.add_argument(
+        "--whole-to",
+        type=tokens,
+        help=f"longer prompts are not read as a whole, {TIMED} chunks of each are timed; at this length both are done",
+    )
     options.add_argument("--prefill-chunk", type=int, default=512, help="slots of one forward; 0: all at once")
     options.add_argument("--decode", type=int, default=8, help="tokens after the first that are timed; 0: none")
     options.add_argument("--entry-layer", type=int, help="L (default: half the layers)")
@@ -157,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> Record:
     args = parsed(options, argv)
     if args.shape_from < 1 or args.shape_to < args.shape_from or args.prefill_chunk < 0:
         options.error("--shape-from must be at least 1 and at most --shape-to, --prefill-chunk not negative")
+    if args.whole_to is not None and not args.prefill_chunk:
+        options.error("--whole-to times some of many chunks: leave --prefill-chunk above 0")
     attention = args.attention or attention_for(args.shape, args.device)
     llm = random_llm(args.shape, tokenizer_of(args.llm), dtype=args.dtype, device=args.device, attention=attention)
     entry = default_entry_layer(llm.depth) if args.entry_layer is None else args.entry_layer
@@ -170,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
         "attention": attention,
         "prefill_chunk": args.prefill_chunk,
         "decode": args.decode,
+        "whole_to": args.whole_to,
         "device": llm.device.type,
         "runs": _runs(llm.device),
         "threads": torch.get_num_threads(),
@@ -217,12 +163,13 @@ def tables(record: Record) -> list[str]:
         f"at layer {record['entry_layer']} of {record['depth']}. Prompts are read {record['prefill_chunk']} slots at a "
         f"time, {once}; nothing is fetched. *By arithmetic* are the operations as a share of text's. *Peak* is "
         "what lies in memory above the start of the prefill, at its most, weights not counted."
-        + ("" if _whole(record) else " The run was broken off before its longest context had been read as text."),
+        + ("" if _complete(record) else " The run was broken off before its longest context had been read as text."),
+        *_sampled(record),
         "",
         f"{source(record)}.",
         "",
         *table(head, cells),
-        "![Prefill over the context](ttft_long.png)",
+        f"![Prefill over the context](ttft_long_{record['shape'].replace('-', '_')}.png)",
         "",
     ]
 
@@ -232,7 +179,23 @@ def _runs(device: torch.device) -> int:
     return 2 if device.type == "cuda" else 1
 
 
-def _whole(record: Record) -> bool:
+def _sampled(record: Record) -> list[str]:
+    """What to say of prompts of which only some chunks were read."""
+    checks = [row["sampled_s"] / row["prefill_s"] for row in record["rows"] if row.get("sampled_s")]
+    if not record.get("whole_to"):
+        return []
+    said = (
+        f"Prompts of more than {record['whole_to']:,} tokens were not read as a whole: {TIMED} chunks at even "
+        "distances and the last were timed, each behind a KV cache of the length that it would find there, and the "
+        "others taken from straight lines between."
+    )
+    if checks:
+        ends = f"{min(checks):.2f} to {max(checks):.2f}"
+        said += f" At {record['whole_to']:,} tokens both were done: that gave {ends} of the time of the whole."
+    return ["", said]
+
+
+def _complete(record: Record) -> bool:
     return {r["length"] for r in record["rows"]} == {r["length"] for r in record["rows"] if r["rate"] is None}
 
 
