@@ -1,11 +1,11 @@
-"""The demo: the shipped sample corpus, ingested and asked, text and concepts side by side on the same passages."""
+"""The demo: the shipped sample corpus, ingested and asked; the same passages as text, as concepts, and narrowed."""
 
 from __future__ import annotations
 
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from statistics import fmean
@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from compllm_rag.cli.progress import ProgressShow
-from compllm_rag.config import GenerationConfig, Mode
-from compllm_rag.errors import ConfigurationError
+from compllm_rag.config import GenerationConfig, Narrowing
+from compllm_rag.errors import ConfigurationError, UnsupportedModelError
 from compllm_rag.evaluation.metrics import f1
 
-_MODES: tuple[Mode, Mode] = ("text", "concepts")
+# How passages are read: a name for tables and JSON, and options of `answer`.
+Ways = dict[str, dict[str, Any]]
 _NEW_TOKENS = 24
 
 
@@ -45,6 +46,7 @@ def run_demo(
     embedder: str,
     storage: Path | None,
     offline: bool,
+    narrow: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Run the demo and show it.
@@ -59,13 +61,15 @@ def run_demo(
         embedder: Retrieval embedder.
         storage: Keep the storage there; None uses a temporary folder.
         offline: Never touch the network.
+        narrow: How concepts are narrowed, which is a third way to read them: `LAYER:SHARE`, `auto`, or `none` to leave
+            that out. None narrows as `auto` does where there are deep concepts that can be.
         console: Where to show; None means standard output.
 
     Returns:
         All that was shown, as plain values.
 
     Raises:
-        ConfigurationError: `json_file` has no folder to lie in.
+        ConfigurationError: `json_file` has no folder to lie in, or nothing can be narrowed as `narrow` says.
     """
     console = console or Console()
     if json_file is not None and not json_file.absolute().parent.is_dir():
@@ -73,24 +77,25 @@ def run_demo(
         raise ConfigurationError(
             "results cannot be written", got=json_file, expected="a file in a folder that exists", next_step="make it"
         )
+    if narrow not in (None, "auto", "none"):
+        Narrowing.parse(narrow)
+    made: dict[str, Any] = {"llm": llm, "embedder": embedder, "rate": rate, "codec": codec, "offline": offline}
     if storage is not None:
-        return _run(console, json_file, rate, codec, top_k, limit, llm, embedder, storage, offline)
+        return _run(console, json_file, top_k, limit, narrow, storage, made)
     with tempfile.TemporaryDirectory(prefix="compllm-demo-") as folder:
-        return _run(console, json_file, rate, codec, top_k, limit, llm, embedder, Path(folder) / "storage", offline)
+        return _run(console, json_file, top_k, limit, narrow, Path(folder) / "storage", made)
 
 
 def _run(
     console: Console,
     json_file: Path | None,
-    rate: float | None,
-    codec: str | None,
     top_k: int,
     limit: int | None,
-    llm: str,
-    embedder: str,
+    narrow: str | None,
     storage: Path,
-    offline: bool,
+    options: dict[str, Any],
 ) -> dict[str, Any]:
+    from compllm_rag.llamaindex.answer import retrieve
     from compllm_rag.llamaindex.corpus import IngestReport
     from compllm_rag.llamaindex.documents import load_documents
     from compllm_rag.llamaindex.index import ConceptIndex
@@ -102,19 +107,20 @@ def _run(
         show.fetching("loading the models", None)
         index = ConceptIndex.create(
             storage,
-            llm=llm,
-            embedder=embedder,
-            rate=rate,
-            codec=codec,
-            offline=offline,
             progress=show.fetching,
             generation=GenerationConfig(max_new_tokens=_NEW_TOKENS),
+            **options,
         )
         with index:
+            ways = _ways(index, narrow)
             first, stats = read(), index.stats()
+            questions = sample_questions()[:limit]
             show.close()
             _show_ingest(console, first, stats)
-            asked = _ask(console, index, sample_questions()[:limit], top_k)
+            index.generator.prefixes = None  # each prompt is timed as if it were the first
+            begin = questions[0]["question"]
+            ways = _warmed(index, begin, retrieve(index, begin, top_k), ways, all_asked_for=narrow is not None)
+            asked = _ask(console, index, questions, top_k, ways)
             again = read()
     summary = _summary(asked)
     _show_summary(console, summary, len(asked), again)
@@ -131,32 +137,67 @@ def _run(
     return result
 
 
-def _ask(console: Console, index: Any, questions: Sequence[dict[str, Any]], top_k: int) -> list[dict[str, Any]]:
+def _ways(index: Any, narrow: str | None) -> Ways:
+    """How passages are read, side by side.
+
+    Raises:
+        ConfigurationError: Nothing can be narrowed as `narrow` says; known before minutes of ingestion.
+    """
+    from compllm_rag.llamaindex.read_options import narrowing_of
+
+    ways: Ways = {"text": {"mode": "text"}, "concepts": {"mode": "concepts"}}
+    if narrow == "none":
+        return ways
+    if narrow is not None:
+        narrowing_of(index.library, mode="concepts", decides_otherwise=False, options={"narrowing": narrow})
+    return ways | {"narrowed": {"mode": "concepts", "narrowing": narrow or "auto"}}
+
+
+def _warmed(index: Any, question: str, nodes: Any, ways: Ways, *, all_asked_for: bool) -> Ways:
+    """Answer once in every way: the first forward of each shape pays for allocations that later ones do not.
+
+    Returns:
+        The ways without a narrowed one that nobody asked for and that this LLM cannot go, such as one with windows.
+    """
+    from compllm_rag.llamaindex.answer import answer
+
+    gone = {}
+    for name, way in ways.items():
+        try:
+            answer(index, question, nodes=nodes, **way)
+        except (ConfigurationError, UnsupportedModelError):
+            if all_asked_for or name != "narrowed":
+                raise
+            continue
+        gone[name] = way
+    return gone
+
+
+def _ask(
+    console: Console, index: Any, questions: Sequence[dict[str, Any]], top_k: int, ways: Ways
+) -> list[dict[str, Any]]:
     from compllm_rag.llamaindex.answer import answer, retrieve
 
-    index.generator.prefixes = None  # each prompt is timed as if it were the first
-    warm = retrieve(index, questions[0]["question"], top_k)
-    for mode in _MODES:
-        # The first forward of each shape pays for allocations that later ones do not; neither side may bear it alone.
-        answer(index, questions[0]["question"], mode=mode, nodes=warm)
-    asked = []
+    asked, names = [], list(ways)
     for number, row in enumerate(questions):
         begun = time.perf_counter()
         nodes = retrieve(index, row["question"], top_k)
         retrieval_s = time.perf_counter() - begun
-        # Whoever goes second finds warmer caches: the two take turns.
-        order = _MODES if number % 2 == 0 else _MODES[::-1]
-        answers = {mode: answer(index, row["question"], mode=mode, nodes=nodes) for mode in order}
+        # Whoever goes later finds warmer caches: they take turns.
+        first = number % len(names)
+        order = names[first:] + names[:first]
+        answers = {name: answer(index, row["question"], nodes=nodes, **ways[name]) for name in order}
         for found in answers.values():
             found["retrieval_s"] = retrieval_s
             found["f1"] = f1(found["answer"], row["answers"])
-        asked.append({**row, "answers_by_mode": {mode: answers[mode] for mode in _MODES}})
+        asked.append({**row, "answers_by_mode": {name: answers[name] for name in names}})
         _show_question(console, number + 1, asked[-1])
     return asked
 
 
 def _summary(asked: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    rows = {mode: [row["answers_by_mode"][mode] for row in asked] for mode in _MODES}
+    names = list(asked[0]["answers_by_mode"])
+    rows = {name: [row["answers_by_mode"][name] for row in asked] for name in names}
     fields = (
         "prompt_positions",
         "prefill_cost",
@@ -168,19 +209,22 @@ def _summary(asked: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "total_s",
         "f1",
     )
-    means = {mode: {name: fmean(r[name] for r in rows[mode]) for name in fields} for mode in _MODES}
-    shares = [r["ttft_s"] / t["ttft_s"] for t, r in zip(rows["text"], rows["concepts"], strict=True) if t["ttft_s"] > 0]
+    means = {name: {field: fmean(r[field] for r in rows[name]) for field in fields} for name in names}
     return {
         "means": means,
-        "concepts_over_text": {
-            "prompt_positions": means["concepts"]["prompt_positions"] / means["text"]["prompt_positions"],
-            "ttft_s": means["concepts"]["ttft_s"] / means["text"]["ttft_s"],
-            "ttft_s_mean_of_each_question": fmean(shares),
-        },
+        **{f"{name}_over_text": _over_text(rows[name], rows["text"]) for name in names if name != "text"},
         "gold_title_retrieved": fmean(
             float(any(s["title"] == row["title"] for s in row["answers_by_mode"]["text"]["sources"])) for row in asked
         ),
     }
+
+
+def _over_text(mine: Sequence[dict[str, Any]], text: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Shares of text, of the means; and of TTFT the mean of each question's share, too."""
+    shares = [r["ttft_s"] / t["ttft_s"] for t, r in zip(text, mine, strict=True) if t["ttft_s"] > 0]
+    fields = ("prompt_positions", "kv_bytes", "ttft_s")
+    of_means = {field: fmean(r[field] for r in mine) / fmean(t[field] for t in text) for field in fields}
+    return {**of_means, "ttft_s_mean_of_each_question": fmean(shares)}
 
 
 def _show_ingest(console: Console, report: Any, stats: dict[str, Any]) -> None:
@@ -206,8 +250,7 @@ def _show_question(console: Console, number: int, row: dict[str, Any]) -> None:
     for name, width in (("read as", 8), ("answer", None), ("cited sources", None), ("positions", 9), ("TTFT", 7)):
         right = name in ("positions", "TTFT")
         table.add_column(name, justify="right" if right else "left", width=width, ratio=None if width else 1)
-    for mode in _MODES:
-        found = row["answers_by_mode"][mode]
+    for mode, found in row["answers_by_mode"].items():
         cited: dict[str, list[str]] = {}
         for i, source in enumerate(found["sources"], 1):
             cited.setdefault(source["title"], []).append(f"[{i}]")
@@ -220,29 +263,23 @@ def _show_question(console: Console, number: int, row: dict[str, Any]) -> None:
 
 def _show_summary(console: Console, summary: dict[str, Any], n: int, again: Any) -> None:
     table = Table(title=f"Means over {n} questions")
-    for name in ("", "text", "concepts", "concepts / text"):
-        table.add_column(name, justify="left" if not name else "right")
-    text, concepts = (summary["means"][mode] for mode in _MODES)
-    table.add_row(
-        "prompt positions",
-        f"{text['prompt_positions']:.0f}",
-        f"{concepts['prompt_positions']:.0f}",
-        f"{summary['concepts_over_text']['prompt_positions']:.2f}",
-    )
-    table.add_row("prefill cost", *(f"{mode['prefill_cost']:.2f}" for mode in (text, concepts)), "")
-    table.add_row(
-        "KV cache",
-        f"{text['kv_bytes'] / 2**20:.1f} MiB",
-        f"{concepts['kv_bytes'] / 2**20:.1f} MiB",
-        f"{concepts['kv_bytes'] / text['kv_bytes']:.2f}",
-    )
-    table.add_row(
-        "TTFT",
-        f"{text['ttft_s']:.2f} s",
-        f"{concepts['ttft_s']:.2f} s",
-        f"{summary['concepts_over_text']['ttft_s']:.2f}",
-    )
-    table.add_row("F1", f"{text['f1']:.1f}", f"{concepts['f1']:.1f}", "")
+    means = summary["means"]
+    for name in ("", *means):
+        table.add_column(name, justify="right" if name else "left")
+
+    def row(title: str, field: str, shown: Callable[[float], str]) -> None:
+        cells = []
+        for name, values in means.items():
+            share = summary.get(f"{name}_over_text", {}).get(field)
+            cells.append(shown(values[field]) + ("" if share is None else f" ({share:.2f})"))
+        table.add_row(title, *cells)
+
+    row("prompt positions", "prompt_positions", lambda n: f"{n:.0f}")
+    row("prefill cost", "prefill_cost", lambda cost: f"{cost:.2f}")
+    row("KV cache", "kv_bytes", lambda n: f"{n / 2**20:.1f} MiB")
+    row("TTFT", "ttft_s", lambda s: f"{s:.2f} s")
+    row("F1", "f1", lambda f: f"{f:.1f}")
+    table.caption = "in brackets: share of text's"
     console.print(table)
     console.print(
         f"Ingested again: {again.segments_compressed} segments compressed, {again.segments_reused} of "

@@ -236,6 +236,13 @@ def demo(
     llm: Annotated[str, typer.Option(help="Target LLM: alias, folder or org/name@revision.")] = DEFAULT_LLM,
     embedder: Annotated[str, typer.Option(help="Retrieval embedder.")] = DEFAULT_EMBEDDER,
     storage: Annotated[Path | None, typer.Option(help="Keep the storage there; else it is thrown away.")] = None,
+    narrow: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYER:SHARE",
+            help="How concepts are narrowed, which is a third way to read them; `auto` (default) or `none`, too.",
+        ),
+    ] = None,
     offline: Offline = False,
 ) -> None:
     """Ingest the sample corpus that ships, and answer its questions from text and from concepts, side by side."""
@@ -250,6 +257,7 @@ def demo(
         llm=llm,
         embedder=embedder,
         storage=storage,
+        narrow=narrow,
         offline=offline,
     )
 
