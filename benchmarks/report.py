@@ -87,8 +87,8 @@ relevance`.
 PAGES = {
     "quality.md": (
         QUALITY,
-        "quality_deep quality_units narrowing quality_further quality_frozen quality_gemma chunks chunks_kinds "
-        "frontier pins placeholders quality anchors ablations",
+        "quality_deep quality_pressed quality_units narrowing quality_further quality_frozen quality_gemma chunks "
+        "chunks_kinds frontier pins placeholders quality anchors ablations",
     ),
     "storage.md": (STORAGE, "storage_size storage_quality_deep storage_quality store_read commits"),
     "rates.md": (RATES, "rates planner relevance"),
@@ -105,6 +105,7 @@ BENCHMARK_OF = {
     "quality_further": "quality",
     "quality_frozen": "quality",
     "quality_units": "quality",
+    "quality_pressed": "quality",
     "ttft_narrowed": "ttft_deep",
     "ttft_long_qwen3_4b": "ttft_long",
     "quality_gemma": "quality",

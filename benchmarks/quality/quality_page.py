@@ -36,6 +36,8 @@ def _picture(record: dict[str, Any]) -> str:
         return "quality_further"
     if made.get("unit_length", _UNIT) != _UNIT:
         return "quality_units"
+    if _least(record) > 1:
+        return "quality_pressed"
     return "quality_frozen" if _frozen(made) else "quality_deep"
 
 
@@ -88,12 +90,13 @@ def _named(row: dict[str, Any]) -> str:
 
 
 def _other(record: dict[str, Any]) -> str:
-    """What sets deep concepts apart from the default: another LLM or layer, an upper half that was not trained."""
+    """What sets deep concepts apart from the default: another LLM or layer, higher rates alone, a frozen upper half."""
     made, llm = record["compressor"], record["llm"]
     named = "" if llm == DEFAULT_LLM else f" of {llm}"
     named += f", entry layer {made['entry_layer']}" if _elsewhere(record) else ""
     longest = made.get("unit_length", _UNIT)
     named += f", units of {longest} tokens" if longest != _UNIT else ""
+    named += f", rates from {_least(record):g}" if _least(record) > 1 else ""
     return (
         named
         + (", the upper half frozen" if _frozen(made) else "")
@@ -109,6 +112,11 @@ def _frozen(made: dict[str, Any]) -> bool:
 def _elsewhere(record: dict[str, Any]) -> bool:
     """Whether the concepts enter the embedded LLM at another layer than its default one."""
     return bool(record["llm"] == DEFAULT_LLM and record["compressor"].get("entry_layer") not in (None, 0, _LAYER))
+
+
+def _least(record: dict[str, Any]) -> float:
+    """The lowest rate at which concepts were read; 1 where none were."""
+    return min((float(row["rate"]) for row in record["results"] if row["rate"]), default=1.0)
 
 
 def _narrows(record: dict[str, Any]) -> bool:
