@@ -117,7 +117,6 @@ def _run(
             questions = sample_questions()[:limit]
             show.close()
             _show_ingest(console, first, stats)
-            index.generator.prefixes = None  # each prompt is timed as if it were the first
             begin = questions[0]["question"]
             ways = _warmed(index, begin, retrieve(index, begin, top_k), ways, all_asked_for=narrow is not None)
             asked = _ask(console, index, questions, top_k, ways)
@@ -161,6 +160,7 @@ def _warmed(index: Any, question: str, nodes: Any, ways: Ways, *, all_asked_for:
     """
     from compllm_rag.llamaindex.answer import answer
 
+    index.generator.prefixes = None  # each prompt is timed as if it were the first
     gone = {}
     for name, way in ways.items():
         try:

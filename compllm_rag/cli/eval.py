@@ -103,6 +103,7 @@ def eval_command(
 
     narrowing = None if narrow is None else Narrowing.parse(narrow)
     Setting.of(mode, 1.0 if rate is None else rate, narrowing=narrowing)  # what is wrong is said before all loading
+    _check_rate_heeded(mode, rate)
     config = EvalConfig(
         limit=limit,
         seed=seed,
@@ -161,6 +162,7 @@ def probe_command(
     from compllm_rag.evaluation.results import EvalConfig, record_lines
 
     Setting.of(mode, 1.0 if rate is None else rate)  # whatever is wrong is said before anything is loaded
+    _check_rate_heeded(mode, rate)
     _check_target(records)
     config = EvalConfig(limit=limit, seed=seed, batch_size=batch_size, max_new_tokens=max_new_tokens)
     with progress_show(as_json) as show:
@@ -194,6 +196,15 @@ def _passages(name: str) -> Literal["all", "gold"]:
     )
 
 
+def _check_rate_heeded(mode: str, rate: float | None) -> None:
+    if rate is not None and mode in ("text", "none"):
+        raise ConfigurationError(
+            f"mode {mode} has no compression rate",
+            got=f"--mode {mode} and --rate {rate:g}",
+            next_step="leave --rate out, or choose another mode",
+        )
+
+
 def own_rate(compressor: ConceptCompressor) -> float:
     """The rate of a compressor where nobody asks for another."""
     return DEFAULT_RATES["deep" if compressor.config.deep else "input"]
@@ -210,8 +221,9 @@ def _load(
     show: ProgressShow,
 ) -> ConceptCompressor:
     from compllm_rag.compression.loading import load_compressor_for
+    from compllm_rag.llamaindex.opening_checks import check_compressor
 
-    return load_compressor_for(
+    made = load_compressor_for(
         llm,
         reader=or_none(reader),
         compressor=or_none(compressor),
@@ -221,6 +233,8 @@ def _load(
         offline=offline,
         progress=show.fetching,
     )
+    check_compressor(made.config, codec, entry_layer, None)  # a folder that is named says itself what it holds
+    return made
 
 
 def _check_target(path: Path | None) -> None:

@@ -66,6 +66,15 @@ class LocalGenerator(ProcessBound):
         """The LLM in two halves; merged at the first prompt with deep concepts: who only ingests has no need of it."""
         return None if self._halves is None else self._halves.merged()
 
+    def prepare_narrowing(self, narrowing: Narrowing) -> None:
+        """Have the LLM in the parts that narrowed prompts run through.
+
+        Raises:
+            ConfigurationError: There are no halves, or no such layer between them.
+            UnsupportedModelError: See `NarrowedHalves`.
+        """
+        self._narrowed(narrowing)
+
     def _narrowed(self, narrowing: Narrowing) -> NarrowedHalves:
         """The LLM in its parts; the trees of the last one are kept."""
         with self._lock:

@@ -134,6 +134,10 @@ class Corpus(Protocol):
         """Make everything durable."""
         ...
 
+    def embedded(self, nodes: Sequence[BaseNode]) -> list[BaseNode]:
+        """Copies of chunks with their embeddings."""
+        ...
+
     def insert_nodes(self, nodes: Sequence[BaseNode], **insert_kwargs: Any) -> None:
         """Add chunks."""
         ...

@@ -116,6 +116,14 @@ class IndexWriting(IndexBase):
             for batch in iter_batch(nodes, self._insert_batch_size):
                 self._vector_store.add(self._get_node_with_embedding(batch, show_progress), **insert_kwargs)
 
+    def embedded(self, nodes: Sequence[BaseNode]) -> list[BaseNode]:
+        """Copies of nodes with their embeddings, which are made where they have none.
+
+        Raises:
+            ConfigurationError: A node cannot be kept; see `llamaindex.metadata`.
+        """
+        return self._get_node_with_embedding(sound_nodes(nodes))
+
     def _get_node_with_embedding(self, nodes: Sequence[BaseNode], show_progress: bool = False) -> list[BaseNode]:
         """Copies of nodes with their embeddings, made where they have none; see `embedding_texts`."""
         lacking = [node for node in nodes if node.embedding is None]
@@ -137,8 +145,9 @@ class IndexWriting(IndexBase):
         (document,) = sound_documents([document])
         with self.bulk():
             nodes = self.splitting.nodes([document], show_progress=self._show_progress)
-            self._forget(document.id_)
             with self._callback_manager.as_trace("insert"):
+                nodes = self.embedded(nodes)  # what can go wrong does so before the former one is gone
+                self._forget(document.id_)
                 self.insert_nodes(nodes, **insert_kwargs)
             self.docstore.set_document_hash(document.id_, self.splitting.hash_of(document))
             self.splitting.remember()

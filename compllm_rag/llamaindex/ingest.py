@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from compllm_rag.errors import ConfigurationError, EmptyCorpusError, PruneRefuse
 from compllm_rag.llamaindex.corpus import Corpus, IngestReport, Progress
 from compllm_rag.llamaindex.documents import FileDocuments, empty_corpus
 from compllm_rag.llamaindex.naming import Names
+from compllm_rag.llamaindex.node_parser import layout_of
 from compllm_rag.llamaindex.pruning import prunable
 from compllm_rag.llamaindex.readers.found import FileDocument
 from compllm_rag.llamaindex.readers.walk import roots_of
@@ -33,6 +35,8 @@ _FIRST_BATCH_CHARS = 50_000
 _COMMIT_EVERY_S = 60.0
 # From so many segments on, compressing takes so long that the time to tidy memory up does not count beside it.
 _MANY_SEGMENTS = 256
+# In place of the hash of a document whose nodes are being replaced; no document has it.
+_UNDER_WAY = ""
 
 
 def ingest_documents(
@@ -198,7 +202,7 @@ def changed_documents(index: Corpus, documents: Iterable[Document]) -> list[Docu
         StorageMismatchError: See `Splitting.check`.
     """
     index.splitting.check()  # else all of them would count as changed
-    return [d for d in documents if index.docstore.get_document_hash(d.id_) != index.splitting.hash_of(d)]
+    return [d for d in documents if not index.splitting.knows(d, index.docstore.get_document_hash(d.id_))]
 
 
 def replace_documents(
@@ -206,7 +210,8 @@ def replace_documents(
 ) -> int:
     """Put nodes in the place of those their documents had, and remember the documents' hashes.
 
-    Nodes carry the identity of their text, so those of a changed document that stayed are left alone.
+    Nodes of a changed document that are as they were are left alone. Where the store cannot take back what was done
+    (a vector store of somebody else's), a failure leaves the documents without a hash, so that the next run mends them.
 
     Args:
         index: Where they lie.
@@ -217,18 +222,40 @@ def replace_documents(
     Returns:
         How many nodes were not there before.
     """
-    keep = {node.node_id for node in nodes}
     present = {node_id for d in changed for node_id in index.faiss.node_ids(d.id_)}
-    going, coming = sorted(present - keep), [node for node in nodes if node.node_id not in present]
+    stay = _unchanged(index, [node for node in nodes if node.node_id in present])
+    going, coming = sorted(present - stay), [node for node in nodes if node.node_id not in stay]
     if going and coming:
         _keep_embeddings(index, going, coming)
-    index.delete_nodes(going)
-    index.insert_nodes(coming, later=later)
+    ready = index.embedded(coming)  # whatever can go wrong does so before something is deleted
+    if going:
+        for document in changed:
+            index.docstore.set_document_hash(document.id_, _UNDER_WAY)
+        index.delete_nodes(going)
+    index.insert_nodes(ready, later=later)
     for document in changed:
         index.docstore.set_document_hash(document.id_, index.splitting.hash_of(document))
     if changed:
         index.splitting.remember()
-    return len(coming)
+    return sum(node.node_id not in present for node in coming)
+
+
+def _unchanged(index: Corpus, nodes: Sequence[BaseNode]) -> set[str]:
+    """Ids of nodes that are there as they are now.
+
+    A chunk of the default parser carries the identity of its text and metadata, but not how they are laid out; what
+    ids of somebody's own carry nobody knows.
+    """
+    try:
+        found = {node.node_id: _state(node) for node in index.faiss.get_nodes([node.node_id for node in nodes])}
+    except ConfigurationError:  # a store that cannot give nodes by their ids: what those of the parser say must do
+        return set() if index.splitting.own else {node.node_id for node in nodes}
+    return {node.node_id for node in nodes if found.get(node.node_id) == _state(node)}
+
+
+def _state(node: BaseNode) -> tuple[str, str, str]:
+    metadata = json.dumps(node.metadata, sort_keys=True, default=str)
+    return node.get_content(MetadataMode.NONE), metadata, json.dumps(layout_of(node), sort_keys=True)
 
 
 def _keep_embeddings(index: Corpus, going: Sequence[str], coming: Sequence[BaseNode]) -> None:

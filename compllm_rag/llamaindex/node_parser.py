@@ -19,6 +19,10 @@ from compllm_rag.fingerprint import tagged_digest
 from compllm_rag.models.llm import IN_MEMORY
 from compllm_rag.models.tokenizer import load_tokenizer, vocabulary_digest
 
+_FIELDS = "excluded_embed_metadata_keys excluded_llm_metadata_keys text_template metadata_template metadata_separator"
+# What LlamaIndex has where nobody says otherwise.
+_LAYOUT = {name: TextNode.model_fields[name].get_default(call_default_factory=True) for name in _FIELDS.split()}
+
 
 class ConceptNodeParser(NodeParser):
     """Cuts documents into chunks at content-defined boundaries between segments (docs/design.md section 4).
@@ -111,17 +115,21 @@ def _rules_of(segmenter: Segmenter) -> dict[str, int]:
     return {name: value for name, value in vars(segmenter).items() if isinstance(value, int)}
 
 
+def layout_of(node: BaseNode) -> dict[str, Any]:
+    """How a node's text and metadata are laid out for embedder and LLM; what is LlamaIndex's default is left out."""
+    return {name: mine for name, usual in _LAYOUT.items() if (mine := getattr(node, name, None)) not in (None, usual)}
+
+
 def _chunk_node(source: BaseNode, text: str, start: int, end: int, occurrence: int) -> TextNode:
     metadata = json.dumps(source.metadata, sort_keys=True, default=str)
     return TextNode(
         id_=tagged_digest("compllm-rag/node", doc=source.node_id, text=text, occurrence=occurrence, metadata=metadata)[
             :32
         ],
+        **layout_of(source),
         text=text,
         start_char_idx=start,
         end_char_idx=end,
         metadata=dict(source.metadata),
-        excluded_embed_metadata_keys=source.excluded_embed_metadata_keys,
-        excluded_llm_metadata_keys=source.excluded_llm_metadata_keys,
         relationships={NodeRelationship.SOURCE: source.as_related_node_info()},
     )

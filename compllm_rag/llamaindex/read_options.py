@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, TypedDict
 
 from compllm_rag.config import MissingChoice, Mode, Narrowing
-from compllm_rag.errors import ConfigurationError
+from compllm_rag.errors import ConfigurationError, UnsupportedModelError
 from compllm_rag.generation.base import Generator, narrows
 from compllm_rag.generation.calibration import needed_costs, saved_costs
 from compllm_rag.generation.costs import CostModel
@@ -180,11 +180,11 @@ def narrowing_of(
     return made
 
 
-def require_narrowing(generator: Generator) -> None:
+def require_narrowing(generator: Generator, narrowing: Narrowing) -> None:
     """Refuse a generator that would read a narrowed prompt whole, or not at all, before it is asked.
 
     Raises:
-        ConfigurationError: It does not say that it narrows prompts.
+        ConfigurationError: It does not say that it narrows prompts, or its LLM cannot be narrowed there.
     """
     if not narrows(generator):
         raise ConfigurationError(
@@ -193,6 +193,14 @@ def require_narrowing(generator: Generator) -> None:
             expected="the generator of this process, or one with an attribute `narrows` that is true",
             next_step="leave narrowing out, or run the LLM in this process (no --generator)",
         )
+    prepare = getattr(generator, "prepare_narrowing", None)
+    try:
+        if prepare is not None:
+            prepare(narrowing)
+    except UnsupportedModelError as error:
+        raise ConfigurationError(
+            error.what, got=error.got, expected=error.expected, next_step=error.next_step
+        ) from error
 
 
 def known_costs(library: ConceptLibrary, missing: MissingChoice) -> CostModel | None:

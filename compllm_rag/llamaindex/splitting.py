@@ -17,9 +17,11 @@ from llama_index.core.schema import BaseNode, Document, NodeRelationship, Transf
 from compllm_rag.catalog.catalog import Catalog
 from compllm_rag.errors import ConfigurationError, StorageMismatchError
 from compllm_rag.fingerprint import tagged_digest
-from compllm_rag.llamaindex.node_parser import ConceptNodeParser
+from compllm_rag.llamaindex.node_parser import ConceptNodeParser, layout_of
 
 _META = "transformations"
+# Between a hash and the digest of what it does not see; no digest has it.
+_MARK = "+"
 
 
 class Splitting:
@@ -28,21 +30,37 @@ class Splitting:
     Args:
         catalog: Remembers how.
         parser: The default.
+
+    Attributes:
+        transformations: What makes nodes.
+        own: Whether they are somebody's own.
     """
 
     def __init__(self, catalog: Catalog, parser: ConceptNodeParser) -> None:
         self._catalog, self._parser = catalog, parser
         self.transformations: list[TransformComponent] = [parser]
-        self._given = self._own = False
+        self._given = self.own = False
 
     def use(self, transformations: Sequence[TransformComponent]) -> None:
         """Make nodes by these from now on; the index's own parser alone is the default again."""
         self.transformations, self._given = list(transformations), True
-        self._own = not (len(self.transformations) == 1 and self.transformations[0] is self._parser)
+        self.own = not (len(self.transformations) == 1 and self.transformations[0] is self._parser)
 
     def hash_of(self, document: Document) -> str:
-        """What a document is known by: its hash and, with transformations of one's own, theirs."""
-        if not self._own:
+        """What a document is known by: its hash and, with transformations of one's own, theirs; and what both miss."""
+        return f"{self._plain_hash(document)}{_MARK}{_unseen(document)}"
+
+    def knows(self, document: Document, kept: str | None) -> bool:
+        """Whether a document is as it was when this was remembered of it.
+
+        Storages of before, and indexes that were imported, remember no more than LlamaIndex's hash.
+        """
+        if kept is None or _MARK in kept:
+            return kept == self.hash_of(document)
+        return kept == self._plain_hash(document)
+
+    def _plain_hash(self, document: Document) -> str:
+        if not self.own:
             return str(document.hash)
         return tagged_digest("compllm-rag/split-document", document=document.hash, by=_identity(self.transformations))
 
@@ -54,7 +72,7 @@ class Splitting:
             ConfigurationError: A node does not say which document it comes from.
         """
         self.check()
-        if not self._own:
+        if not self.own:
             return self._parser.get_nodes_from_documents(documents, show_progress=show_progress)
         made = list(run_transformations(list(documents), self.transformations, show_progress=show_progress))
         _attribute(made, documents)
@@ -78,10 +96,10 @@ class Splitting:
 
     def remember(self) -> None:
         """Note how documents are split; it commits with the nodes."""
-        names = [type(t).__name__ for t in self.transformations] if self._own else []
-        wanted = json.dumps({"names": names, "identity": _identity(self.transformations) if self._own else None})
+        names = [type(t).__name__ for t in self.transformations] if self.own else []
+        wanted = json.dumps({"names": names, "identity": _identity(self.transformations) if self.own else None})
         kept = self._catalog.get_meta(_META)
-        if kept != wanted and (self._own or kept is not None):
+        if kept != wanted and (self.own or kept is not None):
             self._catalog.set_meta(_META, wanted)
 
 
@@ -91,6 +109,16 @@ def _identity(transformations: Sequence[TransformComponent]) -> str:
         "compllm-rag/transformations",
         steps="\n".join(remove_unstable_values(str(t.to_dict())) for t in transformations),
     )
+
+
+def _unseen(document: Document) -> str:
+    """A digest of what LlamaIndex's hash of a document does not see, and its nodes or their embeddings depend on.
+
+    The hash is of text and metadata as they are written out: 1871 and "1871" are the same to it, and it knows nothing
+    of what is kept from embedder and LLM.
+    """
+    metadata = json.dumps(document.metadata, sort_keys=True, default=str)
+    return tagged_digest("compllm-rag/document-unseen", metadata=metadata, layout=json.dumps(layout_of(document)))[:16]
 
 
 def _attribute(nodes: Sequence[BaseNode], documents: Sequence[Document]) -> None:

@@ -131,7 +131,7 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
             reading=reading,
         )
         if self._planner.narrowing is not None:
-            require_narrowing(self._generator)
+            require_narrowing(self._generator, self._planner.narrowing)
         if self._planner.reading is not None and self._mode in ("compact", "refine"):
             refuse_several_prompts(self._mode)
         self._generation = generation or self._generator.config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mimetypes
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -14,13 +15,15 @@ from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Mount
+from starlette.types import Scope
 
 from compllm_rag import __version__
 from compllm_rag.errors import CompLLMError
 from compllm_rag.server import routes_about, routes_documents, routes_openai, routes_query
 from compllm_rag.server.document_schemas import NewDocuments
 from compllm_rag.server.failures import Refusal, refusal_of
-from compllm_rag.server.gate import Gate, accepted_hosts, host_names
+from compllm_rag.server.gate import Gate, accepted_hosts, host_names, path_of
 from compllm_rag.server.jobs import Jobs
 from compllm_rag.server.keys import KeyFile
 from compllm_rag.server.openai_schemas import CompletionRequest
@@ -66,7 +69,7 @@ def create_app(
         app.include_router(part.router, responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
     if routes_about.PAGE.is_dir():
         mimetypes.add_type("text/javascript", ".js")  # some systems say text/plain, and browsers refuse such modules
-        app.mount("/", StaticFiles(directory=routes_about.PAGE, html=True), name="page")
+        app.router.routes.append(_Page(routes_about.PAGE))
     for kind in (Refusal, CompLLMError):
         app.add_exception_handler(kind, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -74,6 +77,25 @@ def create_app(
     app.add_middleware(Gate, service=service)
     _describe(app)
     return app
+
+
+class _Page(Mount):
+    """The page's files, and no other path: of one that is not known 404 is said, of a wrong method 405, as without it.
+
+    Args:
+        folder: Holds them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("/", StaticFiles(directory=folder, html=True), name="page")
+        files = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+        self._known = {"/", *(f"/{name}" for name in files)}
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """As of a mount, for its own files."""
+        if scope["type"] != "http" or path_of(scope) not in self._known:
+            return Match.NONE, {}
+        return super().matches(scope)
 
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:

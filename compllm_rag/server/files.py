@@ -127,7 +127,7 @@ def _read(name: str, stream: BinaryIO, skipped: list[Skipped]) -> list[Document]
 
 
 def _check_size(path: Path, stream: BinaryIO) -> None:
-    """Refuse what is small as it comes and huge once it is unpacked.
+    """Refuse what is small as it comes and huge once it is unpacked, or cannot be.
 
     Raises:
         UnreadableFileError: It is.
@@ -135,8 +135,11 @@ def _check_size(path: Path, stream: BinaryIO) -> None:
     if path.suffix.lower() != ".docx" or not zipfile.is_zipfile(stream):
         return
     stream.seek(0)
-    with zipfile.ZipFile(stream) as archive:
-        size = sum(part.file_size for part in archive.infolist())
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            size = sum(part.file_size for part in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
+        raise broken(f"no DOCX: {error}") from error
     stream.seek(0)
     if size > _UNPACKED:
         raise broken(f"it unpacks to {size >> 20} MB, more than {_UNPACKED >> 20}")

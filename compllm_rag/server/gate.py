@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -79,7 +80,7 @@ class Gate:
         Raises:
             Refusal: They may not.
         """
-        service, headers, path = self._service, Headers(scope=scope), str(scope["path"])
+        service, headers, path = self._service, Headers(scope=scope), path_of(scope)
         self._check_host(headers)
         guarded = path.startswith("/v1/") or path == "/metrics"
         scope.setdefault("state", {})["caller"] = _NOBODY
@@ -146,7 +147,7 @@ class Gate:
 
     def _most_bytes(self, scope: Scope) -> int:
         settings = self._service.settings
-        return settings.upload_bytes if str(scope["path"]).startswith("/v1/documents") else settings.request_bytes
+        return settings.upload_bytes if path_of(scope).startswith("/v1/documents") else settings.request_bytes
 
     def _tell(self, scope: Scope, passage: _Passage, seconds: float) -> None:
         """Log and count; ids of documents are in paths, so the route stands for them."""
@@ -157,6 +158,15 @@ class Gate:
         if passage.refusal is not None:
             self._service.telemetry.refused(passage.refusal.code)
         logger.info("%s %s %d %.3f s key=%s", method, route, passage.status, seconds, caller.name)
+
+
+def path_of(scope: Scope) -> str:
+    """The path that routes are matched against: within an application that this one is mounted in, without its prefix.
+
+    Servers and mounts leave the prefix in `path` and tell it as `root_path`.
+    """
+    path, root = str(scope["path"]), str(scope.get("root_path") or "").rstrip("/")
+    return path[len(root) :] or "/" if root and (path == root or path.startswith(f"{root}/")) else path
 
 
 class _Passage:
@@ -208,7 +218,7 @@ class _Passage:
             for name, value in _HEADERS.items():
                 headers.setdefault(name, value)
             # The page's parts are asked after each time, so that none of an earlier version is among them.
-            kept = "no-store" if str(self._scope["path"]).startswith("/v1/") else "no-cache"
+            kept = "no-store" if path_of(self._scope).startswith("/v1/") else "no-cache"
             headers.setdefault("Cache-Control", kept)
         if message["type"] == "http.response.body":
             self._ended = not message.get("more_body", False)
@@ -216,6 +226,8 @@ class _Passage:
 
     def fail(self, error: Exception) -> None:
         """The application has failed; the response says so if there is none yet."""
+        if isinstance(error, ClientDisconnect):
+            return  # whoever stops sending has no fault of ours to be told of
         if self._begun:
             log_fault(error)
         elif self.refusal is None:

@@ -19,12 +19,14 @@ router = APIRouter(tags=["server"])
 PAGE = Path(__file__).parent / "page"
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health() -> Health:
     """The process lives."""
     return Health(status="ok")
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def ready(request: Request) -> Health:
     """Models are loaded and requests are taken; 503 while it shuts down."""

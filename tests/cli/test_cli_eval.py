@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 import toy
 from compllm_rag.cli.main import app
+from compllm_rag.models.llm import TargetLLM
+from trained import trained_deep
 
 KEYS = (
     "data mode rate narrowing llm seed n em f1 subspan_em accuracy nll recovered agreement positions achieved_rate "
@@ -106,4 +108,11 @@ def test_errors_are_one_line(data: Path, toy_folder: Path, tmp_path: Path) -> No
     assert "unknown mode: got gist" in refused("eval", "--data", data, "--mode", "gist", *model)
     assert "unknown choice of passages" in refused("eval", "--data", data, "--passages", "few", *model)
     assert "out of reach" in refused("eval", "--data", data, "--rate", 99, *model)
+    for command in (("eval", "--data", data), ("probe",)):
+        assert "mode text has no compression rate" in refused(*command, "--mode", "text", "--rate", 2, *model)
+    compressor = trained_deep(TargetLLM.from_pretrained(str(toy_folder))).save_pretrained(tmp_path / "deep")
+    for words in (("--codec", "input"), ("--entry-layer", 3)):
+        assert "the compressor has another" in refused(
+            "eval", "--data", data, "--compressor", compressor, *words, *model
+        )
     assert "records cannot be written" in refused("probe", "--records", tmp_path / "no" / "r.jsonl", *model)

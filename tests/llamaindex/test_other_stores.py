@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llama_index.core.schema import BaseNode, MetadataMode, TextNode
+from llama_index.core.schema import BaseNode, Document, MetadataMode, TextNode
 from llama_index.core.vector_stores import MetadataFilter, MetadataFilters, SimpleVectorStore
 from llama_index.core.vector_stores.types import BasePydanticVectorStore, VectorStoreQuery, VectorStoreQueryResult
 
@@ -252,6 +252,35 @@ def test_a_failing_store_leaves_the_catalog_as_it_was(
         with pytest.raises(ZeroDivisionError):
             index.ingest(documents(2))
         assert index.stats()["chunks"] == index.faiss.n_nodes == before
+    assert verify_storage(tmp_path / "s", deep=True).sound
+
+
+@pytest.mark.parametrize("broken", ["embedder", "store"])
+@pytest.mark.parametrize("way", ["ingest", "update"])
+def test_an_update_that_fails_is_made_up_for(
+    compressor: Compressor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, way: str
+) -> None:
+    """The other store takes nothing back: what was lost must not count as there."""
+
+    def bring(text: str) -> None:
+        document = Document(id_="d", text=text)
+        index.ingest([document]) if way == "ingest" else index.update_ref_doc(document)
+
+    former = "The ferry to Orsa leaves at nine."
+    with beside(Bare(), compressor, tmp_path / "s") as index:
+        bring(former)
+        with monkeypatch.context() as patched:
+            if broken == "store":
+                patched.setattr(Bare, "add", lambda self, nodes, **kwargs: 1 / 0)
+            else:
+                patched.setattr(HashEmbedder, "_get_text_embedding", lambda self, text: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                bring("The ferry to Orsa leaves at ten.")
+        if broken == "embedder":
+            assert index.faiss.n_nodes == 1  # nothing was deleted before
+        assert index.ingest([Document(id_="d", text=former)]).documents_changed == (broken == "store")
+        found = index.as_retriever().retrieve("When does the ferry leave?")
+        assert [n.node.get_content(MetadataMode.NONE) for n in found] == [former]
     assert verify_storage(tmp_path / "s", deep=True).sound
 
 

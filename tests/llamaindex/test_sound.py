@@ -93,6 +93,15 @@ def test_half_a_character_in_an_id_is_refused(compressor: Compressor, way: str) 
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_an_empty_id_is_refused(compressor: Compressor, way: str) -> None:
+    index = made(compressor)
+    with pytest.raises(ConfigurationError, match=r"id of a (document|node) is empty"):
+        WAYS[way](index, Document(id_="", text="fine"))
+    assert [node.ref_doc_id for node in index.faiss.iter_nodes()] == ["a"]
+    index.close()
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("nan"), b"bytes", {"deep": [float("nan")]}])
 def test_what_cannot_be_kept_is_refused_by_document_and_key(compressor: Compressor, way: str, value: object) -> None:
     index = made(compressor)

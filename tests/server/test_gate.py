@@ -10,10 +10,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 import toy
 from compllm_rag.errors import ConfigurationError, UnsupportedFormatError
 from compllm_rag.server import gate
+from compllm_rag.server.app import create_app
 from compllm_rag.server.gate import accepted_hosts
 from compllm_rag.server.keys import KeyFile
 from compllm_rag.server.limits import RateLimit
@@ -272,3 +275,58 @@ def test_keys_on_the_command_line(tmp_path: Path) -> None:
     serve = CliRunner().invoke(app, ["serve", str(tmp_path / "none"), "--port", "0"])
     assert serve.exit_code == 2 and "there is no storage here" in serve.stderr and "--create" in serve.stderr
     assert os.path.exists(file)
+
+
+@pytest.mark.parametrize("prefix", ["/rag", "/rag/"])
+async def test_keys_are_asked_for_behind_a_prefix(made: Registry, tmp_path: Path, prefix: str) -> None:
+    """Servers and mounts leave a prefix in the path; routes are matched without it, and so must the guard."""
+    keys = KeyFile(tmp_path / "keys.json")
+    sent = {"authorization": f"Bearer {keys.add('alice')}"}
+    app = create_app(made, keys=keys)
+    mounted = Starlette(routes=[Mount("/rag", app)])
+    behind = httpx.ASGITransport(app=app, root_path=prefix), httpx.ASGITransport(app=mounted)
+    for transport in behind:
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as asking:
+            for path in ("/v1/documents", "/metrics", "/v1/models"):
+                refused = await asking.get(f"/rag{path}")
+                assert refused.status_code in (401, 404), path
+                if transport is behind[1] or prefix == "/rag":
+                    assert code(refused) == (401, "missing_key")
+                    # Counters are of all namespaces, and so for keys of their own.
+                    assert (await asking.get(f"/rag{path}", headers=sent)).status_code == (200 if "v1" in path else 403)
+            assert (await asking.get("/rag/health")).status_code in (200, 404)
+            page = await asking.get("/rag/")
+            assert page.status_code in (200, 404)
+
+
+@pytest.mark.parametrize(
+    ("path", "root", "within"),
+    [
+        ("/v1/query", "", "/v1/query"), ("/rag/v1/query", "/rag", "/v1/query"), ("/rag", "/rag", "/"),
+        ("/rag/metrics", "/rag/", "/metrics"), ("/ragged/v1", "/rag", "/ragged/v1"), ("/v1/x", "/rag", "/v1/x"),
+    ],
+)  # fmt: skip
+def test_the_path_within_a_prefix(path: str, root: str, within: str) -> None:
+    assert gate.path_of({"path": path, "root_path": root}) == within
+
+
+async def test_a_client_that_stops_sending_is_no_fault(made: Registry, caplog: pytest.LogCaptureFixture) -> None:
+    """Aborted uploads are counted as 499, and no error is logged."""
+    app, sent = create_app(made), list[dict]()
+    parts = iter([{"type": "http.request", "body": b'{"model":', "more_body": True}, {"type": "http.disconnect"}])
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/documents", "raw_path": b"/v1/documents", "query_string": b"",
+        "headers": [(b"host", b"127.0.0.1:8000"), (b"content-type", b"application/json")], "http_version": "1.1",
+        "client": ("127.0.0.1", 9), "server": ("127.0.0.1", 8000), "scheme": "http", "root_path": "",
+    }  # fmt: skip
+
+    async def receive() -> dict:
+        return next(parts)
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    with caplog.at_level(logging.INFO):
+        await app(scope, receive, send)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert " 499 " in caplog.text and " 500 " not in caplog.text

@@ -206,6 +206,19 @@ def test_an_archive_that_unpacks_to_too_much_is_not_read(monkeypatch: pytest.Mon
         read_files([("bomb.docx", made)])
 
 
+def test_a_damaged_archive_leaves_the_other_files() -> None:
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        archive.writestr("word/document.xml", b"<a/>")
+    damaged = bytearray(made.getvalue())
+    at = damaged.rindex(b"PK\x01\x02")  # the list of what is in it
+    damaged[at : at + 4] = b"XXXX"
+    assert zipfile.is_zipfile(io.BytesIO(damaged))
+    read = read_files([("bad.docx", io.BytesIO(damaged)), ("good.txt", io.BytesIO(b"The ferry leaves at nine."))])
+    assert [document.id_ for document in read.documents] == ["good.txt"]
+    assert [(one.name, "no DOCX" in one.reason) for one in read.skipped] == [("bad.docx", True)]
+
+
 @pytest.mark.parametrize("kind", ["deep", "input"])
 def test_what_was_kept_of_a_passage(tmp_path: Path, kind: str) -> None:
     compressor = trained_deep(toy.llm(layers=4)) if kind == "deep" else trained(toy.llm())

@@ -201,8 +201,14 @@ async def test_headers_and_errors(asking: httpx.AsyncClient) -> None:
     assert answer.headers["content-security-policy"].startswith("default-src 'self'")
     assert answer.headers["cache-control"] == "no-store"
     assert "access-control-allow-origin" not in answer.headers
-    refused = await asking.request("PATCH", "/v1/queue")
-    assert (refused.status_code, refused.json()["error"]["code"]) == (405, "method_not_allowed")
+    for method, path in (("PATCH", "/v1/queue"), ("GET", "/v1/query"), ("POST", "/"), ("POST", "/health")):
+        refused = await asking.request(method, path)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (405, "method_not_allowed"), path
+    for method, path in (("POST", "/v1/embeddings"), ("GET", "/v1/embeddings"), ("GET", "/index.htm"), ("GET", "/a/b")):
+        refused = await asking.request(method, path)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "no_such_route"), path
+    for path in ("/", "/health", "/ready"):
+        assert (await asking.head(path)).status_code == 200, path
     wrong = await asking.post("/v1/documents", content=b"text", headers={"content-type": "text/plain"})
     assert (wrong.status_code, wrong.json()["error"]["code"]) == (415, "unsupported_media_type")
     for body in (b"{", b'"x"', b"[" * 100_000, b'{"documents": []}', b'{"documents": [{"text": "x", "vector": [1]}]}'):

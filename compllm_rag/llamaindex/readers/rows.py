@@ -117,6 +117,8 @@ def record(row: Any, number: int | None) -> tuple[Piece, str | None]:
     text, in_text = whole(text)
     title, in_title = whole("" if title is None else str(title))
     key, in_key = whole(str(key))
+    if not key:
+        raise broken("the id is empty; give it one")
     if in_key:
         raise broken("the id holds a NUL character or half a surrogate")
     return Piece(text, title, key=key, line=number), joined(in_text or in_title)
@@ -170,10 +172,13 @@ def _rows(text: str, suffix: str) -> list[list[str]]:
     if suffix == ".tsv":
         return list(csv.reader(io.StringIO(text), delimiter="\t"))
     try:
-        dialect: type[csv.Dialect] = csv.Sniffer().sniff(text[:4096], delimiters=",;\t|")
+        sniffed: type[csv.Dialect] = csv.Sniffer().sniff(text[:4096], delimiters=",;\t|")
     except csv.Error:
-        dialect = csv.excel
-    return list(csv.reader(io.StringIO(text), dialect))
+        sniffed = csv.excel
+    # Only what parts the cells: the sniffer takes quotes that are doubled inside of a cell (RFC 4180, 2.7) for its end
+    # unless it met such ones at the beginning.
+    delimiter, spaces = sniffed.delimiter, sniffed.skipinitialspace
+    return list(csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=spaces))
 
 
 def _row(names: list[str], row: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -42,10 +43,11 @@ def parquet_documents(paths: Iterable[Path], columns: Columns) -> Iterator[Docum
     Raises:
         CorpusPathError: A path does not exist.
         ConfigurationError: A file has no such column, or one that holds no text.
-        UnreadableFileError: A file is no Parquet file, or cannot be read.
+        UnreadableFileError: A file is no Parquet file, or cannot be read, or an id lacks or occurs twice in it.
         MissingExtraError: pyarrow is not installed.
     """
     for file, name in _files(paths):
+        seen = set[bytes]()  # digests of ids: there may be millions
         for number, row in enumerate(_rows(file, columns)):
             text = row[columns.text]
             if text is None or not text.strip():
@@ -58,6 +60,15 @@ def parquet_documents(paths: Iterable[Path], columns: Columns) -> Iterator[Docum
                     expected=f"an id in column {columns.id!r}",
                     next_step="give it one, or leave --id-column out to number rows",
                 )
+            digest = hashlib.blake2b(str(key).encode("utf-8", "replace"), digest_size=16).digest()
+            if digest in seen:
+                raise UnreadableFileError(
+                    "two rows of a Parquet file have the same id, and a document is one row",
+                    got=f"{key!r} in row {number} of {file}, and before",
+                    expected=f"ids that differ in column {columns.id!r}",
+                    next_step="name a column of unique ids, or leave --id-column out to number rows",
+                )
+            seen.add(digest)
             title = "" if columns.title is None else row[columns.title] or ""
             piece = Piece(text, str(title), key=str(key))
             yield FileDocument.of(os.path.realpath(file), piece, f"{shown(file)}#{number}", str(key))

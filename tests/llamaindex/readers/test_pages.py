@@ -92,6 +92,11 @@ def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ("name", "text", "wanted"),
     [
         ("a.csv", 'name,age\nAnna,7\n"Bo, B",8\n\n', "name: Anna; age: 7\nname: Bo, B; age: 8"),
+        (
+            "q.csv",
+            'no,what,where\n999,"The 3"" pipe, steel",Bergen\n',
+            'no: 999; what: The 3" pipe, steel; where: Bergen',
+        ),
         ("b.csv", "name;age;\nAnna;;x\n", "name: Anna; x"),
         ("c.tsv", "1\t2\n3\t4\n", "1; 2\n3; 4"),
         ("d.csv", "only,names\n", "only; names"),

@@ -45,6 +45,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
         list(parquet_documents([file], Columns(text="number")))
     with pytest.raises(UnreadableFileError, match="row 1"):
         list(parquet_documents([file], Columns(id="key")))
+    twice = write(tmp_path / "c" / "twice.parquet", text=["one", "two", "three"], key=["x", "y", "x"])
+    with pytest.raises(UnreadableFileError, match="the same id.*'x' in row 2"):
+        list(parquet_documents([twice], Columns(id="key")))
     with pytest.raises(CorpusPathError):
         list(parquet_documents([tmp_path / "no"], Columns()))
     (tmp_path / "empty").mkdir()
