@@ -19,7 +19,7 @@ from compllm_rag.compression.rate_policies.choosing import Choice, RateChooser
 from compllm_rag.compression.rate_policies.losses import LossPredictor
 from compllm_rag.compression.rate_policies.measures import TextMeasures
 from compllm_rag.compression.rate_policies.shares import PredictedShares, shares_of
-from compllm_rag.compression.rates import FixedRate, RatePolicy
+from compllm_rag.compression.rates import FixedRate, RatePolicy, is_number
 from compllm_rag.compression.several_rates import compressed_once
 from compllm_rag.compression.spec import ConceptCompressor, DeferredCompressor
 from compllm_rag.concept_checks import check_scale, sample
@@ -157,19 +157,32 @@ class ConceptLibrary(ProcessBound):
         """The same passages at another rate, held or not: over the same store, so that what is kept there is found.
 
         What is missing there is made as `fetch` is told, and stays in memory; nothing at this rate is held for it.
+        What the guard left as text stays text.
 
         Args:
             rate: Source tokens per concept; None, or the library's own, gives the library itself.
 
         Raises:
-            ConfigurationError, RateOutOfReachError: See `FixedRate`.
+            ConfigurationError, RateOutOfReachError: It is no number; see `FixedRate`.
         """
-        if rate is None or rate == self.rate:
+        if rate is None:
+            return self
+        if not is_number(rate):
+            raise ConfigurationError(
+                "passages are read at a rate that is a number",
+                got=repr(rate),
+                expected="source tokens per concept",
+                next_step="leave it out to read each passage as it was ingested",
+            )
+        rate = float(rate)
+        if rate == self.rate:
             return self
         with self._lock:
             if rate not in self._at:
                 parts = self._compressor, self.store
                 made = ConceptLibrary(*parts, rate=rate, namespace=self.namespace, metrics=self.metrics)
+                if self.chooser.guard is not None:
+                    made.cuts = PassageCuts(self.spec, made.chooser, None, self.namespace, self.cuts)
                 made._memo = self._memo
                 self._at[rate] = made
                 while len(self._at) > _RATES:  # whoever asks for ever new rates finds no more memory taken
@@ -187,6 +200,10 @@ class ConceptLibrary(ProcessBound):
     def forget_choices(self) -> None:
         """Look up again what is chosen for each passage, after it was changed where it is kept."""
         self.cuts.forget()
+        with self._lock:
+            others = list(self._at.values())
+        for other in others:
+            other.cuts.forget()
 
     def ensure(self, texts: Iterable[str]) -> EnsureReport:
         """Have concepts of every passage: compress what is missing, write it in ingest order.

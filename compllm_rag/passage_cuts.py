@@ -29,10 +29,19 @@ class PassageCuts:
         chooser: Decides K, or that a passage stays text.
         kept: Knows what was chosen for passages before; None always chooses anew.
         namespace: Tenant; part of every key.
+        guarded_by: Decides which passages stay text, whatever rate is chosen here; None leaves that to `chooser`.
     """
 
-    def __init__(self, spec: ConceptSpec, chooser: RateChooser, kept: KeptChoices | None, namespace: str) -> None:
+    def __init__(
+        self,
+        spec: ConceptSpec,
+        chooser: RateChooser,
+        kept: KeptChoices | None,
+        namespace: str,
+        guarded_by: PassageCuts | None = None,
+    ) -> None:
         self._spec, self._chooser, self._kept, self._namespace = spec, chooser, kept, namespace
+        self._guarded_by = guarded_by
         self._known: OrderedDict[str, tuple[Passage, ...]] = OrderedDict()  # at each rate held, the default first
         self._lock = threading.Lock()
 
@@ -77,7 +86,8 @@ class PassageCuts:
             if text in self._known:
                 self._known.move_to_end(text)
                 return self._known[text]
-        made = self._cut(text)
+        guarded = () if self._guarded_by is None else self._guarded_by.held(text)
+        made = guarded if guarded and guarded[0].reason is not None else self._cut(text)
         with self._lock:
             self._known[text] = made
             while len(self._known) > _REMEMBERED:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Protocol
 
 from compllm_rag.errors import ConfigurationError, RateOutOfReachError
@@ -11,6 +12,11 @@ from compllm_rag.errors import ConfigurationError, RateOutOfReachError
 # A segment of n tokens gets ceil(n / C) concepts, so rounding up costs more the fewer concepts a segment has. Beyond
 # 0.3 S (6 at S = 20) the achieved rate hardly follows the requested one, and a promise would be broken.
 _REACH = 0.3
+
+
+def is_number(given: object) -> bool:
+    """Whether what somebody gave for a number is one; true and false are none."""
+    return isinstance(given, Real) and not isinstance(given, bool)
 
 
 class RatePolicy(Protocol):

@@ -15,8 +15,15 @@ from compllm_rag.config import MissingChoice, Mode, OverflowPolicy
 from compllm_rag.errors import ConfigurationError, PromptTooLongError
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.account import LaidOut, NodeBody, NodeFacts, PlannedPrompt, PromptCost
+from compllm_rag.llamaindex.heeded import refuse_options
 from compllm_rag.llamaindex.node_text import node_spans, text_of_node
-from compllm_rag.llamaindex.read_options import ReadOptions, known_costs, narrowing_of, passage_reading
+from compllm_rag.llamaindex.read_options import (
+    READ_OPTIONS,
+    ReadOptions,
+    known_costs,
+    narrowing_of,
+    passage_reading,
+)
 from compllm_rag.llamaindex.read_planning import fixed_body, read_nodes, told
 from compllm_rag.llamaindex.templates import (
     DEFAULT_REFINE_TEMPLATE,
@@ -83,6 +90,7 @@ class Planner:
         self.llm, self.queued = llm, queued
         self.template = PromptTemplate(library.llm.tokenizer)
         self.options: ReadOptions = reading or {}
+        refuse_options("reading passages", set(self.options) - set(READ_OPTIONS), READ_OPTIONS)
         self.reading = passage_reading(
             library, mode=mode, missing=missing, decides_otherwise=choose is not None, options=self.options
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
+from compllm_rag.compression.rates import is_number
 from compllm_rag.config import MissingChoice, Mode, Narrowing
 from compllm_rag.errors import ConfigurationError, UnsupportedModelError
 from compllm_rag.generation.base import Generator, narrows
@@ -73,6 +74,8 @@ def policy_of(given: object, relevance: Signal | str | None, cutoff: float | Non
     Raises:
         ConfigurationError: There is no such policy or relevance, the cutoff is no share, or the policy judges by none.
     """
+    if cutoff is not None and not is_number(cutoff):
+        raise ConfigurationError("relevance_cutoff is no number", got=repr(cutoff), expected="a share, 0 to 1")
     asked = {"relevance": relevance, "relevance_cutoff": cutoff}
     asked = {name: value for name, value in asked.items() if value is not None}
     if not asked:
@@ -112,6 +115,7 @@ def passage_reading(
         RateOutOfReachError: See `FixedRate`.
     """
     rate = options.get("rate")
+    library.at_rate(rate)  # whatever is wrong with it is said now
     if rate is not None and mode == "text" and not decides_otherwise:
         raise ConfigurationError(
             "text has no compression rate",
@@ -119,7 +123,6 @@ def passage_reading(
             expected="one of them",
             next_step="leave one out",
         )
-    library.at_rate(rate)  # whatever is wrong with it is said now
     limits: dict[str, Any] = {
         field: options.get(name) for field, name in NAMES.items() if options.get(name) is not None
     }

@@ -26,6 +26,7 @@ from llama_index_instrumentation import get_dispatcher
 from pydantic import BaseModel
 
 from compllm_rag.config import GenerationConfig, MissingChoice, Mode, OverflowPolicy
+from compllm_rag.errors import ConfigurationError
 from compllm_rag.generation.base import Generation, Generator, TokenStream
 from compllm_rag.generation.batching import BatchingGenerator
 from compllm_rag.generation.local import LocalGenerator
@@ -105,6 +106,13 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
     ) -> None:
         if output_cls is not None and streaming:
             refuse_stream()
+        if not isinstance(generation, GenerationConfig | None):
+            raise ConfigurationError(
+                "these are no settings of an answer",
+                got=f"a {type(generation).__name__}",
+                expected="GenerationConfig",
+                next_step="pass generation=GenerationConfig(max_new_tokens=...)",
+            )
         checked_templates({"text_qa_template": text_qa_template, "refine_template": refine_template}, _PROMPTS)
         self._mode: ResponseMode = checked_mode(response_mode)
         silent = silent_answer(self._mode, []) is not None

@@ -180,9 +180,10 @@ class _OneQuestion:
         self._own_library = reading.library.at_rate(self._own)
         self._fetched: dict[tuple[str, float | None], Fetched] = {}
         self._seconds: dict[str, float] = {}  # of fetching, by the passage's text
+        self._told = set[tuple[str, float | None]]()  # what was fetched and is in the account of a passage
         self._as_text: dict[str, str] = {}  # why concepts of a passage cannot be read, by its id
         self._bypassed: set[str] = set()
-        self._in_line_s = 0.0
+        self._in_line: dict[str, float] = {}  # seconds of compressing what is missing, by the passage's text
 
     def read(
         self, query: str, passages: Sequence[Retrieved], prompt_tokens: int, window: int | None = None
@@ -190,7 +191,8 @@ class _OneQuestion:
         candidates = [self._of.candidate(rank, passage) for rank, passage in enumerate(passages)]
         for candidate in candidates:
             self._look_up(candidate)
-        meter = self._budget.meter(self._library.spec, prompt_tokens, beside_s=self._in_line_s, window=window)
+        in_line_s = sum(self._in_line.values())
+        meter = self._budget.meter(self._library.spec, prompt_tokens, beside_s=in_line_s, window=window)
         states = StatesAtHand(self._library, self._stored, meter.spend_beside)
         predicted = self._library.shares
         spec = ReadSpec(
@@ -226,6 +228,8 @@ class _OneQuestion:
         missing = self._of.missing
         if self._of.mode == "text" or not candidate.n_tokens:
             self._as_text[candidate.id] = ""
+        elif reason := self._own_library.passage(candidate.text).reason:
+            self._as_text[candidate.id] = f"kept as text by the {reason}"
         elif candidate.id in self._queued:
             self._as_text[candidate.id] = "its concepts are in the making"
         elif missing == "text" and not all(self._own_library.at_hand(candidate.text)):
@@ -235,14 +239,15 @@ class _OneQuestion:
             if found is not None and found.reads_text:
                 self._as_text[candidate.id] = found.why
                 self._bypassed.add(candidate.id)
-            elif found is not None:
-                self._in_line_s += found.compress_s
+            elif found is not None and candidate.text not in self._in_line:
+                self._in_line[candidate.text] = found.compress_s
 
     def _at_hand(self, candidate: Candidate, rate: float | None) -> bool:
         if rate is None or rate == self._own:
             return candidate.id not in self._as_text
+        library = self._library.at_rate(rate)
         possible = self._of.mode == "concepts" and candidate.n_tokens > 0
-        return possible and all(self._library.at_rate(rate).at_hand(candidate.text))
+        return possible and library.passage(candidate.text).reason is None and all(library.at_hand(candidate.text))
 
     def _n_concepts(self, candidate: Candidate, start: int, end: int, rate: float | None) -> int:
         rate = self._own if rate is None else rate
@@ -292,12 +297,15 @@ class _OneQuestion:
         if said and not reading.why and not reading.left_out:
             reading = Reading(reading.parts, said)
         spans = [span for run in _runs(reading.parts) for span in self._spans(number, candidate, run)]
-        used = [made for (text, _), made in self._fetched.items() if text == candidate.text]
+        met = [known for known in self._fetched if known[0] == candidate.text]
+        # What passages of one text share was fetched once, and is the first one's.
+        used = [self._fetched[known] for known in met if known not in self._told]
+        self._told.update(met)
         hits, misses = sum(made.hits for made in used), sum(made.misses for made in used)
-        if said and not used:
+        if said and not met:
             there = self._own_library.at_hand(candidate.text)
             hits, misses = sum(there), len(there) - sum(there)
-        fetch_s = self._seconds.get(candidate.text, 0.0)
+        fetch_s = self._seconds.pop(candidate.text, 0.0)
         compress_s, bypassed = sum(made.compress_s for made in used), candidate.id in self._bypassed
         return ReadPassage(reading, spans, hits, misses, fetch_s, compress_s, bypassed and bool(spans))
 

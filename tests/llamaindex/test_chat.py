@@ -261,6 +261,14 @@ def test_an_llm_that_is_not_the_storages(index: ConceptIndex) -> None:
                 with pytest.raises(ConfigurationError, match="only the storage's own LLM can read.*condense_llm"):
                     index.as_chat_engine(chat_mode=mode, llm=llm)
     assert isinstance(index.as_chat_engine(llm=ConceptLLM(index.generator)), ConceptChatEngine)
+    short = ConceptLLM(index.generator, max_tokens=3)
+    for mode in ("condense_plus_context", "context", "simple"):
+        engine = index.as_chat_engine(mode, llm=short)
+        assert len(index.generator.tokenizer(str(engine.chat("Who built it?"))).input_ids) <= 4
+        with pytest.raises(ConfigurationError, match="given twice"):
+            index.as_chat_engine(mode, llm=short, generation=GenerationConfig(max_new_tokens=5))
+        with pytest.raises(ConfigurationError, match="system prompt"):
+            index.as_chat_engine(mode, llm=ConceptLLM(index.generator, system_prompt="Be brief."))
     simple = index.as_chat_engine("simple", llm=MockLLM(), system_prompt="Be brief.")
     assert "Who?" in str(simple.chat("Who?"))
     with pytest.raises(ConfigurationError, match="no such option: got similarity_top_k"):

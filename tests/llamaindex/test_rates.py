@@ -175,6 +175,17 @@ def test_a_table_stays_text_is_counted_and_explained(tmp_path: Path, deep: DeepC
             assert found and {*found} <= {*values}
             for name, guard in found.items():
                 assert guard == {"by": "exact", "expected": values[name], "limit": EXACT_LIMIT}
+        # Whatever decides how passages are read, and at whatever rate, a table stays text, and is there.
+        for reading in ({"read_policy": "fixed"}, {"rate": 2}, {"rate": 2, "read_policy": "fixed"}):
+            told = index.as_query_engine(similarity_top_k=9, **reading).query(QUESTION).metadata["compllm"]
+            kept = [facts for name, facts in told["nodes"].items() if name in values]
+            assert 0 < len(kept) < len(told["nodes"])
+            for facts in kept:
+                assert (facts["used"], facts["why"], facts["n_concepts"]) == ("text", "kept as text by the guard", 0)
+                assert facts["positions"] >= facts["n_tokens"] > 0 and facts["guard"]["by"] == "exact"
+            assert {facts["used"] for name, facts in told["nodes"].items() if name not in values} == {"concepts"}
+        for node in table:
+            assert index.library.at_rate(2).fetch(node.text, missing="error").reason == "guard"
         values = list(values.values())
         stats = index.stats()
         assert stats["guard_limit"] == EXACT_LIMIT

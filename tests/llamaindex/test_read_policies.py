@@ -6,10 +6,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from llama_index.core import PromptTemplate
-from llama_index.core.schema import QueryBundle
+from llama_index.core.schema import NodeWithScore, QueryBundle
 
 from compllm_rag import ConceptIndex, GenerationConfig, MemoryStore
 from compllm_rag.errors import (
@@ -312,6 +313,42 @@ def test_what_makes_no_sense_is_refused(
 ) -> None:
     with pytest.raises(error, match=said):
         index.as_query_engine(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prefil_budget": 60}, "no such option: got prefil_budget"), ({"similarity_top_k": 2}, "got similarity_top_k"),
+        ({"rate": "auto"}, "a rate that is a number: got 'auto'"), ({"rate": True}, "got True"),
+        ({"relevance_cutoff": "0.8"}, "relevance_cutoff is no number"),
+        ({"generation": {"max_new_tokens": 5}}, "no settings of an answer: got a dict"),
+        ({"mode": "text", "rate": "2"}, "got '2'"),
+    ],
+)  # fmt: skip
+def test_a_synthesizer_refuses_what_it_would_not_heed(
+    index: ConceptIndex, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        index.as_synthesizer(**options)
+
+
+def test_a_number_of_numpy_is_a_rate(index: ConceptIndex) -> None:
+    answers = [index.as_query_engine(rate=rate, similarity_top_k=1).query(QUESTION) for rate in (np.int64(2), 2.0)]
+    one, other = ([*answer.metadata["compllm"]["nodes"].values()] for answer in answers)
+    assert [facts["n_concepts"] for facts in one] == [facts["n_concepts"] for facts in other]
+    assert all(0 < facts["n_concepts"] < facts["n_tokens"] for facts in one)
+
+
+def test_what_two_passages_share_is_counted_once() -> None:
+    """Two nodes of one text, whose concepts are missing: they are compressed once."""
+    made = compressor("deep")
+    out = ConceptLibrary(made, MemoryStore(made.spec.width), rate=1.0)
+    node = nodes()[0].node
+    twice = [NodeWithScore(node=node.model_copy(update={"id_": name}), score=1.0) for name in ("a", "b")]
+    planned = Planner(out, reading={"position_budget": 900, "read_policy": "fixed"}).plan(QUESTION, twice, 2000)
+    first, second = planned.facts
+    assert first.misses == len(out.passage(node.get_content()).keys) and second.misses == second.hits == 0
+    assert planned.layout_s >= 0 and planned.compress_s > 0
 
 
 def test_what_is_found_out_with_the_question(index: ConceptIndex) -> None:

@@ -62,6 +62,7 @@ def chat_engine(
             expected=f"{index.generator.name}, which answers if llm is left out",
             next_step="leave llm out; another LLM may condense questions: condense_llm=...",
         )
+    options = _with_settings_of(index, llm, options)
     known = _CONVERSATION | _NOTHING | {"generation"}
     if mode != "simple":
         known |= _READING | set(retriever_options)
@@ -69,6 +70,29 @@ def chat_engine(
         known |= _CONDENSING
     _refuse(mode, set(options) - known, known - _NOTHING)
     return _made(index, mode, {k: v for k, v in options.items() if v is not None and k not in _NOTHING})
+
+
+def _with_settings_of(index: IndexAsking, llm: object, options: dict[str, Any]) -> dict[str, Any]:
+    """Options with what the index's own LLM says of answers.
+
+    Raises:
+        ConfigurationError: It says what the chat engine is told as well, or has a prompt of its own.
+    """
+    if not isinstance(llm, ConceptLLM):
+        return options
+    if llm.system_prompt:
+        raise ConfigurationError(
+            "the LLM has a system prompt, which a chat engine is told itself",
+            got=f"{llm.system_prompt!r:.80}",
+            next_step="pass system_prompt= to the chat engine",
+        )
+    if llm.generation == index.generator.config:
+        return options
+    if options.get("generation") is not None:
+        raise ConfigurationError(
+            "an option is given twice", got="generation, and an llm that says it", next_step="leave one out"
+        )
+    return {**options, "generation": llm.generation}
 
 
 def _mode(given: object) -> str:
