@@ -354,7 +354,7 @@ class Planner:
             sum(map(len, body.spans)) - sum(map(len, concepts)) if decided else None,
             body.why or guarded,
             told(body.reading) if body.reading is not None else None,
-            guard_facts(self._at_rate.chooser.guard, known.expected) if known.reason and not concepts else None,
+            guard_facts(self.library.chooser.guard, known.expected) if known.reason and not concepts else None,
         )
 
 
