@@ -127,6 +127,8 @@ class IndexWriting(IndexBase):
     def _get_node_with_embedding(self, nodes: Sequence[BaseNode], show_progress: bool = False) -> list[BaseNode]:
         """Copies of nodes with their embeddings, made where they have none; see `embedding_texts`."""
         lacking = [node for node in nodes if node.embedding is None]
+        if not lacking:
+            return [node.model_copy() for node in nodes]
         made = self._embed_model.get_text_embedding_batch(self._texts.of(lacking), show_progress=show_progress)
         fresh = {node.node_id: vector for node, vector in zip(lacking, made, strict=True)}
         return [node.model_copy(update={"embedding": fresh.get(node.node_id, node.embedding)}) for node in nodes]

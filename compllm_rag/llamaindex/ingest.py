@@ -13,7 +13,7 @@ from llama_index.core.schema import BaseNode, Document, MetadataMode
 
 from compllm_rag.catalog.kv import KeyValues
 from compllm_rag.catalog.origins import Origins
-from compllm_rag.errors import ConfigurationError, EmptyCorpusError, PruneRefusedError
+from compllm_rag.errors import ConfigurationError, CorruptRecordError, EmptyCorpusError, PruneRefusedError
 from compllm_rag.llamaindex.corpus import Corpus, IngestReport, Progress
 from compllm_rag.llamaindex.documents import FileDocuments, empty_corpus
 from compllm_rag.llamaindex.naming import Names
@@ -250,6 +250,8 @@ def _unchanged(index: Corpus, nodes: Sequence[BaseNode]) -> set[str]:
         found = {node.node_id: _state(node) for node in index.faiss.get_nodes([node.node_id for node in nodes])}
     except ConfigurationError:  # a store that cannot give nodes by their ids: what those of the parser say must do
         return set() if index.splitting.own else {node.node_id for node in nodes}
+    except CorruptRecordError:  # what is damaged is written anew, whatever it was
+        return set()
     return {node.node_id for node in nodes if found.get(node.node_id) == _state(node)}
 
 
@@ -264,7 +266,10 @@ def _keep_embeddings(index: Corpus, going: Sequence[str], coming: Sequence[BaseN
     Metadata that it does not read, such as the path of the file, is part of a node's id: a folder that was moved brings
     new nodes, and nothing to embed.
     """
-    former = {n.get_content(MetadataMode.EMBED): n.embedding for n in index.faiss.embedded_nodes(going)}
+    try:
+        former = {n.get_content(MetadataMode.EMBED): n.embedding for n in index.faiss.embedded_nodes(going)}
+    except CorruptRecordError:
+        return  # all of them are embedded anew
     for node in coming:
         if node.embedding is None:
             node.embedding = former.get(node.get_content(MetadataMode.EMBED))
