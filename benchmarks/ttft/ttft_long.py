@@ -147,7 +147,7 @@ def tables(record: Record) -> list[str]:
                 number(row["length"], 0),
                 "text" if row["rate"] is None else f"concepts, rate {row['rate']:g}",
                 number(row["positions"], 0),
-                number(row["prefill_s"], 2),
+                number(row["prefill_s"], 2) if row.get("whole", True) else f"≈ {number(row['prefill_s'], 0)}",
                 number(text and row["prefill_s"] / text["prefill_s"], 3),
                 number(text and row["flops"] / text["flops"], 3),
                 number(None if row["per_token_s"] is None else row["per_token_s"] * 1000, 1),
