@@ -152,6 +152,7 @@ class IndexWriting(IndexBase):
                 self._forget(document.id_)
                 self.insert_nodes(nodes, **insert_kwargs)
             self.docstore.set_document_hash(document.id_, self.splitting.hash_of(document))
+            self.splitting.note(document)
             self.splitting.remember()
 
     async def ainsert(self, document: Document, **insert_kwargs: Any) -> None:
@@ -240,6 +241,7 @@ class IndexWriting(IndexBase):
             self.delete_nodes(gone)
         self.docstore.delete_document(doc_id, raise_error=False)
         self.origins.forget(doc_id)
+        self.splitting.forget(doc_id)
         return known
 
     @contextlib.contextmanager

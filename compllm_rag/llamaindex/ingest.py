@@ -235,6 +235,7 @@ def replace_documents(
     index.insert_nodes(ready, later=later)
     for document in changed:
         index.docstore.set_document_hash(document.id_, index.splitting.hash_of(document))
+        index.splitting.note(document)
     if changed:
         index.splitting.remember()
     return sum(node.node_id not in present for node in coming)

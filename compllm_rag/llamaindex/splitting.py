@@ -15,13 +15,13 @@ from llama_index.core.ingestion.pipeline import remove_unstable_values
 from llama_index.core.schema import BaseNode, Document, NodeRelationship, TransformComponent
 
 from compllm_rag.catalog.catalog import Catalog
+from compllm_rag.catalog.kv import KeyValues
 from compllm_rag.errors import ConfigurationError, StorageMismatchError
 from compllm_rag.fingerprint import tagged_digest
 from compllm_rag.llamaindex.node_parser import ConceptNodeParser, layout_of
 
 _META = "transformations"
-# Between a hash and the digest of what it does not see; no digest has it.
-_MARK = "+"
+_UNSEEN = "compllm/unseen"
 
 
 class Splitting:
@@ -37,7 +37,7 @@ class Splitting:
     """
 
     def __init__(self, catalog: Catalog, parser: ConceptNodeParser) -> None:
-        self._catalog, self._parser = catalog, parser
+        self._catalog, self._parser, self._values = catalog, parser, KeyValues(catalog)
         self.transformations: list[TransformComponent] = [parser]
         self._given = self.own = False
 
@@ -46,20 +46,27 @@ class Splitting:
         self.transformations, self._given = list(transformations), True
         self.own = not (len(self.transformations) == 1 and self.transformations[0] is self._parser)
 
-    def hash_of(self, document: Document) -> str:
-        """What a document is known by: its hash and, with transformations of one's own, theirs; and what both miss."""
-        return f"{self._plain_hash(document)}{_MARK}{_unseen(document)}"
-
     def knows(self, document: Document, kept: str | None) -> bool:
-        """Whether a document is as it was when this was remembered of it.
+        """Whether a document is as it was when this hash was remembered of it, and what the hash does not see.
 
-        Storages of before, and indexes that were imported, remember no more than LlamaIndex's hash.
+        Of documents that a pipeline of LlamaIndex brought in, and of storages of before, there is the hash alone.
         """
-        if kept is None or _MARK in kept:
-            return kept == self.hash_of(document)
-        return kept == self._plain_hash(document)
+        if kept != self.hash_of(document):
+            return False
+        row = self._values.get(document.id_, _UNSEEN)
+        return row is None or row.get("hash") != kept or row.get("digest") == _unseen(document)
 
-    def _plain_hash(self, document: Document) -> str:
+    def note(self, document: Document) -> None:
+        """Remember what the hash of a document does not see, beside it; it commits with the hash."""
+        row = {"hash": self.hash_of(document), "digest": _unseen(document)}
+        self._values.put(document.id_, row, _UNSEEN)
+
+    def forget(self, doc_id: str) -> None:
+        """Forget what `note` remembered of a document."""
+        self._values.delete(doc_id, _UNSEEN)
+
+    def hash_of(self, document: Document) -> str:
+        """What a document is known by: its hash and, with transformations of one's own, theirs."""
         if not self.own:
             return str(document.hash)
         return tagged_digest("compllm-rag/split-document", document=document.hash, by=_identity(self.transformations))

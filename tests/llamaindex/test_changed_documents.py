@@ -89,6 +89,6 @@ def test_storages_of_before_stay_quiet(compressor: Compressor, tmp_path: Path) -
         index.ingest(documents)
         with index.bulk():
             for document in documents:
-                index.docstore.set_document_hash(document.id_, document.hash)
+                index.splitting.forget(document.id_)
         assert index.ingest(documents).documents_changed == 0
         assert index.ingest([Document(id_="a", text=f"{TEXT} Or not.")]).documents_changed == 1
