@@ -56,9 +56,17 @@ def tables(record: dict[str, Any]) -> list[str]:
         *table(_HEAD, [*fixed, *map(_cells, record["rows"])]),
         *(f"* `{word}` was left out: {why}" for word, why in record["left_out"].items()),
         *([""] if record["left_out"] else []),
+        *_not_run(record),
         "![Held-out loss over minutes, and what is recovered](alike.png)",
         "",
     ]
+
+
+def _not_run(record: dict[str, Any]) -> list[str]:
+    """Which rows nobody asked for."""
+    met = {word.split("@")[0] for word in [*(row["name"] for row in record["rows"]), *record["left_out"]]}
+    missing = [f"`{name}`" for name in KINDS if name not in met]
+    return [f"Not run: {', '.join(missing)}.", ""] if missing else []
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
