@@ -63,7 +63,8 @@ def sound_node(node: N) -> N:
     """A node or document that can be kept: the very one, or a copy of it with the changes it needs.
 
     Raises:
-        ConfigurationError: Its id is no text, empty, or holds half a character, or its metadata cannot be kept.
+        ConfigurationError: Its id is no text or holds half a character, it is a document and has none, or its metadata
+            cannot be kept.
     """
     kind = "document" if isinstance(node, Document) else "node"
     owner = f"{kind} {node.node_id!a:.80}"
@@ -74,9 +75,9 @@ def sound_node(node: N) -> N:
             expected="an id in Unicode",
             next_step="give it another id",
         )
-    if not node.node_id:
+    if not node.node_id and isinstance(node, Document):
         # Its nodes would be kept under their own ids, and nothing that is done to the document would find them.
-        raise ConfigurationError(f"the id of a {kind} is empty", got="''", next_step="give it one")
+        raise ConfigurationError("the id of a document is empty", got="''", next_step="give it one")
     text = node.get_content(metadata_mode=MetadataMode.NONE)
     cleaned, metadata = whole(text), plain_metadata(node.metadata, owner)
     relations = {kind: _sound_relation(other, owner) for kind, other in node.relationships.items()}
