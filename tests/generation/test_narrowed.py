@@ -19,6 +19,7 @@ from compllm_rag.generation.narrowed import NarrowedForward
 from compllm_rag.generation.reuse import PrefixCache
 from compllm_rag.generation.scheduler import Scheduler
 from compllm_rag.generation.vllm.deep_rows import RowLayout, deep_rows
+from compllm_rag.llamaindex.read_options import require_narrowing
 from compllm_rag.models.halves import Halves, second_tree
 from compllm_rag.models.llm import decoder_of
 from compllm_rag.models.narrowing import AttentionCount, NarrowedHalves, kept_concepts, kept_slots
@@ -212,6 +213,14 @@ def test_what_cannot_be_narrowed_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="vLLM cannot narrow"):
         layout = RowLayout.of(decoder_of(compressor.llm.model).config, 2)
         deep_rows(replace(plan, narrowing=Narrowing(layer=3)), compressor.llm, layout)
+
+
+def test_an_llm_that_cannot_be_narrowed_is_refused_before_it_is_asked() -> None:
+    compressor = deep_of("mistral")
+    local = LocalGenerator(compressor.llm, GenerationConfig(max_new_tokens=2), halves=compressor.halves)
+    with pytest.raises(ConfigurationError, match="sliding windows alone.*narrow at a later layer"):
+        require_narrowing(local, QUARTER)
+    require_narrowing(local, Narrowing(layer=TOP, share=0.0))
 
 
 def test_narrowing_is_read_from_what_is_typed() -> None:
