@@ -107,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200, {"object": "list", "data": cards})
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.body = body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             self.server.bodies.append(body)
         if "prompt_embeds" in body and not self.server.takes_embeddings:
@@ -206,6 +206,15 @@ def wait_after(n: int) -> Fault:
         handler.wait_until_gone()
 
     return fault
+
+
+def either(prompt: list[int], fault: Fault, other: Fault) -> Fault:
+    """One for this prompt, the other for every other."""
+
+    def chosen(handler: _Handler, events: Iterator[dict[str, Any]]) -> None:
+        (fault if handler.body["prompt"] == prompt else other)(handler, events)
+
+    return chosen
 
 
 def says(*events: dict[str, Any] | str) -> Fault:

@@ -26,7 +26,7 @@ from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.generation.vllm import VLLMGenerator, VLLMSettings
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import ConceptSpan, PromptPlan, TextSpan
-from tests.vllm_servers import FakeVLLM, cut_after, hang_up, says, status, token, wait_after, whole
+from tests.vllm_servers import FakeVLLM, cut_after, either, hang_up, says, status, token, wait_after, whole
 
 LIMIT = 12
 
@@ -172,6 +172,15 @@ def test_one_that_fails_ends_the_batch(server: FakeVLLM, llm: TargetLLM) -> None
     server.faults = [status(400, "no"), wait_after(1), wait_after(1)]
     with pytest.raises(GeneratorRefusedError, match="no"):
         client(server, concurrency=3).generate([text(llm)] * 3)
+    assert server.gone.wait(20)
+
+
+def test_one_that_breaks_after_some_tokens_ends_the_batch_too(server: FakeVLLM, llm: TargetLLM) -> None:
+    """The first of them is waited for while the last one's tokens, then its failure, lie there untaken."""
+    plans = [text(llm), text(llm, toy.TEXT[50:120])]
+    server.faults = [either(list(plans[1].spans[0].ids), cut_after(2), wait_after(1))] * 2
+    with pytest.raises(GeneratorUnavailableError, match="middle of an answer"):
+        client(server, concurrency=2).generate(plans)
     assert server.gone.wait(20)
 
 

@@ -288,6 +288,9 @@ class Running:
         fields: Makes the request.
         failed: Set when it fails, whether or not somebody takes its pieces.
         before: Called in front of every try.
+
+    Attributes:
+        error: What it failed with, whether or not somebody takes its pieces.
     """
 
     def __init__(
@@ -299,6 +302,7 @@ class Running:
     ) -> None:
         self._arrived: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._failed = failed
+        self.error: Exception | None = None
         self._future = client.submit(lambda: client.pump(fields, self._put, before))
 
     def pieces(self, cancel: threading.Event | None = None) -> Iterator[Arrived]:
@@ -325,6 +329,8 @@ class Running:
             self.end()
 
     def _put(self, item: object) -> None:
+        if isinstance(item, Exception):
+            self.error = item
         self._arrived.put(item)
         if self._failed is not None and isinstance(item, Exception):
             self._failed.set()

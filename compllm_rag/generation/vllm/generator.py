@@ -149,6 +149,9 @@ class VLLMGenerator(ProcessBound):
             for stream in streams:
                 for _ in stream:
                     pass
+            for stream in streams:  # `failed` ends the one that failed like the others, pieces before its error untaken
+                if (error := stream.begin().error) is not None:
+                    raise error
         finally:
             for stream in streams:
                 stream.end()
