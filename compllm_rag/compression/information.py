@@ -11,11 +11,14 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
+import itertools
 import json
+import threading
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
@@ -23,6 +26,9 @@ from compllm_rag.models.plaintext import encode_plain
 
 _TABLE = "information-smollm2-135m-instruct.safetensors"
 _UNITS = "unigrams.tsv.gz"
+_MOST_ESTIMATED = 4  # tables kept, of one number for each token
+_estimated: dict[bytes, torch.Tensor] = {}
+_lock = threading.Lock()
 
 
 def information_for(tokenizer: Any) -> torch.Tensor:
@@ -37,7 +43,16 @@ def information_for(tokenizer: Any) -> torch.Tensor:
     table, digest = _shipped_table()
     if vocabulary_digest(tokenizer) == digest:
         return table.clone()
-    return information_of_counts(_estimated_counts(tokenizer))
+    key = _behaviour(tokenizer)
+    with _lock:  # a table of a large vocabulary takes seconds; the next compressor of this process finds it here
+        if key is None or key not in _estimated:
+            made = information_of_counts(_estimated_counts(tokenizer))
+            if key is None:
+                return made
+            while len(_estimated) >= _MOST_ESTIMATED:
+                del _estimated[next(iter(_estimated))]
+            _estimated[key] = made
+        return _estimated[key].clone()
 
 
 def information_of_counts(counts: torch.Tensor) -> torch.Tensor:
@@ -50,6 +65,14 @@ def vocabulary_digest(tokenizer: Any) -> str:
     """SHA-256 over the tokens in order of their ids."""
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     return hashlib.sha256(json.dumps(tokens, ensure_ascii=True).encode()).hexdigest()
+
+
+def _behaviour(tokenizer: Any) -> bytes | None:
+    """A digest of all that a fast tokenizer goes by; None for one that does not tell."""
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is None:
+        return None
+    return hashlib.sha256(f"{len(tokenizer)} {core.to_str()}".encode()).digest()
 
 
 def _data(name: str) -> Path:
@@ -71,11 +94,12 @@ def _units() -> tuple[list[str], list[int]]:
 
 
 def _estimated_counts(tokenizer: Any) -> torch.Tensor:
+    """Counts (size,) float64 of the tokens that the shipped units fall into."""
     units, counts = _units()
     size = max([len(tokenizer), *(index + 1 for index in tokenizer.get_vocab().values())])
-    total = torch.zeros(size, dtype=torch.float64)
-    encoded = encode_plain(tokenizer, units)["input_ids"]
-    for ids, count in zip(encoded, counts, strict=True):
-        if ids:
-            total.index_add_(0, torch.tensor(ids), torch.full((len(ids),), float(count), dtype=torch.float64))
-    return total
+    encoded = encode_plain(tokenizer, units, return_attention_mask=False)["input_ids"]
+    lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))  # (n_units,)
+    ids = np.fromiter(itertools.chain.from_iterable(encoded), np.int64, int(lengths.sum()))  # (n_tokens,)
+    # sums of whole numbers are exact in float64, in whatever order
+    weights = np.repeat(np.asarray(counts, np.float64), lengths)  # (n_tokens,)
+    return torch.from_numpy(np.bincount(ids, weights, minlength=size))

@@ -12,6 +12,7 @@ from compllm_rag.compression import information
 from compllm_rag.compression.compressor import Compressor
 from compllm_rag.compression.information import information_for, information_of_counts, vocabulary_digest
 from compllm_rag.models.llm import TargetLLM
+from compllm_rag.models.plaintext import encode_plain
 
 
 def one(tokenizer: object, text: str) -> int:
@@ -167,3 +168,28 @@ def test_each_occurrence_in_a_unit_counts(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_compressor_takes_the_estimate(llm: TargetLLM) -> None:
     assert torch.equal(Compressor(llm).information.cpu(), information_for(llm.tokenizer).half().float())
+
+
+def test_counts_are_those_of_the_units_one_by_one() -> None:
+    tokenizer = toy.tokenizer()
+    units, counts = information._units()
+    expected = torch.zeros(len(tokenizer), dtype=torch.float64)
+    for unit, count in zip(units[:500], counts[:500], strict=True):
+        for token in encode_plain(tokenizer, unit)["input_ids"]:
+            expected[token] += count
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(information, "_units", lambda: (units[:500], counts[:500]))
+        assert torch.equal(information._estimated_counts(tokenizer), expected)
+
+
+def test_an_estimate_is_made_once_for_tokenizers_that_do_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = information_for(toy.tokenizer())
+    monkeypatch.setattr(information, "_estimated_counts", None)
+    again = information_for(toy.tokenizer())
+    assert torch.equal(again, first)
+    again.zero_()  # a caller's own
+    assert torch.equal(information_for(toy.tokenizer()), first)
+    other = toy.tokenizer()
+    other.add_tokens(["unheard"])
+    with pytest.raises(TypeError):  # it is estimated anew
+        information_for(other)
