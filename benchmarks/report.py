@@ -88,8 +88,8 @@ relevance`.
 PAGES = {
     "quality.md": (
         QUALITY,
-        "goals quality_deep quality_pressed quality_units narrowing quality_further quality_frozen quality_gemma chunks "
-        "chunks_kinds frontier pins placeholders quality anchors ablations",
+        "goals quality_deep quality_pressed quality_units narrowing quality_further quality_frozen quality_gemma "
+        "chunks chunks_kinds frontier pins placeholders quality anchors ablations",
     ),
     "storage.md": (STORAGE, "storage_size storage_quality_deep storage_quality store_read commits"),
     "rates.md": (RATES, "rates planner relevance"),

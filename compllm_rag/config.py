@@ -257,12 +257,17 @@ class Narrowing(Frozen):
         return f"{self.layer}:{self.share:g}" + ("" if self.by == "attention" else f":{self.by}")
 
 
+_LEAST_TEMPERATURE = 1e-6
+
+
 class GenerationConfig(Frozen):
     """How an answer is decoded: until a stop token, a stop text or `max_new_tokens`; greedily at temperature 0."""
 
     max_new_tokens: int = Field(default=64, ge=1)
     stop: tuple[str, ...] = Field(default=(), description="texts that end the answer")
-    temperature: float = Field(default=0.0, ge=0.0, description="0: the likeliest token; above: drawn at random")
+    temperature: float = Field(
+        default=0.0, ge=0.0, allow_inf_nan=False, description="0: the likeliest token; above: drawn at random"
+    )
     top_p: float | None = Field(
         default=None, gt=0.0, le=1.0, description="draw from the likeliest tokens that have this share together"
     )
@@ -270,11 +275,13 @@ class GenerationConfig(Frozen):
     repetition_penalty: float = Field(
         default=1.0, gt=0.0, description="above 1: tokens that the answer has already are less likely"
     )
-    seed: int | None = Field(default=None, ge=0, description="of what is drawn; None: another each time")
+    seed: int | None = Field(default=None, ge=0, lt=2**63, description="of what is drawn; None: another each time")
     json_schema: str | None = Field(default=None, description="JSON schema that the answer must follow")
 
     @model_validator(mode="after")
     def _chance_is_heeded(self) -> Self:
+        if 0 < self.temperature < _LEAST_TEMPERATURE:
+            raise ValueError(f"a temperature is 0, or at least {_LEAST_TEMPERATURE:g}: logits are divided by it")
         given = [name for name in ("top_p", "top_k", "seed") if getattr(self, name) is not None]
         if given and not self.temperature and "temperature" not in self.model_fields_set:
             raise ValueError(f"{', '.join(given)} need a temperature, which is 0 where none is given: nothing is drawn")

@@ -163,3 +163,9 @@ def locked(folder: Path) -> WriterLock:
             got=error.got,
             next_step="wait for its commit, or open the catalog with read_only=True",
         ) from error
+
+
+def has_tracked(connection: sqlite3.Connection) -> bool:
+    """Whether a catalog knows nodes whose vectors lie in another store: they have a table of their own."""
+    query = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = 'tracked'"
+    return bool(connection.execute(query).fetchone()[0])

@@ -9,11 +9,18 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 
+from compllm_rag.catalog.database import has_tracked
 from compllm_rag.catalog.kv import KeyValues
 
 _COLLECTION = "compllm/awaiting"
 _PER_QUERY = 500  # old SQLite takes 999 parameters
 _KEYS = "FROM kv, json_each(kv.value, '$.keys') AS k WHERE kv.collection = ?"
+
+_NODES = """SELECT kv.key, nodes.ref_doc_id FROM kv LEFT JOIN nodes ON nodes.node_id = kv.key
+    WHERE kv.collection = ? ORDER BY kv.id"""
+_BESIDE = """SELECT kv.key, COALESCE(nodes.ref_doc_id, tracked.ref_doc_id)
+    FROM kv LEFT JOIN nodes ON nodes.node_id = kv.key LEFT JOIN tracked ON tracked.node_id = kv.key
+    WHERE kv.collection = ? ORDER BY kv.id"""
 
 
 class PendingChunks:
@@ -60,12 +67,9 @@ class PendingChunks:
 
     def nodes(self) -> dict[str, str | None]:
         """The document of each of them, oldest first; None where the node itself is gone."""
-        query = (
-            "SELECT kv.key, nodes.ref_doc_id FROM kv LEFT JOIN nodes ON nodes.node_id = kv.key"
-            " WHERE kv.collection = ? ORDER BY kv.id"
-        )
         with self._kv.catalog.reading() as connection:
-            return dict(connection.execute(query, (_COLLECTION,)).fetchall())
+            beside = has_tracked(connection)  # nodes of another vector store lie in a table of their own
+            return dict(connection.execute(_BESIDE if beside else _NODES, (_COLLECTION,)).fetchall())
 
     def clear(self) -> None:
         """Forget all."""

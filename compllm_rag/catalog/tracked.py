@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from compllm_rag.catalog.catalog import Catalog
-from compllm_rag.catalog.database import storable
+from compllm_rag.catalog.database import has_tracked, storable
 from compllm_rag.library import Passage
 
 STORE_KEY = "compllm/vector-store"  # setting: the class of the store where the vectors lie
@@ -136,8 +136,7 @@ def vectors_elsewhere(catalog: Catalog) -> str | None:
 def count_chunks(connection: sqlite3.Connection) -> int:
     """How many chunks a catalog knows, wherever their vectors lie."""
     chunks = int(connection.execute("SELECT count(*) FROM nodes").fetchone()[0])
-    query = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = 'tracked'"
-    if connection.execute(query).fetchone()[0]:
+    if has_tracked(connection):
         chunks += int(connection.execute("SELECT count(*) FROM tracked").fetchone()[0])
     return chunks
 

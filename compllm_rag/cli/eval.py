@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -129,11 +130,11 @@ def eval_command(
             journal=kept,
             narrowing=narrowing,
         )
-    _write(records, record_lines([result]))
     if as_json:
         print_json(result.to_dict())
-        return
-    _show(result)
+    else:
+        _show(result)
+    _write(records, record_lines([result]))  # last: a full disk takes no result with it
 
 
 def probe_command(
@@ -169,11 +170,14 @@ def probe_command(
         made = _load(llm, reader, compressor, codec, entry_layer, dtype, offline, show)
         rate = own_rate(made) if rate is None else rate
         found = run_probes(made, mode=mode, rate=rate, config=config, progress=show.fetching)
-    _write(records, ({"kind": found.kinds[line["id"]], **line} for line in record_lines([found.result])))
-    shown = found.to_dict()
     if as_json:
-        print_json(shown)
-        return
+        print_json(found.to_dict())
+    else:
+        _show_probes(found.to_dict())
+    _write(records, ({"kind": found.kinds[line["id"]], **line} for line in record_lines([found.result])))
+
+
+def _show_probes(shown: dict[str, Any]) -> None:
     at = "" if shown["rate"] is None else f" at rate {shown['rate']:g} (achieved {shown['achieved_rate']:.2f})"
     typer.echo(f"{shown['mode']}{at}, {shown['n']} probes, {shown['llm']}; f1 of text on the same probes")
     typer.echo(f"{'':<14}{'n':>5}{'em':>8}{'f1':>8}{'subspan':>9}{'accuracy':>10}{'text f1':>9}")
@@ -239,9 +243,19 @@ def _load(
 
 def _check_target(path: Path | None) -> None:
     """Say so before the work is done that the records would have nowhere to go."""
-    if path is not None and not path.resolve().parent.is_dir():
+    if path is None:
+        return
+    if not path.resolve().parent.is_dir():
         raise ConfigurationError(
             "records cannot be written", got=path, expected="a file in an existing folder", next_step="make the folder"
+        )
+    if path.is_dir():
+        raise ConfigurationError(
+            "records cannot be written", got=f"the folder {path}", expected="a file", next_step="name a file in it"
+        )
+    if not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
+        raise ConfigurationError(
+            "records cannot be written", got=f"{path}, which may not be written", next_step="name another file"
         )
 
 

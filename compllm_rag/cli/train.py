@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from compllm_rag.cli.base import AsJson, print_json, progress_show, reported
+from compllm_rag.cli.base import LOST, AsJson, print_json, progress_show, reported
 from compllm_rag.cli.flags import flagged
 from compllm_rag.config import DEFAULT_LLM
 from compllm_rag.training.job_options import (
@@ -137,7 +138,7 @@ def deep(
 
 
 @train_app.command("selector")
-@reported
+@partial(reported, interrupted=LOST)
 def selector(
     out: Annotated[Path, typer.Option("--out", help="Folder of the compressor that is made.")],
     data_dir: Annotated[Path, typer.Option("--data-dir", help="Holds train/*.jsonl(.gz) with questions.")],
@@ -199,7 +200,7 @@ def selector(
 
 
 @train_app.command("rates")
-@reported
+@partial(reported, interrupted=LOST)
 def rates(
     out: Annotated[Path, typer.Option("--out", help="Folder of the compressor; may be the one it comes from.")],
     data_dir: Annotated[Path, typer.Option("--data-dir", help="Holds train/*.jsonl(.gz) with questions.")],

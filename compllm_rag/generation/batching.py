@@ -159,7 +159,7 @@ class BatchedStream:
                 made = pieces.get()
                 if isinstance(made, Exception):
                     raise made
-                if self._request.cancelled:
+                if self._request.cancelled and self._request.closed is None:
                     break
                 self._ids += made.tokens
                 self._text += made.text

@@ -7,6 +7,7 @@ wrongly without a word when given only the rest, and it offers no hook between p
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -26,11 +27,13 @@ from compllm_rag.generation.sampling import Choice
 from compllm_rag.generation.structured import SchemaConstraint
 from compllm_rag.generation.text import Detokenizer
 from compllm_rag.handles import ProcessBound
-from compllm_rag.models.device_memory import room_for
+from compllm_rag.models.device_memory import memory_trouble, release_unused, room_for
 from compllm_rag.models.halves import Halves
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.models.narrowing import NarrowedHalves
 from compllm_rag.prompt import PromptInputs, PromptPlan, lay_out
+
+logger = logging.getLogger(__name__)
 
 
 class LocalGenerator(ProcessBound):
@@ -63,8 +66,20 @@ class LocalGenerator(ProcessBound):
 
     @functools.cached_property
     def halves(self) -> Halves | None:
-        """The LLM in two halves; merged at the first prompt with deep concepts: who only ingests has no need of it."""
-        return None if self._halves is None else self._halves.merged()
+        """The LLM in two halves; merged at the first prompt with deep concepts: who only ingests has no need of it.
+
+        Where there is no memory for that they stay as they are, LoRA live.
+        """
+        if self._halves is None:
+            return None
+        try:
+            return self._halves.merged()
+        except (RuntimeError, MemoryError) as error:
+            if memory_trouble(error) is None:
+                raise
+        release_unused(self.llm.device)
+        logger.warning("no memory to merge the LoRA that reads concepts: questions are answered more slowly")
+        return self._halves
 
     def prepare_narrowing(self, narrowing: Narrowing) -> None:
         """Have the LLM in the parts that narrowed prompts run through.

@@ -68,6 +68,7 @@ class Request:
         parts: The prompt while it is being read.
         row: The prompt when it was read, and `steps`, what goes on with it.
         token: The newest of its answer.
+        closed: What is said in place of the rest of an answer that is ended for all.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Request:
         self.row: Row | None = None
         self.steps: Steps | None = None
         self._llm, self._lay_out, self._cancel = llm, lay_out, cancel
+        self.closed: Exception | None = None
         self._abandoned, self._stop = False, llm.stop_ids()
         self._text, self._choose, self._made = Detokenizer(llm.tokenizer, config.stop), self._choice(), 0
 
@@ -113,6 +115,12 @@ class Request:
 
     def abandon(self) -> None:
         """Nobody takes the answer any more; from whatever thread."""
+        self._abandoned = True
+
+    def close(self, error: Exception) -> None:
+        """No more of the answer is made, and whoever takes it is told so."""
+        if not self.cancelled:
+            self.closed = error
         self._abandoned = True
 
     def begin(self, most: int | None) -> None:
@@ -172,6 +180,9 @@ class Request:
 
     def end(self, reason: FinishReason) -> bool:
         """The answer ends without a further token; False."""
+        if self.closed is not None and reason == "cancelled":
+            self.fail(self.closed)
+            return False
         self.pieces.put(Made((), self._text.finish(), reason))
         return False
 

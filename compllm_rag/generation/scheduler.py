@@ -104,7 +104,7 @@ class Scheduler:
         with self._changed:
             self._closed = True
             for request in (*self._queue, *self._active):
-                request.abandon()
+                request.close(_closed())
             thread = self._thread
             self._changed.notify_all()
         if "workers" in vars(self):

@@ -60,6 +60,18 @@ class AccountsObserver:
         self._library.ensure(node.get_content(metadata_mode=MetadataMode.NONE) for node in nodes)
         self._library.store.flush()
 
+    def recheck(self, keys: Mapping[str, Sequence[str]]) -> None:
+        """Note which nodes lack concepts by now: what was made may have been lost before it was on the disk.
+
+        Args:
+            keys: Of the concepts of each node, by its id.
+        """
+        wanted = list(dict.fromkeys(key for each in keys.values() for key in each))
+        there = self._library.store.contains(wanted)
+        absent = {key for key, kept in zip(wanted, there, strict=True) if not kept}
+        lacking = {node_id: [key for key in each if key in absent] for node_id, each in keys.items()}
+        self._pending.add({node_id: each for node_id, each in lacking.items() if each})
+
     def flush(self) -> None:
         """Have the concepts that were made on the disk."""
         self._library.store.flush()

@@ -52,6 +52,9 @@ class TrackingObserver(Protocol):
     def complete(self, nodes: Sequence[BaseNode]) -> None:
         """Have their concepts."""
 
+    def recheck(self, keys: Mapping[str, Sequence[str]]) -> None:
+        """Some of the concepts that nodes have may have been lost."""
+
     def flush(self) -> None:
         """Have what was made on the disk."""
 
@@ -74,6 +77,7 @@ class TrackedVectorStore(ProcessBound, ThreadedVectorStore):
     _inner: BasePydanticVectorStore = PrivateAttr()
     _tracked: TrackedNodes = PrivateAttr()
     _observer: TrackingObserver | None = PrivateAttr(default=None)
+    _since: dict[str, Sequence[str]] = PrivateAttr(default_factory=dict)  # keys of nodes noted since the last commit
     _opened_by: ClassVar[str] = "open it there with ConceptIndex.from_vector_store"
 
     def __init__(self, inner: BasePydanticVectorStore, catalog: Catalog) -> None:
@@ -283,12 +287,14 @@ class TrackedVectorStore(ProcessBound, ThreadedVectorStore):
     def commit(self) -> None:
         """Make durable what the catalog knows; the other store has done so in its own way."""
         self.catalog.commit()
+        self._since.clear()
 
     def rollback(self) -> None:
         """Keep what was done: the other store cannot take it back, and the catalog must not forget it."""
         if self.catalog.pending:
             self._seen().flush()
-            self.catalog.commit()
+            self._seen().recheck(self._since)  # a flush that failed before this one has forgotten what it had
+            self.commit()
 
     def close(self) -> None:
         """Close the catalog. The other store stays open: it is whose it was."""
@@ -327,11 +333,14 @@ class TrackedVectorStore(ProcessBound, ThreadedVectorStore):
             )
         self._tracked.add(notes)
         seen.added(nodes)
+        self._since |= {note.node_id: note.passage.all_keys for note in notes}
 
     def _take_away(self, known: Mapping[str, TrackedNode]) -> None:
         if known:
             self._seen().gone({id_: (node.ref_doc_id, node.passage) for id_, node in known.items()})
             self._tracked.forget(known)
+            for id_ in known:
+                self._since.pop(id_, None)
 
     def _delete_inside(self, going: list[str], known: Mapping[str, TrackedNode], options: dict[str, Any]) -> None:
         try:

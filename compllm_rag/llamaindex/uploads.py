@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -313,7 +314,11 @@ class UploadQueue:
             nodes = self._index.faiss.get_nodes(list(node_ids))  # those that were deleted meanwhile are left out
             traced_ensure(self._index.library, (node.get_content(metadata_mode=MetadataMode.NONE) for node in nodes))
             self._index.store.flush()
-        except (StoreLockedError, StoreFullError, StoreUnavailableError) as error:
+        except StoreFullError as error:
+            with suppress(CompLLMError):
+                self._index.store.flush()  # what there was room for; and whoever makes more room needs the lock
+            return error
+        except (StoreLockedError, StoreUnavailableError) as error:
             return error
         with self._changed:
             if self._held_up is not None:

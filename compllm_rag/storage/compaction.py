@@ -16,7 +16,7 @@ from compllm_rag.catalog.tracked import count_chunks
 from compllm_rag.errors import StorageMismatchError
 from compllm_rag.storage.manifest import CONCEPTS, META_KEY, Manifest, require_storage
 from compllm_rag.storage.migration import BACKUP
-from compllm_rag.storage.namespaces import FOLDER
+from compllm_rag.storage.namespaces import FOLDER, bytes_of
 from compllm_rag.storage.stores import open_store
 from compllm_rag.store.compaction import CompactReport
 
@@ -112,4 +112,4 @@ def _require_counts(catalog: Catalog, accounts: Accounts) -> None:
 
 def _size(folder: Path) -> int:
     others = {folder / FOLDER, *folder.glob(BACKUP.format("*"))}  # storages of their own
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and others.isdisjoint(p.parents))
+    return sum(bytes_of(p) for p in folder.rglob("*") if not p.is_dir() and others.isdisjoint(p.parents))

@@ -166,6 +166,13 @@ def _places(header: ExportHeader, wanted: list[int], target: Path) -> tuple[dict
         StorageMismatchError: Something is there already.
         ConfigurationError: A name can be none.
     """
+    if os.path.ismount(target) and not any(target.iterdir()):
+        raise ConfigurationError(
+            "a volume's own folder cannot be imported to: a storage is put in its place whole, by one rename",
+            got=target,
+            expected="a new folder",
+            next_step=f"name a folder in it, such as {target / 'storage'}",
+        )
     new = not os.path.lexists(target) or (target.is_dir() and not target.is_symlink() and not any(target.iterdir()))
     if not new and not (holds_storage(target) or (target / FOLDER).is_dir()):
         raise StorageMismatchError(

@@ -29,13 +29,18 @@ from compllm_rag.errors import CompLLMError, ConfigurationError, StorageNotFound
 from compllm_rag.storage.manifest import CATALOG, CONCEPTS, read_manifest
 from compllm_rag.storage.stores import open_store
 from compllm_rag.store.lock import WriterLock
+from compllm_rag.store.manifest import MANIFEST_NAME
 from compllm_rag.store.redis import RedisStore
+from compllm_rag.store.writing import LOCK_NAME
 
 FOLDER = "namespaces"
 DEFAULT: str = IngestConfig.model_fields["namespace"].default
 _DELETED = ".deleted-"
 # Parts of a storage, in the order in which they are deleted where they have no folder to themselves: as long as the
 # catalog is there, it can be seen that the rest has to go.
+_STORE_PARTS = {MANIFEST_NAME, "packs", "index", LOCK_NAME}  # of a concept store; one that was just begun has fewer
+# Of these names a folder may have parts that were never a storage's: without a catalog they are left alone.
+_COMMON = ("backup-v[0-9]*", "compressor", "reader")
 _PARTS = (
     "vectors-[0-9]*.faiss", "vectors-[0-9]*.faiss.tmp", "vectors-[0-9]*.log", "concepts", "concepts.damaged[0-9]*",
     "backup-v[0-9]*", "compressor", "reader", "watch.lock", "catalog.lock", "catalog.db-wal", "catalog.db-shm",
@@ -230,11 +235,26 @@ def _described(path: Path) -> Namespace:
 
 
 def _own_parts(folder: Path) -> list[Path]:
-    return [path for pattern in _PARTS for path in sorted(folder.glob(pattern))]
+    named = (folder / CATALOG).exists()
+    patterns = [
+        pattern
+        for pattern in _PARTS
+        if named or (pattern not in _COMMON and (pattern != CONCEPTS or _is_store(folder / CONCEPTS)))
+    ]
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
 
 
 def _is_begun(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (CATALOG, CONCEPTS)) or any(folder.glob("vectors-[0-9]*.faiss"))
+    there = (folder / CATALOG).exists() or _is_store(folder / CONCEPTS)
+    return there or any(folder.glob("vectors-[0-9]*.faiss"))
+
+
+def _is_store(folder: Path) -> bool:
+    """Whether a folder holds parts of a concept store and nothing else; `concepts` is a name that others use, too."""
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    return bool(names) and all(name in _STORE_PARTS or name.startswith(f"{MANIFEST_NAME}.") for name in names)
 
 
 @contextmanager
@@ -262,12 +282,26 @@ def _purge(root: Path) -> int:
 def _remove(path: Path) -> None:
     with translated_errors(path, writing=True):
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            shutil.rmtree(path, onerror=_raise_unless_gone)
         else:
             path.unlink(missing_ok=True)
 
 
+def _raise_unless_gone(function: object, path: str, error: tuple[type[BaseException], BaseException, object]) -> None:
+    """What somebody else has deleted meanwhile need not be deleted."""
+    if not isinstance(error[1], FileNotFoundError):
+        raise error[1]
+
+
 def _size(path: Path) -> int:
     if not path.is_dir():
+        return bytes_of(path)
+    return sum(bytes_of(Path(top) / name) for top, _, names in os.walk(path) for name in names)
+
+
+def bytes_of(path: Path) -> int:
+    """Size of a file, 0 for one that is gone: writers replace files while they are counted."""
+    try:
         return path.lstat().st_size
-    return sum(os.lstat(Path(top) / name).st_size for top, _, names in os.walk(path) for name in names)
+    except FileNotFoundError:
+        return 0

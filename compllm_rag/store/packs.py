@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -95,7 +96,7 @@ class PackWriter:
         self._folder, self._header, self._pack_bytes = folder, header, pack_bytes
         self._file: int | None = None
         self._end = 0
-        self._runs: dict[int, tuple[int, int, hashlib._Hash]] = {}  # start, bytes and digest by pack
+        self._runs: list[tuple[int, int, int, hashlib._Hash]] = []  # pack, start, bytes and digest, in this order
         with translated_errors(folder, writing=True):
             sizes = pack_sizes(folder)
             self._number = max(sizes, default=0)
@@ -138,15 +139,26 @@ class PackWriter:
                 self._start_pack()
             start = self._end
             self._write(data)
-            first, nbytes, digest = self._runs.setdefault(self._number, (start, 0, hashlib.sha256()))
-            digest.update(data)
-            self._runs[self._number] = (first, nbytes + len(data), digest)
+            self._note(start, data)
             return self._number, start
+
+    def _note(self, start: int, data: bytes) -> None:
+        """Add to the last run, or begin another one behind bytes that no run has.
+
+        A Ctrl-C may come anywhere in here: digest and length change in one step.
+        """
+        last = self._runs[-1] if self._runs else None
+        if last is not None and (last[0], last[1] + last[2]) == (self._number, start):
+            digest = last[3].copy()
+            digest.update(data)
+            self._runs[-1] = (self._number, last[1], last[2] + len(data), digest)
+        else:
+            self._runs.append((self._number, start, len(data), hashlib.sha256(data)))
 
     @property
     def runs(self) -> list[Run]:
-        """What was appended by this writer, a run for each pack."""
-        return [Run(pack, start, nbytes, digest.digest()) for pack, (start, nbytes, digest) in self._runs.items()]
+        """What was appended by this writer, for each pack a run, or several where bytes between them are nobody's."""
+        return [Run(pack, start, nbytes, digest.digest()) for pack, start, nbytes, digest in self._runs]
 
     def forget_runs(self) -> None:
         """Begin new runs; the former ones are in the index."""
@@ -199,7 +211,12 @@ class PackWriter:
 
 def pack_sizes(folder: Path) -> dict[int, int]:
     """Bytes of every pack, by number."""
-    return {int(path.stem): path.stat().st_size for path in folder.glob("*.pack") if path.stem.isdigit()}
+    sizes = {}
+    for path in folder.glob("*.pack"):
+        if path.stem.isdigit():
+            with suppress(FileNotFoundError):  # a compaction has taken it away
+                sizes[int(path.stem)] = path.stat().st_size
+    return sizes
 
 
 def wrong_header(found: bytes, path: Path, key: str) -> CompLLMError:

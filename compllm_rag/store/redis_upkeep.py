@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
-from compllm_rag.errors import CorruptRecordError
+from compllm_rag.errors import CorruptRecordError, StoreLockedError
 from compllm_rag.store.base import is_key
 from compllm_rag.store.compaction import CompactReport
 from compllm_rag.store.index_rows import Totals
@@ -25,9 +26,10 @@ def check_space(store: RedisStore, *, deep: bool, progress: Progress | None) -> 
     """Check every record of a store and whether they add up; see `RedisStore.verify`."""
     for _ in range(_LOOKS):
         before, made = store.totals(), _check(store, deep, progress)
-        if store.totals() == before:
+        if still := store.totals() == before:
             break
-    if not made.damage and made.sound != before:
+    # Where somebody wrote during every look, it cannot be told whether records and sums agree.
+    if still and not made.damage and made.sound != before:
         made.damage.append(Damage(f"Redis: the sums say {before}, the records {made.sound}"))
     return made
 
@@ -83,19 +85,41 @@ def _at_first_sight(key: str, value: bytes, length: int, left_ms: int) -> str | 
 
 
 def discard_damaged(store: RedisStore, check: StoreCheck) -> None:
-    """Delete damaged records for all owners, and set the sums to those of the sound ones."""
+    """Delete damaged records for all owners, and set the sums to those of the records that are there then.
+
+    Raises:
+        StoreLockedError: Others wrote all the time, so that the sums could not be set; the records are gone.
+    """
+    from redis.exceptions import WatchError
+
     names = store.record_names([damage.key for damage in check.damage if damage.key is not None])
-    sums = {"records": check.sound.records, "concepts": check.sound.concepts}
-    sums["payload_bytes"] = check.sound.payload_bytes
 
     def delete(client: Any) -> None:
         with client.pipeline(transaction=True) as pipeline:
             for name in names:
                 pipeline.unlink(name)
-            pipeline.hset(store.names.totals, mapping=sums)
             pipeline.execute()
 
-    store.server.call(delete)
+    def settle(client: Any) -> bool:
+        with client.pipeline(transaction=True) as pipeline:
+            pipeline.watch(store.names.totals)  # whoever puts or gives up a record changes it
+            found = _check(store, False, None).sound
+            pipeline.multi()
+            pipeline.hset(store.names.totals, mapping=asdict(found))
+            try:
+                pipeline.execute()
+            except WatchError:
+                return False
+        return True
+
+    if names:
+        store.server.call(delete)
+    if not any(store.server.call(settle) for _ in range(_LOOKS)):
+        raise StoreLockedError(
+            "the sums of the concept store could not be set",
+            got=f"others who wrote during each of {_LOOKS} looks at it",
+            next_step="repair once more while nobody ingests",
+        )
 
 
 def give_up_dead(

@@ -96,8 +96,11 @@ def _check(parts: StoreParts, deep: bool, progress: Progress | None) -> StoreChe
 
 def _header_is_sound(parts: StoreParts, number: int, made: StoreCheck) -> bool:
     path = pack_path(parts.folder, number)
-    with translated_errors(path, writing=False), path.open("rb") as file:
-        found = file.read(HEADER_BYTES)
+    try:
+        with translated_errors(path, writing=False), path.open("rb") as file:
+            found = file.read(HEADER_BYTES)
+    except FileNotFoundError:  # a compaction has taken it away; where there was none, its rows say what is missing
+        return False
     # A shorter one is what a kill leaves while a pack is begun; nothing is ever put behind it.
     if found != parts.header and len(found) == HEADER_BYTES:
         made.damage.append(Damage(f"{path.name}: {wrong_header(found, path, path.name).what}"))
@@ -151,21 +154,25 @@ def _check_runs(parts: StoreParts, sizes: dict[int, int], made: StoreCheck, prog
     runs, known = parts.index.runs(), bool(made.damaged_rows)
     for number, run in enumerate(runs, 1):
         # Where records are damaged, their packs' digests can but say so again.
-        if not known and run.pack in sizes and _digest(parts, run) != run.sha256:
-            made.damage.append(
-                Damage(f"{pack_path(parts.folder, run.pack).name}: SHA-256 of {run.nbytes} bytes from {run.start}")
-            )
+        if not known and run.pack in sizes and (found := _digest(parts, run)) != run.sha256:
+            name = pack_path(parts.folder, run.pack).name
+            wrong = f"SHA-256 of {run.nbytes} bytes from {run.start}" if found else "the pack is gone"
+            made.damage.append(Damage(f"{name}: {wrong}"))
         if progress:
             progress("checking packs", number / len(runs))
 
 
-def _digest(parts: StoreParts, run: Run) -> bytes:
+def _digest(parts: StoreParts, run: Run) -> bytes | None:
+    """Of the bytes that a run has now; None where its pack is gone, as after a compaction meanwhile."""
     path, digest, left = pack_path(parts.folder, run.pack), hashlib.sha256(), run.nbytes
-    with translated_errors(path, writing=False), path.open("rb") as file:
-        file.seek(run.start)
-        while left > 0 and (block := file.read(min(left, _BLOCK))):
-            digest.update(block)
-            left -= len(block)
+    try:
+        with translated_errors(path, writing=False), path.open("rb") as file:
+            file.seek(run.start)
+            while left > 0 and (block := file.read(min(left, _BLOCK))):
+                digest.update(block)
+                left -= len(block)
+    except FileNotFoundError:
+        return None
     return digest.digest()
 
 

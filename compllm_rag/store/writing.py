@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from compllm_rag.errors import StoreFullError
+from compllm_rag.errors import CompLLMError, StoreFullError
 from compllm_rag.metrics import Traffic
 from compllm_rag.store.index import LocationIndex
 from compllm_rag.store.index_rows import Totals
@@ -92,6 +93,14 @@ class StoreWriter:
             StoreFullError: No room for all of them; the first ones were put.
             StoreLockedError: Another process writes.
         """
+        try:
+            return self._append(batch)
+        except BaseException:
+            if not self._pending:  # nothing to flush: whoever makes room, by a compaction, needs the lock
+                self.release()
+            raise
+
+    def _append(self, batch: Mapping[str, tuple[int, bytes]]) -> int:
         writer = self.acquire()
         if writer.full and self._pending:
             self.flush()
@@ -147,8 +156,21 @@ class StoreWriter:
                 self._beyond = self._writer.number
                 self._forget_pending()
                 raise
-            self._index.add(self._pending, self.totals(), self._writer.runs)
+            try:
+                self._index.add(self._pending, self.totals(), self._writer.runs)
+            except BaseException:
+                self._forget_committed()
+                raise
         self._forget_pending()
+
+    def _forget_committed(self) -> None:
+        """Let go of what a transaction that ended in an error has written all the same.
+
+        A Ctrl-C may have come behind its COMMIT, and what is in the index must not be counted to its sums once more.
+        """
+        with suppress(CompLLMError, OSError):
+            if all(self._index.find(list(self._pending))):
+                self._forget_pending()
 
     def _forget_pending(self) -> None:
         self._pending.clear()

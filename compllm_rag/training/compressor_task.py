@@ -16,6 +16,7 @@ from compllm_rag.compression.compressor import Compressor, batches
 from compllm_rag.compression.pretrained import save_compressor
 from compllm_rag.compression.rates import concepts_at, max_rate
 from compllm_rag.config import Narrowing
+from compllm_rag.errors import ConfigurationError
 from compllm_rag.training.examples import Example, pack, positions_of, targets_of, weight_of
 from compllm_rag.training.job_options import CompressorOptions, ObjectiveConfig, RatesConfig
 from compllm_rag.training.live_reader import LiveReader
@@ -34,6 +35,8 @@ from compllm_rag.training.standardised import plain_head, standardise
 _SEGMENT_POSITIONS = 4096
 # Below this many nats between no passages and text there is nothing to recover (docs/design.md section 7).
 _LEAST_GAIN = 0.3
+# Examples that are drawn until one counts; a mix of which hardly any does is refused.
+_TRIES = 200
 _DEFAULT = CompressorOptions()
 
 
@@ -109,12 +112,9 @@ class CompressorTask:
         trainable(compressor, live)
         self.module: nn.Module = _Trained(compressor, self.objective, live)
         self.validation_rates = [r for r in validation_rates if r <= max_rate(compressor.config.segment_length)]
-        rng = random.Random(0)
-        groups = material.held_out or material.groups[:validation]
-        chosen = rng.sample(groups, min(validation, len(groups)))
-        self.validation = [material.questions(group, rng, 0, extras=False) for group in chosen]
+        self.validation = material.looked_at(validation)
         self._fixed: dict[str, float] = {}
-        self._begun = 0.0
+        self._begun: float | None = None
 
     def _some_segments(self) -> tuple[list[tuple[int, ...]], list[int]]:
         """A few hundred segments with their K, the same whenever the run is started again."""
@@ -134,8 +134,19 @@ class CompressorTask:
         return [*groups, {"params": self.live.parameters(), "times": 1.0}] if self.live else groups
 
     def draw(self, rng: random.Random) -> Drawn:
-        """One example with its rates."""
-        example = self.material.draw(rng)
+        """One example with its rates.
+
+        Raises:
+            ConfigurationError: All that the mix has counts nothing.
+        """
+        example = next((e for e in (self.material.draw(rng) for _ in range(_TRIES)) if self._weight(e) > 0), None)
+        if example is None:  # such as a share of questions of 0, and no weight for copying and continuing texts
+            raise ConfigurationError(
+                "nothing of the training mix counts",
+                got=f"--qa {self.material.config.qa:g}, {self.objective.kinds}",
+                expected="questions, or a weight above 0 for a kind of text that is drawn",
+                next_step="raise --qa, --copy-branches or --continue-branches",
+            )
         if rng.random() < self.text_share:
             return Drawn(example, None)
         return Drawn(example, self.rates.draw(example, rng, self.compressor.config.segment_length))
@@ -151,7 +162,10 @@ class CompressorTask:
 
     def weight(self, item: Drawn) -> float:
         """Its branches, by what their kinds count."""
-        return weight_of(item.example, self.objective.kinds)
+        return self._weight(item.example)
+
+    def _weight(self, example: Example) -> float:
+        return weight_of(example, self.objective.kinds)
 
     def alike(self, item: Drawn) -> bool:
         """Examples that may share a forward."""
@@ -166,7 +180,9 @@ class CompressorTask:
         for rate in self.validation_rates:
             found |= self._look(rate, pruned=False)
         # The likelihood, not recovered: that would reward a reader that reads text worse, and may be undefined.
-        self._begun = self._begun or found["nll_text"]
+        if self._begun is None:  # what text gave before the reader was trained, also where a run goes on
+            with self.live.off() if self.live else nullcontext():
+                self._begun = self._nll(self.validation, None)
         mean = sum(found[f"nll_concepts@{rate:g}"] for rate in self.validation_rates) / len(self.validation_rates)
         found["score"] = -mean - max(0.0, found["nll_text"] - self._begun)
         return found

@@ -113,10 +113,7 @@ class DeepTask:
         tables = {"information": compressor.information, "selector": compressor.selector}
         self._untrained = DeepCompressor(compressor.llm, plain, **tables)
         self.validation_rates = list(validation_rates)
-        rng = random.Random(0)
-        groups = material.held_out or material.groups[:validation]
-        chosen = rng.sample(groups, min(validation, len(groups)))
-        self.validation = [material.questions(group, rng, 0, extras=False) for group in chosen]
+        self.validation = material.looked_at(validation)
         self._fixed: dict[str, float] = {}
 
     def parameter_groups(self, config: RunConfig) -> list[dict[str, Any]]:

@@ -30,7 +30,12 @@ class MaterialConfig(Frozen):
     is drawn instead.
     """
 
-    max_context: int = Field(default=320, ge=20, le=8000, description="most source tokens of one example")
+    max_context: int = Field(
+        default=320,
+        ge=20,
+        le=8000,
+        description="most source tokens of one example; passages that hold the answer are read whole, however long",
+    )
     qa: Share = Field(default=0.6, description="share of examples with questions; the others are windows of plain text")
     distractors: Share = Field(default=0.35, description="share of single-passage questions that get further passages")
     near: Share = Field(

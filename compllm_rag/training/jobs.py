@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -81,12 +82,8 @@ def train_compressor(
             next_step="set --rank",
         )
     with _first_process_first():
-        material = _load(
-            data, Segmenter(llm.tokenizer, config.segment_length, config.segmenter_version), out / "data", progress
-        )
-        if options.labels == "own":
-            groups = material.groups[: options.label_groups]
-            material.answers.update(own_answers(llm, groups, material, out / "own_answers.jsonl", progress))
+        segmenter = Segmenter(llm.tokenizer, config.segment_length, config.segmenter_version)
+        material = _load(data, llm, segmenter, out / "data", progress)
     compressor = started or new_compressor(llm, config, material, options.answer_weight)
     facts = {
         "compressor": compressor.config.model_dump(mode="json"),
@@ -97,7 +94,11 @@ def train_compressor(
         "answer_weight": options.answer_weight,
     }
     with _first_process_first():
-        _same_job(out, "compressor", llm, facts)
+        sources = _sources(data, material, options) | {"text_share": options.text_share}
+        _same_job(out, "compressor", llm, facts, sources)
+        if options.labels == "own":
+            groups = material.groups[: options.label_groups]
+            material.answers.update(own_answers(llm, groups, material, out / "own_answers.jsonl", progress))
     task = CompressorTask(
         compressor,
         material,
@@ -151,7 +152,7 @@ def train_deep(
     config = started.config if started else checked(CompressorConfig, **units)
     with _first_process_first():
         segmenter = Segmenter(llm.tokenizer, config.segment_length, config.segmenter_version)
-        material = _load(data, segmenter, out / "data", progress, config.unit_length)
+        material = _load(data, llm, segmenter, out / "data", progress, config.unit_length)
     compressor = started or untrained_deep(
         llm,
         options.entry_layer,
@@ -168,7 +169,7 @@ def train_deep(
         **({"narrow": list(options.narrow), "narrowed": options.narrowed} if options.narrow else {}),
     }
     with _first_process_first():
-        _same_job(out, "deep", llm, facts)
+        _same_job(out, "deep", llm, facts, _sources(data, material, options))
     task = DeepTask(
         compressor,
         material,
@@ -206,14 +207,13 @@ def train_reader(
         options.llm, reader=None, dtype=options.dtype, device=options.device or _local_device(), progress=progress
     )
     kept = out / "own_instructions.jsonl"
-    with _first_process_first():
-        material = _load(data, Segmenter(target.tokenizer, 20), out / "data", progress)
-        keep = own_instructions(target, material, kept, progress=progress) if options.keep_share else []
     started = read_adapter(options.init) if options.init is not None else None
     rank = int(started[0]["r"]) if started else options.rank
     facts = {"rank": rank, "keep_share": options.keep_share}
     with _first_process_first():
-        _same_job(out, "reader", target, facts)
+        material = _load(data, target, Segmenter(target.tokenizer, 20), out / "data", progress)
+        _same_job(out, "reader", target, facts, _sources(data, material, options))
+        keep = own_instructions(target, material, kept, progress=progress) if options.keep_share else []
     task = ReaderTask(
         target, material, keep=keep, rank=rank, keep_share=options.keep_share, validation=options.validation
     )
@@ -269,7 +269,12 @@ def _check(data: DataOptions) -> None:
 
 
 def _load(
-    data: DataOptions, segmenter: Segmenter, cache: Path, progress: Progress, unit_length: int | None = None
+    data: DataOptions,
+    llm: TargetLLM,
+    segmenter: Segmenter,
+    cache: Path,
+    progress: Progress,
+    unit_length: int | None = None,
 ) -> Material:
     questions, texts = list(data.questions), list(data.texts)
     for spec in data.hub:
@@ -278,7 +283,28 @@ def _load(
     if data.data_dir is not None:
         folder = Material.files_of(data.data_dir)
         questions, texts = questions + folder[0], texts + folder[1]
-    return Material(questions, texts, segmenter, data.material, unit_length=unit_length)
+    return Material(questions, texts, segmenter, data.material, unit_length=unit_length, window=llm.window)
+
+
+def _sources(
+    data: DataOptions, material: Material, options: CompressorOptions | DeepOptions | ReaderOptions
+) -> dict[str, Any]:
+    """What a run is made from, so that it does not go on with something else; of files a digest of what is in them."""
+    return {
+        "material": data.material.model_dump(mode="json"),
+        "data": sorted(f"{path.name} {_digest(path)}" for path in material.files),
+        "from": None if options.init is None else _digest(options.init),
+        "validation": options.validation,
+    }
+
+
+def _digest(path: Path) -> str:
+    """The start of a SHA-256 over a file, or over the adapter in a folder."""
+    found = hashlib.sha256()
+    for each in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        with each.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()[:16]
 
 
 def _run(
@@ -312,10 +338,10 @@ def _run(
     return record | {"skipped": len(material.skipped), "out": str(out)}
 
 
-def _same_job(out: Path, kind: str, llm: TargetLLM, facts: dict[str, Any]) -> None:
-    """Refuse to go on with a run of another LLM or of other settings."""
+def _same_job(out: Path, kind: str, llm: TargetLLM, facts: dict[str, Any], sources: dict[str, Any]) -> None:
+    """Refuse to go on with a run of another LLM, of other settings or of other data."""
     path = out / "job.json"
-    mine = {"kind": kind, "llm": {"source": llm.source, "identity": llm.identity}, "facts": facts}
+    mine = {"kind": kind, "llm": {"source": llm.source, "identity": llm.identity}, "facts": facts, "sources": sources}
     if not path.exists():
         out.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
@@ -328,7 +354,9 @@ def _same_job(out: Path, kind: str, llm: TargetLLM, facts: dict[str, Any]) -> No
             expected=f"{former['llm']['source']} ({former['llm']['identity'][:16]})",
             next_step="choose another --out, or that LLM and reader",
         )
-    wanted, found = {"kind": former["kind"], **former["facts"]}, {"kind": kind, **facts}
+    # Runs of earlier releases do not say what they were made from.
+    wanted = {"kind": former["kind"], **former.get("sources", sources), **former["facts"]}
+    found = {"kind": kind, **sources, **facts}
     changed = [name for name in wanted | found if wanted.get(name) != found.get(name)]
     if changed:
         raise ConfigurationError(

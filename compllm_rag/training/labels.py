@@ -6,17 +6,17 @@ to other prompts, before it was changed.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
 
 from compllm_rag.config import GenerationConfig
-from compllm_rag.evaluation.questions import read_rows
+from compllm_rag.evaluation.journal import Journal
+from compllm_rag.evaluation.questions import Question
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import Message, PromptPlan, TextSpan
-from compllm_rag.training.material import Group, Material
+from compllm_rag.training.material import Group, Material, shown_of
 from compllm_rag.training.run_config import Progress
 
 _BATCH = 16
@@ -34,25 +34,24 @@ REQUESTS = (
 
 def own_answers(
     llm: TargetLLM, groups: Sequence[Group], material: Material, path: Path, progress: Progress | None = None
-) -> dict[str, str]:
-    """Greedy answers to the questions of some groups, by question id.
+) -> dict[Question, str]:
+    """Greedy answers to the questions of some groups.
 
     Args:
         llm: The target, reader merged.
         groups: Whose questions are answered, with their supporting passages as text.
         material: Knows the prompt.
-        path: JSON lines `{"id", "answer"}`; what is there is not answered again, so the work can be interrupted.
+        path: A `Journal` of answers by LLM and prompt; what is there is not answered again, so the work can be
+            interrupted.
         progress: Called with a message and the share that is done.
     """
-    known = {str(row["id"]): str(row["answer"]) for _, row in read_rows(path)} if path.exists() else {}
-    todo: list[tuple[str, PromptPlan]] = []
+    asked: list[Question] = []
+    plans: list[PromptPlan] = []
     for group in groups:
-        shown = [p for p in group.passages if p.supporting] or list(group.passages[:1])
-        for question in group.questions:
-            if question.id not in known:
-                bodies = [(p.title, [TextSpan(material.body(p.text).ids, i)]) for i, p in enumerate(shown)]
-                todo.append((question.id, material.prompt.plan(question.question, bodies)))
-    return known | _answer(llm, todo, path, 24, progress)
+        bodies = [(p.title, [TextSpan(material.body(p.text).ids, i)]) for i, p in enumerate(shown_of(group))]
+        asked += group.questions
+        plans += [material.prompt.plan(question.question, bodies) for question in group.questions]
+    return dict(zip(asked, _answers(llm, plans, path, 24, progress), strict=True))
 
 
 def own_instructions(
@@ -68,37 +67,37 @@ def own_instructions(
         progress: Called with a message and the share that is done.
     """
     rng = random.Random(0)
-    prompts: dict[str, PromptPlan] = {}
-    for count in range(number if material.texts else 0):
+    plans: list[PromptPlan] = []
+    for _ in range(number if material.texts else 0):
         text = rng.choice(material.texts)
         begin = rng.randrange(max(1, len(text) - 600))
         request = f"{rng.choice(REQUESTS)}\n\n{text[begin : begin + rng.randrange(150, 600)].strip()}"
-        prompts[str(count)] = PromptPlan(tuple(material.prompt.template.spans([Message("user", (request,))], [])))
-    known = {str(row["id"]): str(row["answer"]) for _, row in read_rows(path)} if path.exists() else {}
-    made = known | _answer(llm, [(k, p) for k, p in prompts.items() if k not in known], path, 48, progress)
+        plans.append(PromptPlan(tuple(material.prompt.template.spans([Message("user", (request,))], []))))
     out = []
-    for index, plan in prompts.items():
-        answer = material.prompt.template.plain(made.get(index, ""))
+    for plan, told in zip(plans, _answers(llm, plans, path, 48, progress), strict=True):
+        answer = material.prompt.template.plain(told)
         if answer:
-            ids = tuple(token for span in plan.spans if isinstance(span, TextSpan) for token in span.ids)
-            out.append((ids, tuple(answer)))
+            out.append((_ids(plan), tuple(answer)))
     return out
 
 
-def _answer(
-    llm: TargetLLM, todo: Sequence[tuple[str, PromptPlan]], path: Path, limit: int, progress: Progress | None
-) -> dict[str, str]:
-    generator = LocalGenerator(llm, GenerationConfig(max_new_tokens=limit))
-    made: dict[str, str] = {}
-    ordered = sorted(todo, key=lambda item: item[1].positions)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        for begin in range(0, len(ordered), _BATCH):
-            some = ordered[begin : begin + _BATCH]
-            for (name, _), answer in zip(some, generator.generate([plan for _, plan in some]), strict=True):
-                made[name] = answer.text.strip()
-                file.write(json.dumps({"id": name, "answer": made[name]}) + "\n")
-            file.flush()
-            if progress:
-                progress(f"own answers: {len(made)} of {len(ordered)}", len(made) / len(ordered))
-    return made
+def _answers(
+    llm: TargetLLM, plans: Sequence[PromptPlan], path: Path, limit: int, progress: Progress | None
+) -> list[str]:
+    """An answer to each prompt, from the journal where one is there that this LLM gave to that very prompt."""
+    journal, generator = Journal(path), LocalGenerator(llm, GenerationConfig(max_new_tokens=limit))
+    facts = [{"llm": llm.identity, "prompt": _ids(plan), "limit": limit} for plan in plans]
+    missing = [index for index, each in enumerate(facts) if journal.get(each) is None]
+    missing.sort(key=lambda index: plans[index].positions)
+    for begin in range(0, len(missing), _BATCH):
+        some = missing[begin : begin + _BATCH]
+        for index, answer in zip(some, generator.generate([plans[index] for index in some]), strict=True):
+            journal.put(facts[index], answer.text.strip())
+        if progress:
+            done = begin + len(some)
+            progress(f"own answers: {done} of {len(missing)}", done / len(missing))
+    return [str(journal.get(each)) for each in facts]
+
+
+def _ids(plan: PromptPlan) -> tuple[int, ...]:
+    return tuple(token for span in plan.spans if isinstance(span, TextSpan) for token in span.ids)

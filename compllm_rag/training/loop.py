@@ -87,7 +87,8 @@ class _Run:
             for name, parameter in own.items():
                 parameter.copy_(weights[name])
         restore_moments(self.optimizer, moments)
-        self.step, self.best, self.stale = state["step"], state["best"] or -math.inf, state["stale"]
+        self.step, self.stale = state["step"], state["stale"]
+        self.best = -math.inf if state["best"] is None else state["best"]
         self.seconds = state["seconds"]
 
     def go(self) -> dict[str, Any]:
@@ -98,14 +99,16 @@ class _Run:
         try:
             if self.step == 0:
                 record = self._validate()
-            while not self._over() and not self.stopping:
+            if self._gave_up():
+                record["stopped"] = "no better score"
+            while not self._over() and not self.stopping and "stopped" not in record:
                 tick = time.monotonic()
                 record = self._one_step()
                 self.seconds += time.monotonic() - tick
                 self._log(record)
                 if self.step % self.config.validate_every == 0 or self._over():
                     record |= self._validate()
-                    if self.config.patience and self.processes.any(self.stale >= self.config.patience):
+                    if self._gave_up():
                         record["stopped"] = "no better score"
                         break
                 if time.monotonic() - saved > 60 * self.config.save_minutes:
@@ -130,6 +133,10 @@ class _Run:
     def _over(self) -> bool:
         """Whether the whole run lies behind us; the processes' clocks differ, and they end at the same step."""
         return self.processes.any(self.config.done(self.step, self.seconds) >= self.config.steps)
+
+    def _gave_up(self) -> bool:
+        """Whether too many looks in a row brought nothing better, now or before this run was called again."""
+        return bool(self.config.patience and self.processes.any(self.stale >= self.config.patience))
 
     def _one_step(self) -> dict[str, Any]:
         items = next(self.batches)

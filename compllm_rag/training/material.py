@@ -44,8 +44,13 @@ class Material:
         text_files: JSON lines with "text".
         segmenter: Cuts passages as ingestion does.
         config: The mix.
-        answers: By question id, answers of the target LLM's own (the paper's label-free way) in place of gold ones.
+        answers: By question, answers of the target LLM's own (the paper's label-free way) in place of gold ones.
         unit_length: Cut passages into units of deep concepts, of at most so many tokens; None: into segments.
+        window: Positions of the LLM; questions whose own passages are longer are left out.
+
+    Attributes:
+        held_out: Groups that are never drawn: about one in 40, by title, and at least one where there are several.
+        skipped: Rows left out, each with its reason.
 
     Raises:
         EvaluationDataError: A file is one kept for evaluation, by its name or by what is in it.
@@ -59,8 +64,9 @@ class Material:
         segmenter: Segmenter,
         config: MaterialConfig | None = None,
         *,
-        answers: dict[str, str] | None = None,
+        answers: dict[Question, str] | None = None,
         unit_length: int | None = None,
+        window: int | None = None,
     ) -> None:
         self.config, self.segmenter, self.answers = config or MaterialConfig(), segmenter, answers or {}
         self._unit_length = unit_length
@@ -75,15 +81,22 @@ class Material:
             self.skipped += [(f"{path.name}: {name}", why) for name, why in found.skipped]
             kept, refused = without_evaluation(found.questions, path)
             self.skipped += [(f"{path.name}: {name}", "in an evaluation set") for name in refused]
-            groups += [Group(p, tuple(q)) for p, q in groupby(kept, key=lambda question: question.passages)]
+            for passages, asked in groupby(kept, key=lambda question: question.passages):
+                group = Group(passages, tuple(asked))
+                if window is not None and (length := self._least(group, window)) > window:
+                    why = f"passages of {length} tokens, beyond the LLM's window of {window}"
+                    self.skipped += [(f"{path.name}: {question.id}", why) for question in group.questions]
+                else:
+                    groups.append(group)
         texts = [
             (f"{path.name}/{row.get('id', n)}", str(row["text"]))
             for path in text_files
             for n, row in read_rows(path)
             if len(str(row.get("text", ""))) > 200
         ]
-        self.groups = [g for g in groups if not is_held_out(g.passages[0].title or g.passages[0].text)]
-        self.held_out = [g for g in groups if is_held_out(g.passages[0].title or g.passages[0].text)]
+        kept_out = _held_out_names([_name(group) for group in groups])
+        self.groups = [group for group in groups if _name(group) not in kept_out]
+        self.held_out = [group for group in groups if _name(group) in kept_out]
         self.texts = [text for name, text in texts if not is_held_out(name)]
         if not self.groups and not self.texts:
             raise DataFileError(
@@ -121,6 +134,32 @@ class Material:
             )
         return questions, texts
 
+    def looked_at(self, number: int) -> list[Example]:
+        """What a run looks at to tell which of its weights are best: held-out questions with their own passages.
+
+        Args:
+            number: Most groups. Of a single document nothing can be held out; its questions are looked at then.
+
+        Raises:
+            DataFileError: There are no questions: by texts alone no weights would be better than others.
+        """
+        groups = self.held_out or self.groups[:number]
+        if not groups:
+            raise DataFileError(
+                "nothing to judge a run by",
+                got=f"{len(self.texts)} texts, and no questions",
+                expected="questions with passages, beside texts",
+                next_step="name some with --questions, --data-dir or --hub",
+            )
+        rng = random.Random(0)
+        return [self.questions(g, rng, 0, extras=False) for g in rng.sample(groups, min(number, len(groups)))]
+
+    def _least(self, group: Group, window: int) -> int:
+        """Tokens that every example of a group has; not counted where there are surely few enough."""
+        shown = shown_of(group)
+        characters = sum(len(p.title) + len(p.text) for p in shown)
+        return characters if characters <= window else sum(len(self.segmenter.tokenize(p.text).ids) for p in shown)
+
     def draw(self, rng: random.Random) -> Example:
         """One training example."""
         budget = round(math.exp(rng.uniform(math.log(20), math.log(self.config.max_context))))
@@ -142,7 +181,7 @@ class Material:
             budget: Source tokens, all in all, up to which distractors may come along.
             extras: Whether distractors and a copying branch may come along.
         """
-        shown = [p for p in group.passages if p.supporting] or list(group.passages[:1])
+        shown = shown_of(group)
         others = [p for p in group.passages if not p.supporting]
         if extras and not others and rng.random() < self.config.distractors:
             others = self._distractors(group, rng)
@@ -187,7 +226,7 @@ class Material:
         return units_of(self.segmenter.tokenize(text), self._unit_length)
 
     def _ask(self, question: Question) -> Branch:
-        answer = self.answers.get(question.id, question.answers[0])
+        answer = self.answers.get(question, question.answers[0])
         prompt = self.prompt.suffix(QUESTION + question.question).ids
         return Branch(prompt, (*self.prompt.template.plain(answer), *self.eos), "qa")
 
@@ -225,6 +264,23 @@ class Material:
     def _example(self, passages: Sequence[tuple[str, Body]], branches: Sequence[Branch]) -> Example:
         prefix: list[TextSpan | Body] = self.prompt.prefix([(title, [body]) for title, body in passages])
         return Example(tuple(prefix), tuple(branches))
+
+
+def shown_of(group: Group) -> list[SourcePassage]:
+    """The passages of a group that every example of it shows."""
+    return [p for p in group.passages if p.supporting] or list(group.passages[:1])
+
+
+def _name(group: Group) -> str:
+    return group.passages[0].title or group.passages[0].text
+
+
+def _held_out_names(names: Sequence[str]) -> set[str]:
+    """Names of groups that are kept out of training; of several at least one, the same one each time."""
+    found = {name for name in names if is_held_out(name)}
+    if not found and len(set(names)) > 1:
+        found = {min(names, key=lambda name: (hashlib.sha256(name.encode()).digest(), name))}
+    return found
 
 
 def is_held_out(name: str) -> bool:

@@ -79,10 +79,7 @@ class ReaderTask:
         for name, parameter in decoder.named_parameters():
             parameter.requires_grad_(".lora_" in name)
         self.module: nn.Module = _Trained(llm)
-        rng = random.Random(0)
-        groups = material.held_out or material.groups[:validation]
-        chosen = rng.sample(groups, min(validation, len(groups)))
-        self.validation = [material.questions(group, rng, 0, extras=False) for group in chosen]
+        self.validation = material.looked_at(validation)
 
     def load(self, settings: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
         """Start from an adapter of the same rank, settings and tensors as `read_adapter` gives them.

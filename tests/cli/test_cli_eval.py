@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -116,3 +117,24 @@ def test_errors_are_one_line(data: Path, toy_folder: Path, tmp_path: Path) -> No
             "eval", "--data", data, "--compressor", compressor, *words, *model
         )
     assert "records cannot be written" in refused("probe", "--records", tmp_path / "no" / "r.jsonl", *model)
+    for command in (("eval", "--data", data), ("probe",)):
+        assert "expected a file" in refused(*command, "--records", tmp_path, *model)
+    damaged = tmp_path / "damaged.jsonl.gz"
+    packed = bytearray(gzip.compress(data.read_bytes() * 200))
+    packed[len(packed) // 2 : len(packed) // 2 + 3] = b"\xff\xff\xff"
+    damaged.write_bytes(packed)
+    assert "cannot be read: got" in refused("eval", "--data", damaged, *model)
+
+
+def test_results_are_shown_though_their_records_cannot_be_kept(
+    toy_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str, **options: object) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    words = ("--llm", toy_folder, "--reader", "none", "--records", tmp_path / "r.jsonl", "--max-new-tokens", 2)
+    for command in (("eval", "--data", data), ("probe", "--limit", 4)):
+        done = CliRunner().invoke(app, [str(w) for w in (*command, *words, "--json")])
+        assert done.exit_code == 2 and "No space left on device" in done.stderr
+        assert "f1" in done.stdout

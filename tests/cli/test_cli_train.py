@@ -97,6 +97,44 @@ def test_other_settings_in_the_same_folder_are_refused(
     assert "other settings" in compressor(world, toy_folder, reader, tmp_path, "--kl", 0, code=2).stderr
 
 
+def test_a_run_does_not_go_on_with_other_data_or_from_other_weights(
+    world: Path, toy_folder: Path, reader: Path, tmp_path: Path
+) -> None:
+    made = tmp_path / "first"
+    compressor(world, toy_folder, reader, made)
+    more = tmp_path / "more.jsonl"
+    more.write_text(json.dumps({"context": "Ada lives in Paris.", "question": "Where?", "answers": ["Paris"]}) + "\n")
+    for words, said in (
+        (("--max-context", 90), "material"),
+        (("--questions", more), "more.jsonl"),
+        (("--init", made / "best"), "from"),
+        (("--validation", 3), "validation"),
+    ):
+        error = compressor(world, toy_folder, reader, made, *words, code=2).stderr
+        assert "other settings" in error and said in error
+    record = json.loads((made / "job.json").read_text())
+    del record["sources"]  # as earlier releases wrote it
+    (made / "job.json").write_text(json.dumps(record))
+    compressor(world, toy_folder, reader, made, "--validation", 3)
+
+
+@pytest.mark.parametrize("kind", ["reader", "compressor", "deep"])
+def test_texts_alone_are_refused_since_nothing_would_judge_the_weights(
+    world: Path, toy_folder: Path, tmp_path: Path, kind: str
+) -> None:
+    words = ["train", kind, "--llm", toy_folder, "--texts", world / "text/stories.jsonl", "--out", tmp_path / "out"]
+    words += [] if kind == "reader" else ["--reader", "none"]
+    error = run(*words, *SMALL, code=2).stderr
+    assert "nothing to judge a run by" in error and "--questions" in error
+    assert not (tmp_path / "out/best").exists()
+
+
+def test_a_device_that_is_not_there_is_one_line(world: Path, toy_folder: Path, tmp_path: Path) -> None:
+    words = ("train", "reader", "--data-dir", world, "--llm", toy_folder, "--out", tmp_path / "out")
+    for device in ("foo", "cuda:77"):
+        assert f"device cannot be used here: got {device}" in run(*words, "--device", device, code=2).stderr
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

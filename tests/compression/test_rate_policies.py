@@ -274,6 +274,9 @@ def test_a_choice_that_cannot_be_is_seen(choice: Choice) -> None:
         ({"rate": "auto", "budget": "40MB"}, {"rate": "budget", "budget_bytes": 40_000_000}),
         ({"rate": None, "budget": " 1.5 GiB"}, {"rate": "budget", "budget_bytes": 3 * 2**29}),
         ({"rate": None, "budget": "200_000"}, {"rate": "budget", "budget_positions": 200_000}),
+        ({"rate": None, "budget": 200_000.0}, {"rate": "budget", "budget_positions": 200_000}),
+        ({"rate": None, "budget": "40,5MB"}, {"rate": "budget", "budget_bytes": 40_500_000}),
+        ({"rate": None, "budget": "1.125MB"}, {"rate": "budget", "budget_bytes": 1_125_000}),
         ({"rate": None, "guard": "exact"}, {"guard": "exact"}),
         ({"rate": None}, {}),
     ],
@@ -296,7 +299,11 @@ def test_what_users_ask_for(asked: dict[str, Any], expected: dict[str, Any]) -> 
         ({"rate": None, "rates": ("auto", 2), "budget": 100}, "chooses the rates itself"),
         ({"rate": "budget"}, "--budget 40MB"),
         ({"rate": None, "budget": "40 parsecs"}, "40MB"),
-        ({"rate": None, "budget": -1}, "cannot be read"),
+        *(
+            ({"rate": None, "budget": told}, "cannot be read")
+            for told in ("200,000", "200.000", "1,000,000", "1.000.000", "1,500MB", "1_000.5", "1e6", -1, True)
+        ),
+        ({"rate": None, "budget": 0}, "at least 1 position"),
         ({"rate": None, "budget": 1.5}, "cannot be read|whole number"),
         ({"rate": None, "guard": "on"}, "off, exact, loss"),
     ],

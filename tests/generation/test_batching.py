@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -319,13 +318,29 @@ def test_closing_ends_what_runs_and_refuses_the_rest(llm: TargetLLM, monkeypatch
     turnstile.open()
     assert batching.scheduler.close(60)
     for stream in streams:
-        with suppress(OverloadedError):
+        with pytest.raises(OverloadedError, match="no more prompts"):
             list(stream)
         assert stream.result.finish_reason == "cancelled"
     assert idle(batching)
     with pytest.raises(OverloadedError, match="no more prompts"):
         batching.generate([text(50, 51)])
     assert batching.scheduler.close()
+
+
+def test_a_batch_that_is_closed_on_gives_no_half_answers(llm: TargetLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    batching = BatchingGenerator(llm, LIMIT, scheduler=Scheduler(1, 4))
+    turnstile = Turnstile(batching, monkeypatch)
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(batching.generate, [text(50, 51, n) for n in (60, 61, 62)])
+        turnstile.turns(2)
+        while not batching.scheduler._active:
+            time.sleep(0.01)
+        closing = threading.Thread(target=batching.scheduler.close, args=(60,))
+        closing.start()
+        turnstile.open()
+        with pytest.raises(OverloadedError, match="no more prompts"):
+            asked.result(60)
+        closing.join()
 
 
 def test_a_prompt_without_memory_beside_others_is_read_when_they_have_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from compllm_rag.evaluation.scoring import ScoringGenerator
 from compllm_rag.generation.halves import SplitForward, States, Tokens, split_rows
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.library import ConceptLibrary, Fetched
+from compllm_rag.models.halves import Halves
 from compllm_rag.prompt import ConceptSpan, PromptPlan, QAPrompt, TextSpan, lay_out
 from compllm_rag.store.memory import MemoryStore
 from trained import trained_deep
@@ -239,3 +240,19 @@ def test_likelihoods_are_those_of_one_pass_over_prompt_and_answer(architecture: 
     turned = [targets[2], targets[0], targets[1]]
     wanted = [one_pass(library, p, t) for p, t in zip(plans, turned, strict=True)]
     assert prefilled.log_likelihoods(turned) == pytest.approx(wanted, abs=1e-3)
+
+
+def test_without_memory_to_merge_the_reading_lora_questions_are_answered_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    library = library_of("llama")
+    prompt = plan(library)
+    [wanted] = generator_of(library).generate([prompt])
+
+    def refuse(halves: Halves) -> Halves:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Halves, "merged", refuse)
+    [found] = generator_of(library).generate([prompt])
+    assert found.token_ids == wanted.token_ids
+    assert "no memory to merge" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from pydantic import ValidationError
 
 from compllm_rag import GenerationConfig, LocalGenerator, TargetLLM
+from compllm_rag.config import checked
+from compllm_rag.errors import ConfigurationError
 from compllm_rag.generation.sampling import Choice
 from compllm_rag.prompt import PromptPlan, TextSpan
 
@@ -79,3 +82,10 @@ def test_greedy_takes_the_logits_as_they_are() -> None:
 def test_settings_that_would_do_nothing_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         GenerationConfig(**settings)
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": math.inf}, {"temperature": 1e-40}, {"seed": 2**64}, {"seed": -1}])
+def test_settings_beyond_what_can_be_drawn_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigurationError, match="makes no sense"):
+        checked(GenerationConfig, **{"temperature": 1.0, **wrong})
+    GenerationConfig(temperature=1e-6, seed=2**63 - 1)

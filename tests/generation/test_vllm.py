@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 import toy
 from compllm_rag.config import GenerationConfig
@@ -24,6 +26,8 @@ from compllm_rag.errors import (
 from compllm_rag.generation.address import check_address, generator_at
 from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.generation.vllm import VLLMGenerator, VLLMSettings
+from compllm_rag.generation.vllm.engine import EngineStream
+from compllm_rag.generation.vllm.settings import KEY_VARIABLE
 from compllm_rag.models.llm import TargetLLM
 from compllm_rag.prompt import ConceptSpan, PromptPlan, TextSpan
 from tests.vllm_servers import FakeVLLM, cut_after, either, hang_up, says, status, token, wait_after, whole
@@ -182,6 +186,57 @@ def test_one_that_breaks_after_some_tokens_ends_the_batch_too(server: FakeVLLM, 
     with pytest.raises(GeneratorUnavailableError, match="middle of an answer"):
         client(server, concurrency=2).generate(plans)
     assert server.gone.wait(20)
+
+
+def test_settings_of_the_environment_that_cannot_be_used_are_said_each_time(
+    server: FakeVLLM, llm: TargetLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = client(server)
+    with monkeypatch.context() as patched:
+        patched.setenv("ALL_PROXY", "nothing://x:1")
+        for _ in range(2):
+            with pytest.raises(ConfigurationError, match="no connection to a vLLM server.*ALL_PROXY"):
+                generator.generate([text(llm)])
+    assert generator.generate([text(llm)])[0].token_ids
+
+
+def test_a_key_that_can_be_none_is_refused_and_not_shown(
+    server: FakeVLLM, llm: TargetLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "sk-1\n")  # a secret from a file
+    assert VLLMSettings.from_environment().api_key.get_secret_value() == "sk-1"
+    for wrong in ("sk-\nsecret", "sk-sécret", "sk- secret"):
+        monkeypatch.setenv(KEY_VARIABLE, wrong)
+        with pytest.raises(ConfigurationError, match=KEY_VARIABLE) as caught:
+            VLLMGenerator(server.url, llm)
+        assert "cret" not in str(caught.value)
+        with pytest.raises(ValidationError) as refused:
+            VLLMSettings(api_key=wrong)
+        assert "cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:99999", "http://", "127.0.0.1:8000", "ftp://x", "http://[::1"])
+def test_what_is_no_address_is_refused(llm: TargetLLM, url: str) -> None:
+    with pytest.raises(ConfigurationError, match="no address of a server"):
+        VLLMGenerator(url, llm)
+
+
+def test_a_schema_that_is_no_json_is_refused(server: FakeVLLM, llm: TargetLLM) -> None:
+    with pytest.raises(ConfigurationError, match="schema of the answer"):
+        client(server).generate([text(llm)], GenerationConfig(json_schema="{"))
+
+
+@pytest.mark.parametrize("told", ["error", "abort", "stop", "length"])
+def test_the_engine_of_this_process_says_when_it_gave_up(llm: TargetLLM, told: str) -> None:
+    engine = SimpleNamespace(tokenizer=llm.tokenizer, stop_ids=[], run=lambda plans, config: [(0, [5], told, 0)])
+    stream = EngineStream(engine, [text(llm)], GenerationConfig(), None)
+    if told in ("error", "abort"):
+        with pytest.raises(GeneratorRefusedError, match=f"gave up.*{told}"):
+            list(stream)
+        assert stream.result.finish_reason == "cancelled"
+    else:
+        list(stream)
+        assert stream.result.finish_reason == told
 
 
 def test_silence_is_bounded(server: FakeVLLM, llm: TargetLLM) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import pickle
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,7 +17,7 @@ from llama_index.core.vector_stores import MetadataFilter, MetadataFilters, Simp
 from llama_index.core.vector_stores.types import BasePydanticVectorStore, VectorStoreQuery, VectorStoreQueryResult
 
 from compllm_rag import Compressor, ConceptIndex
-from compllm_rag.errors import ConfigurationError, NotTransferableError, StorageMismatchError
+from compllm_rag.errors import ConfigurationError, NotTransferableError, StorageMismatchError, StoreFullError
 from compllm_rag.llamaindex.repair import repair_storage
 from compllm_rag.llamaindex.vector_store import FaissTextVectorStore
 from compllm_rag.storage.stats import storage_stats
@@ -238,6 +240,34 @@ def test_an_error_undoes_nothing_that_the_store_has_done(compressor: Compressor,
             raise ZeroDivisionError
         assert index.faiss.n_nodes == len(store.data.embedding_dict) > 1
         assert index.collect_garbage().nodes_forgotten == 0
+    assert verify_storage(tmp_path / "s", deep=True).sound
+
+
+def test_concepts_that_were_lost_before_they_were_on_the_disk_are_awaited(
+    compressor: Compressor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SimpleVectorStore()
+    with beside(store, compressor, tmp_path / "s") as index:
+        index.ingest(documents(1))
+        sync, fired = os.fsync, []
+
+        def failing(file: int) -> None:
+            if not fired and os.readlink(f"/proc/self/fd/{file}").endswith(".pack"):
+                fired.append(True)
+                raise OSError(errno.ENOSPC, "No space left on device")
+            sync(file)
+
+        monkeypatch.setattr(os, "fsync", failing)
+        with pytest.raises(StoreFullError):
+            index.ingest(documents(2))
+        monkeypatch.setattr(os, "fsync", sync)
+        nodes = [node for page in index.faiss.iter_pages() for node in page]
+        kept = {n.node_id: all(index.store.contains(index.library.passage(n.get_content()).keys)) for n in nodes}
+        assert fired and not all(kept.values())
+        assert set(index.pending.nodes()) == {node_id for node_id, there in kept.items() if not there}
+    with beside(store, compressor, tmp_path / "s") as index:  # whoever opens it next makes them
+        index.uploads.wait()
+        assert not len(index.pending)
     assert verify_storage(tmp_path / "s", deep=True).sound
 
 

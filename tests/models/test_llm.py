@@ -25,6 +25,7 @@ import toy
 from compllm_rag.errors import ConfigurationError, UnknownModelError, UnsupportedDtypeError, UnsupportedModelError
 from compllm_rag.models import checkpoints
 from compllm_rag.models.llm import TargetLLM, decoder_of
+from compllm_rag.models.tokenizer import load_tokenizer
 
 TOKENIZER = toy.tokenizer()
 
@@ -191,6 +192,24 @@ def test_a_damaged_folder_is_a_typed_error(toy_folder: Path, tmp_path: Path, nam
     (folder / name).write_bytes((folder / name).read_bytes()[:100])
     with pytest.raises((UnsupportedModelError, UnknownModelError)):
         TargetLLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "tokenizer_config.json"])
+def test_files_of_a_later_release_are_a_typed_error(toy_folder: Path, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(toy_folder, tmp_path / "model"))
+    config = json.loads((folder / name).read_text())
+    if name == "tokenizer.json":
+        config["model"]["type"] = "XYZ"
+    elif name == "config.json":
+        config["hidden_size"] = "wide"
+    else:
+        config = ["none"]
+    (folder / name).write_text(json.dumps(config))
+    with pytest.raises((UnsupportedModelError, UnknownModelError)):
+        TargetLLM.from_pretrained(folder)
+    if name != "config.json":
+        with pytest.raises((UnsupportedModelError, UnknownModelError)):
+            load_tokenizer(str(folder))
 
 
 def test_weights_that_lack_a_tensor_are_never_filled_with_random_ones(toy_folder: Path, tmp_path: Path) -> None:

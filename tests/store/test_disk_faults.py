@@ -27,7 +27,7 @@ from compllm_rag.errors import (
 )
 from compllm_rag.store import DiskStore
 from compllm_rag.store.index_database import PlainDisk
-from compllm_rag.store.packs import pack_header
+from compllm_rag.store.packs import PackWriter, pack_header
 from tests.processes import run, said, started
 from tests.store.store_samples import HIDDEN, key, python, records, same
 
@@ -328,6 +328,66 @@ def _limited(folder: Path, limit: int, body: str) -> str:
     done = run(python(script + body, folder))
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def test_an_interrupt_behind_the_commit_counts_nothing_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python raises what a signal brought as soon as SQLite's COMMIT returns: the rows are there by then."""
+    real, fired = diskcache.Cache._sql.fget, []
+
+    def interrupted(cache: diskcache.Cache) -> Callable[..., object]:
+        execute = real(cache)
+
+        def run(statement: str, *values: object) -> object:
+            done = execute(statement, *values)
+            if statement == "COMMIT" and not fired:
+                fired.append(True)
+                raise KeyboardInterrupt
+            return done
+
+        return run
+
+    with DiskStore(folder, hidden_size=HIDDEN) as store:
+        store.put(records(range(20, 30)))
+        monkeypatch.setattr(diskcache.Cache, "_sql", property(interrupted))
+        with pytest.raises(KeyboardInterrupt):
+            store.flush()
+        store.flush()  # as whoever is interrupted does, so that what was made stays
+        store.put(records(range(30, 33)))
+    with _reader(folder) as store:
+        assert store.stats().records == 33 and store.verify(deep=True).damage == []
+
+
+def test_an_interrupt_while_a_pack_is_digested_calls_nothing_damaged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with DiskStore(folder, hidden_size=HIDDEN) as store:
+        store.put(records(range(20, 30)))
+        with monkeypatch.context() as patched:
+
+            def interrupted(self: PackWriter, start: int, data: bytes) -> None:
+                raise KeyboardInterrupt
+
+            patched.setattr(PackWriter, "_note", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                store.put(records(range(30, 40)))
+        store.put(records(range(40, 50)))
+    with _reader(folder) as store:
+        found = store.verify(deep=True)
+        assert found.damage == [] and found.sound.records == 40 and found.dead_bytes > 0
+
+
+def test_who_finds_no_room_does_not_keep_others_from_making_some(folder: Path) -> None:
+    pack = _place(folder, 0)[0]
+    output = _limited(
+        folder,
+        pack.stat().st_size + 10,
+        "try: store.put(records(range(100, 130)))\n"
+        "except StoreFullError: print('full')\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
+        "other = DiskStore(sys.argv[1], hidden_size=HIDDEN)\n"
+        "print(other.compact(lambda keys: [k != key(3) for k in keys]).records_dropped)",
+    )
+    assert output == "full\n1"
 
 
 def test_full_disk_under_a_pack(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import threading
 import time
@@ -19,13 +20,15 @@ from compllm_rag.errors import (
     CorruptRecordError,
     StorageMismatchError,
     StoreFullError,
+    StoreLockedError,
     StoreReadOnlyError,
     StoreSettingsWarning,
     StoreUnavailableError,
     UnsupportedFormatError,
 )
-from compllm_rag.store import RedisStore
+from compllm_rag.store import RedisStore, redis_upkeep
 from compllm_rag.store.redis_server import PASSWORD_VARIABLE, without_password
+from compllm_rag.store.verification import StoreCheck
 from tests import processes
 from tests.processes import said, tell
 from tests.redis_servers import RedisProcess, installed
@@ -193,6 +196,32 @@ def test_sums_and_times_to_live_are_verified(shared_redis: RedisProcess, own: di
         client.persist(at(store, 2))
         client.hincrby(store.names.totals, "records", 1)
         assert "the sums say" in store.verify().damage[0].what
+
+
+def test_what_others_put_meanwhile_is_no_damage_and_stays_counted(
+    shared_redis: RedisProcess, own: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, number = redis_upkeep._record_pages, itertools.count(100)
+    with opened(shared_redis, **own) as store, opened(shared_redis, owner="other", **own) as other:
+        store.put(records(range(6)))
+
+        def busy(looked_at: RedisStore) -> Iterator[list[str]]:
+            yield from real(looked_at)
+            other.put(records([next(number)]))
+
+        monkeypatch.setattr(redis_upkeep, "_record_pages", busy)
+        assert store.verify().damage == []
+        with pytest.raises(StoreLockedError, match="others who wrote"):
+            store.discard(StoreCheck())
+        monkeypatch.setattr(redis_upkeep, "_record_pages", real)
+        assert store.verify(deep=True).damage == []
+        with shared_redis.client() as client:
+            client.hincrby(store.names.totals, "records", 3)
+        turns = iter([busy, busy, real])
+        monkeypatch.setattr(redis_upkeep, "_record_pages", lambda looked_at: next(turns)(looked_at))
+        store.discard(StoreCheck())
+        monkeypatch.setattr(redis_upkeep, "_record_pages", real)
+        assert store.verify(deep=True).damage == []
 
 
 def test_nothing_is_stale(redis_server: RedisProcess) -> None:

@@ -317,6 +317,24 @@ def test_verification_is_not_misled_by_a_writer(folder: Path) -> None:
         assert seen == sorted(seen)
 
 
+def test_a_compaction_meanwhile_is_no_error_of_a_verification(folder: Path) -> None:
+    """It is told as damage, and `verify_storage` looks again; that of a pack that is gone for good stays."""
+    done: list[bool] = []
+
+    def compact(message: str, share: float | None) -> None:
+        if message == "checking packs" and not done:
+            done.append(True)
+            with opened(folder) as writer:
+                writer.compact(live)
+
+    with opened(folder, read_only=True) as store:
+        found = store.verify(deep=True, progress=compact)
+        assert any("the pack is gone" in damage.what for damage in found.damage)
+        assert store.verify(deep=True).damage == []
+    (folder / "packs" / packs(folder)[0]).unlink()
+    assert checked(folder).damage and checked(folder, deep=False).damage
+
+
 def test_verification_writes_nothing(folder: Path) -> None:
     def state() -> dict[str, bytes]:
         files = (p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(("-wal", "-shm")))

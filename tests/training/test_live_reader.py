@@ -125,3 +125,17 @@ def test_it_resumes_to_the_same_weights(llm_folder: Path, world: Path, tmp_path:
         for name in ("whole", "slots")
     ]
     assert last[0] == {name: pytest.approx(value, rel=1e-5) for name, value in last[1].items()}
+
+
+def test_what_text_loses_is_counted_from_before_the_reader_was_trained(llm_folder: Path, world: Path) -> None:
+    made = task(TargetLLM.from_pretrained(llm_folder), world, None)
+    begun = made.validate(lambda message, share: None)
+    again = task(TargetLLM.from_pretrained(llm_folder), world, None)  # as a run that goes on finds itself
+    for run in (made, again):
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in run.live.parameters():
+                parameter.normal_(std=0.5)
+    one, two = (run.validate(lambda message, share: None) for run in (made, again))
+    assert one["nll_text"] > begun["nll_text"]
+    assert one["score"] == two["score"]

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from compllm_rag.compression.compressor import Compressor
 from compllm_rag.errors import ConfigurationError, DivergedError, UnsupportedFormatError
 from compllm_rag.training.compressor_task import CompressorTask, RatesConfig
 from compllm_rag.training.drawing import drawn_ahead
+from compllm_rag.training.job_options import ObjectiveConfig
 from compllm_rag.training.loop import train
 from compllm_rag.training.objective import Loss
 from compllm_rag.training.run_config import RunConfig
@@ -197,6 +199,31 @@ def test_it_stops_early_when_nothing_gets_better(world: Path, tmp_path: Path) ->
     run = RUN.model_copy(update={"steps": 100, "validate_every": 2, "patience": 2})
     done = train(made, run, tmp_path)
     assert done["finished"] and done["step"] == 4
+    again = task(world)
+    again.validate = made.validate
+    found = train(again, run, tmp_path)
+    assert found["finished"] and found["step"] == 4, "called again, it makes no step"
+
+
+def test_a_best_score_of_zero_is_kept_over_an_interruption(world: Path, tmp_path: Path) -> None:
+    made = task(world)
+    made.validate = lambda progress: {"score": 0.0}
+    train(made, RUN, tmp_path, at(2))
+    best = (tmp_path / "best/compressor.safetensors").read_bytes()
+    again = task(world)
+    again.validate = made.validate
+    train(again, RUN, tmp_path)
+    assert (tmp_path / "best/compressor.safetensors").read_bytes() == best, "an equal score is no better one"
+
+
+def test_texts_that_count_nothing_are_not_drawn(world: Path, tmp_path: Path) -> None:
+    llm = toy.llm()
+    nothing = ObjectiveConfig(copy_branches=0.0, continue_branches=0.0)
+    made = CompressorTask(fresh(llm), material(llm, world, qa=0.3), nothing, validation=2)
+    assert all(made.weight(made.draw(random.Random(seed))) > 0 for seed in range(30))
+    alone = CompressorTask(fresh(llm), material(llm, world, qa=0.0), nothing, validation=2)
+    with pytest.raises(ConfigurationError, match="nothing of the training mix counts"):
+        train(alone, RUN, tmp_path)
 
 
 def test_learning_rate_warms_up_stays_and_decays() -> None:

@@ -21,7 +21,7 @@ from compllm_rag.store import MemoryStore
 from compllm_rag.training.evaluation_guard import refuse_evaluation
 from compllm_rag.training.examples import Body
 from compllm_rag.training.job_options import READER_DATA, MaterialConfig
-from compllm_rag.training.material import Material
+from compllm_rag.training.material import Material, is_held_out
 from training_samples import fresh, material, write_world
 
 
@@ -160,11 +160,38 @@ def test_training_reads_the_prompt_that_is_answered_from_and_evaluated(tmp_path:
 
 
 def test_own_answers_take_the_place_of_gold_ones(llm, world: Path) -> None:
-    mine = Material(*Material.files_of(world), fresh(llm).segmenter, answers={"0-0": "something else"})
+    mine = Material(
+        *Material.files_of(world),
+        fresh(llm).segmenter,
+    )
     [group] = [g for g in (*mine.groups, *mine.held_out) if g.questions[0].id == "0-0"]
+    mine.answers[group.questions[0]] = "something else"
     made = mine.questions(group, random.Random(0), 0, extras=False)
     said = {mine.segmenter.tokenizer.decode(b.target, skip_special_tokens=True) for b in made.branches}
     assert "something else" in said and "line 0" not in said and "line 1" in said
+
+
+def test_of_several_documents_one_is_held_out_and_of_one_none(llm, tmp_path: Path) -> None:
+    rows = [{"title": t, "context": f"{t} {i}.", "question": "Who?", "answers": [t]} for t in "abc" for i in range(2)]
+    path = tmp_path / "train.jsonl"
+    for titles, held in (("abc", 2), ("ab", 2), ("a", 0)):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["title"] in titles))
+        mine, again = (Material([path], [], fresh(llm).segmenter) for _ in range(2))
+        assert not any(is_held_out(title) for title in "abc")
+        assert len(mine.held_out) == held and mine.held_out == again.held_out
+        assert len({group.passages[0].title for group in mine.held_out}) == bool(held)
+        assert len(mine.groups) == 2 * len(titles) - held
+        assert len(mine.looked_at(9)) == 2
+
+
+def test_passages_beyond_the_window_are_left_out_and_named(llm, tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    long = {"id": "long", "context": toy.TEXT * 3, "question": "Who?", "answers": ["Ada"]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in (long, {**long, "id": "short", "context": "Ada."})))
+    mine = Material([path], [], fresh(llm).segmenter, window=40)
+    assert [g.questions[0].id for g in (*mine.groups, *mine.held_out)] == ["short"]
+    [(name, why)] = mine.skipped
+    assert name == "train.jsonl: long" and "beyond the LLM's window of 40" in why
 
 
 @pytest.mark.parametrize(

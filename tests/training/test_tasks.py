@@ -18,6 +18,7 @@ from compllm_rag.training.examples import Body, Example
 from compllm_rag.training.hub_data import as_row, fetch_dataset
 from compllm_rag.training.labels import own_answers, own_instructions
 from compllm_rag.training.loop import train
+from compllm_rag.training.material import Material
 from compllm_rag.training.reader_task import ReaderTask
 from compllm_rag.training.run_config import RunConfig
 from trained import randomise, trained
@@ -134,13 +135,38 @@ def test_own_answers_are_made_once_and_kept(llm, world: Path, tmp_path: Path) ->
     mine = material(llm, world)
     groups, path = mine.groups[:4], tmp_path / "own.jsonl"
     made = own_answers(llm, groups[:2], mine, path)
-    assert set(made) == {q.id for g in groups[:2] for q in g.questions}
+    assert set(made) == {q for g in groups[:2] for q in g.questions}
     lines = path.read_text()
     messages: list[str] = []
     more = own_answers(llm, groups, mine, path, lambda message, share: messages.append(message))
     assert path.read_text().startswith(lines) and {k: more[k] for k in made} == made
-    assert set(more) == {q.id for g in groups for q in g.questions}
+    assert set(more) == {q for g in groups for q in g.questions}
     assert messages == ["own answers: 6 of 6"]
+    torn = path.read_bytes()[:-9]  # killed while it wrote the last line
+    path.write_bytes(torn)
+    assert own_answers(llm, groups, mine, path, lambda message, share: messages.append(message)) == more
+    assert messages[1:] == ["own answers: 1 of 1"]
+
+
+def test_answers_of_another_llm_or_to_another_prompt_are_not_taken_over(world: Path, tmp_path: Path) -> None:
+    one, two = toy.llm(), toy.llm(seed=1)
+    mine, path = material(one, world), tmp_path / "own.jsonl"
+    groups = mine.groups[:2]
+    own_answers(one, groups, mine, path)
+    assert own_answers(two, groups, mine, path) == own_answers(two, groups, mine, tmp_path / "other.jsonl")
+    first = own_instructions(one, mine, tmp_path / "told.jsonl", number=4)
+    mine.texts[:] = ["Quite another text. " * 40]
+    again = own_instructions(one, mine, tmp_path / "told.jsonl", number=4)
+    assert again == own_instructions(one, mine, tmp_path / "fresh.jsonl", number=4) != first
+    # files without ids name their rows alike
+    rows = [{"context": f"{name} sleeps.", "question": "Who sleeps?", "answers": [name]} for name in ("Ada", "Bo")]
+    files = [tmp_path / "train_a.jsonl", tmp_path / "train_b.jsonl"]
+    for file, row in zip(files, rows, strict=True):
+        file.write_text(json.dumps(row) + "\n")
+    both = Material(files, [], fresh(one).segmenter)
+    all_groups = [*both.groups, *both.held_out]
+    assert len({g.questions[0].id for g in all_groups}) == 1
+    assert len(own_answers(one, all_groups, both, tmp_path / "both.jsonl")) == 2
 
 
 def test_own_instructions_are_the_models_answers_to_other_prompts(llm, world: Path, tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ _FLAGS = {
     "measure": "measure (--rate-measure)",
     "most_loss": "most_loss (--most-loss)",
 }
-_BUDGET = re.compile(r"\s*(\d+(?:[.,_]\d+)*)\s*([a-z]*)\s*", re.IGNORECASE)
+# `1,500` is fifteen hundred to some and one and a half to others, so it is neither; a fraction is of bytes alone.
+_BUDGET = re.compile(r"\s*(?P<whole>\d+(?:_\d+)*)(?:(?P<mark>[.,])(?P<part>\d+))?\s*(?P<unit>[a-z]*)\s*", re.IGNORECASE)
 
 
 def rate_settings(
@@ -181,18 +182,21 @@ def _budget_settings(budget: float | str, found: dict[str, Any]) -> dict[str, An
 
 
 def _budget(budget: float | str) -> dict[str, int]:
+    if isinstance(budget, float) and budget.is_integer():
+        budget = int(budget)
     match = _BUDGET.fullmatch(str(budget)) if not isinstance(budget, bool) else None
-    unit = match[2].lower() if match else ""
-    if match is None or (unit and unit not in _UNITS):
+    unit = match["unit"].lower() if match else ""
+    unclear = match is not None and match["part"] and (not unit or (match["mark"] == "," and len(match["part"]) == 3))
+    if match is None or unclear or (unit and unit not in _UNITS):
         raise ConfigurationError(
             "budget cannot be read",
             got=repr(budget),
             expected='positions (200000) or bytes with their unit ("40MB", "1.5GiB")',
             next_step="write it so",
         )
-    number = float(match[1].replace("_", "").replace(",", "."))
+    whole = match["whole"].replace("_", "")
     if unit:
-        return {"budget_bytes": max(1, int(number * _UNITS[unit]))}
-    if number < 1 or number != int(number):
-        raise ConfigurationError("budget makes no sense", got=budget, expected="a whole number of positions")
-    return {"budget_positions": int(number)}
+        return {"budget_bytes": max(1, int(float(f"{whole}.{match['part'] or 0}") * _UNITS[unit]))}
+    if not int(whole):
+        raise ConfigurationError("budget makes no sense", got=budget, expected="at least 1 position")
+    return {"budget_positions": int(whole)}

@@ -23,6 +23,7 @@ from typing import Any
 import httpx
 
 from compllm_rag.errors import (
+    ConfigurationError,
     GeneratorRefusedError,
     GeneratorUnavailableError,
     MissingExtraError,
@@ -138,12 +139,12 @@ class VLLMClient(ProcessBound):
         """Run a coroutine in the loop; a future of it."""
         with self._lock:
             if self._loop is None or self._pid != os.getpid():  # a forked process has no thread but its own
-                self._loop, self._pid = asyncio.new_event_loop(), os.getpid()
+                self._http, loop = self._connections(), asyncio.new_event_loop()
                 self._slots = asyncio.Semaphore(self.settings.concurrency)
                 self._looking = asyncio.Lock()
-                self._http = self._connections()
-                threading.Thread(target=_run, args=(self._loop,), name="vllm-client", daemon=True).start()
-                weakref.finalize(self, _stop, self._loop)  # a client that is forgotten leaves no thread
+                threading.Thread(target=_run, args=(loop,), name="vllm-client", daemon=True).start()
+                weakref.finalize(self, _stop, loop)  # a client that is forgotten leaves no thread
+                self._loop, self._pid = loop, os.getpid()  # only now: nobody waits for a loop that does not run
             return asyncio.run_coroutine_threadsafe(work(), self._loop)
 
     async def pump(
@@ -259,15 +260,23 @@ class VLLMClient(ProcessBound):
 
     def _connections(self) -> httpx.AsyncClient:
         key = self.settings.api_key
-        return httpx.AsyncClient(
-            base_url=self.url,
-            headers={
-                "Content-Type": "application/json",
-                **({} if key is None else {"Authorization": f"Bearer {key.get_secret_value()}"}),
-            },
-            timeout=httpx.Timeout(self.settings.timeout_s, connect=self.settings.connect_s),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=self.settings.concurrency),
-        )
+        try:
+            return httpx.AsyncClient(
+                base_url=self.url,
+                headers={
+                    "Content-Type": "application/json",
+                    **({} if key is None else {"Authorization": f"Bearer {key.get_secret_value()}"}),
+                },
+                timeout=httpx.Timeout(self.settings.timeout_s, connect=self.settings.connect_s),
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=self.settings.concurrency),
+            )
+        except (ImportError, ValueError, OSError, httpx.InvalidURL) as error:  # a proxy of the environment, mostly
+            raise ConfigurationError(
+                "no connection to a vLLM server can be made with these settings",
+                got=str(error)[:200],
+                expected="a proxy that httpx knows, certificates that can be read, or none of them",
+                next_step="see ALL_PROXY, HTTP_PROXY, HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE in the environment",
+            ) from error
 
     def _now(self, work: Callable[[], Any]) -> Any:
         return self.submit(work).result()

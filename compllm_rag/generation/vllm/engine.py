@@ -18,6 +18,7 @@ from compllm_rag.generation.base import FinishReason, Generation
 from compllm_rag.generation.text import Detokenizer
 from compllm_rag.generation.vllm.deep_rows import RowLayout, deep_rows
 from compllm_rag.generation.vllm.matching import own_logprobs, probe, refuse_another
+from compllm_rag.generation.vllm.responses import reason_of
 from compllm_rag.generation.vllm.wire import is_text, refuse_deep, sampling_fields
 from compllm_rag.handles import ProcessBound
 from compllm_rag.models.halves import Halves
@@ -216,7 +217,7 @@ class EngineStream:
                 if piece and row == 0:
                     yield piece
             if self._reasons[row] is None and told is not None:
-                self._reasons[row] = "length" if told == "length" else "stop"
+                self._reasons[row] = reason_of(told)
             if all(self._reasons):
                 break
         for row, text in enumerate(self._texts):

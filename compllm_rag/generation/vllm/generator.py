@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from compllm_rag.config import GenerationConfig
 from compllm_rag.errors import ConfigurationError, GeneratorRefusedError, PromptTooLongError
@@ -15,7 +16,7 @@ from compllm_rag.generation.text import Detokenizer
 from compllm_rag.generation.vllm.checks import ServerChecks
 from compllm_rag.generation.vllm.client import Running, VLLMClient
 from compllm_rag.generation.vllm.deep_rows import RowLayout
-from compllm_rag.generation.vllm.responses import too_large
+from compllm_rag.generation.vllm.responses import reason_of, too_large
 from compllm_rag.generation.vllm.settings import VLLMSettings
 from compllm_rag.generation.vllm.wire import is_text, payload_bytes, prompt_fields, refuse_deep, sampling_fields
 from compllm_rag.handles import ProcessBound
@@ -23,7 +24,14 @@ from compllm_rag.models.halves import Halves
 from compllm_rag.models.llm import TargetLLM, decoder_of
 from compllm_rag.prompt import PromptPlan
 
-_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname)
 
 
 class VLLMGenerator(ProcessBound):
@@ -59,7 +67,7 @@ class VLLMGenerator(ProcessBound):
         settings: VLLMSettings | None = None,
         halves: Halves | None = None,
     ) -> None:
-        if not url.startswith(("http://", "https://")):
+        if not _is_address(url):
             raise ConfigurationError(
                 "this is no address of a server", got=url, expected="http://HOST:PORT", next_step="begin with http://"
             )
@@ -280,11 +288,7 @@ class VLLMStream:
         return piece, "stop" if self._text.stopped else None
 
     def _told(self, told: str | None) -> FinishReason | None:
-        if told is None or told in _REASONS:
-            return None if told is None else _REASONS[told]
-        raise GeneratorRefusedError(
-            "the vLLM server gave up on an answer", got=f"finish_reason {told}", next_step="see its log"
-        )
+        return None if told is None else reason_of(told)
 
     @property
     def result(self) -> Generation:

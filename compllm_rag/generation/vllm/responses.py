@@ -8,6 +8,7 @@ from contextlib import suppress
 import httpx
 
 from compllm_rag.errors import GeneratorRefusedError, PromptTooLongError
+from compllm_rag.generation.base import FinishReason
 from compllm_rag.generation.vllm.settings import VLLMSettings
 
 _BUSY = (429, 502, 503)
@@ -17,6 +18,20 @@ _NEXT = {
     404: "check the address and the served name; the server may have been started anew with another model",
     413: "a proxy in front of it limits requests: raise its limit",
 }
+
+
+_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+
+
+def reason_of(told: str) -> FinishReason:
+    """Why an answer ended, as vLLM says it.
+
+    Raises:
+        GeneratorRefusedError: It was given up, so that it is no answer.
+    """
+    if told not in _REASONS:
+        raise GeneratorRefusedError("vLLM gave up on an answer", got=f"finish_reason {told}", next_step="see its log")
+    return _REASONS[told]
 
 
 class Retry(Exception):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from typing import Self
 
-from pydantic import Field, SecretStr
+from pydantic import ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from compllm_rag.config import Frozen
+from compllm_rag.errors import ConfigurationError
 
 KEY_VARIABLE = "COMPLLM_VLLM_API_KEY"
 """The environment variable with the server's API key: an address stands in process lists, a key must not."""
@@ -15,6 +16,8 @@ KEY_VARIABLE = "COMPLLM_VLLM_API_KEY"
 
 class VLLMSettings(Frozen):
     """How a vLLM server is asked."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)  # a key may be among it
 
     model: str | None = Field(default=None, description="name under which it serves the LLM; None: the only one")
     api_key: SecretStr | None = Field(default=None, description="that it was started with")
@@ -34,8 +37,26 @@ class VLLMSettings(Frozen):
         default=0.1, gt=0.0, description="most mean difference of log-probabilities from the same LLM in this process"
     )
 
+    @field_validator("api_key")
+    @classmethod
+    def _fits_a_header(cls, key: SecretStr | None) -> SecretStr | None:
+        if key is not None and not all("!" <= sign <= "~" for sign in key.get_secret_value()):
+            raise ValueError("an API key has no blanks, line breaks or signs beyond ASCII")
+        return key
+
     @classmethod
     def from_environment(cls, model: str | None = None) -> Self:
-        """Settings with the API key of the environment (`COMPLLM_VLLM_API_KEY`)."""
-        key = os.environ.get(KEY_VARIABLE)
-        return cls(model=model, api_key=SecretStr(key) if key else None)
+        """Settings with the API key of the environment (`COMPLLM_VLLM_API_KEY`).
+
+        Raises:
+            ConfigurationError: The key can be none.
+        """
+        key = os.environ.get(KEY_VARIABLE, "").strip()  # of a file that ends with a line break, as secrets often do
+        try:
+            return cls(model=model, api_key=SecretStr(key) if key else None)
+        except ValidationError as error:
+            raise ConfigurationError(
+                f"settings of the vLLM server make no sense, {KEY_VARIABLE} among them",
+                got=str(error.errors()[0]["msg"]),
+                next_step="set the variable to the key that the server was started with",
+            ) from None

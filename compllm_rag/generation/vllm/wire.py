@@ -135,7 +135,15 @@ def sampling_fields(config: GenerationConfig, stop_ids: Sequence[int]) -> dict[s
     if config.seed is not None:
         fields["seed"] = config.seed
     if config.json_schema is not None:
-        fields["structured_outputs"] = {"json": json.loads(config.json_schema)}
+        try:
+            fields["structured_outputs"] = {"json": json.loads(config.json_schema)}
+        except ValueError as error:
+            raise ConfigurationError(
+                "the schema of the answer cannot be followed",
+                got=f"{config.json_schema[:80]!r}: {error}",
+                expected="a JSON schema",
+                next_step="make it JSON",
+            ) from error
     return fields
 
 
