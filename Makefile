@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check pages install install-dev vllm-venv image clean
+.PHONY: demo test check types style pages install install-dev vllm-venv image clean
 
 demo: $(VENV)/.installed
 	$(BIN)/compllm-rag models fetch
@@ -14,10 +14,16 @@ test: $(VENV)/.installed-dev check
 	$(BIN)/python -m pytest -n auto --dist worksteal --max-worker-restart=0 -m "not network and not gpu and not slow" \
 		-rs --cov --cov-report=term:skip-covered --cov-fail-under=85 $(TEST_ARGS)
 
+# Types take as long as all the rest: beside it.
 check: $(VENV)/.installed-dev
+	$(MAKE) -j2 --output-sync=target types style
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+style: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(MAKE) pages
 

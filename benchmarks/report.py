@@ -12,6 +12,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +125,13 @@ BENCHMARK_OF = {
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run it."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     options.add_argument("--docs", type=Path, default=ROOT / "docs")
     options.add_argument("--check", action="store_true", help="compare, write nothing")
-    args = options.parse_args()
+    args = options.parse_args(argv)
     names = " ".join(files for _, files in PAGES.values()).replace(_GOALS, "").split()
     found = {name: _load(args.results / name) for name in [*names, "edits"]}
     made = {name: _page(*parts, found) for name, parts in PAGES.items()}

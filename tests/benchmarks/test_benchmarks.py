@@ -14,7 +14,7 @@ import pytest
 import benchmarks
 import loft_corpus
 import toy
-from benchmarks import cells
+from benchmarks import cells, report
 from benchmarks.cells import measured
 from compllm_rag.errors import ConfigurationError
 from training_samples import write_world
@@ -132,10 +132,7 @@ def test_quality_and_its_report(tmp_path: Path, toy_folder: Path, world: Path, c
     assert race["f1"] is None and race["accuracy"] is not None
     again, told = loft_corpus.run("quality", tmp_path / "all.json", *words)
     assert told.count("done before") == 3 and again == record and again["squad"] == squad
-    subprocess.run(
-        [sys.executable, "-m", "benchmarks.report", "--results", tmp_path / "results", "--docs", tmp_path / "docs"],
-        cwd=ROOT, check=True, timeout=300,
-    )  # fmt: skip
+    report.main(["--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")])
     page = (tmp_path / "docs/quality.md").read_text()
     title = "Deep concepts" if deep else "Concepts at the input embeddings"
     named = f"{title} of {squad['llm']}" if deep else title  # an LLM other than the default is named
@@ -175,8 +172,8 @@ def test_storage_and_its_page(tmp_path: Path, toy_folder: Path, texts: Path, wor
         shares = [row["encodings"][name]["payload_of_fp16"] for name in ("fp16", "int8", "int4")]
         assert shares == [1, 36 / 64, 21 / 64]
     page = tmp_path / "docs" / "storage.md"
-    report = [sys.executable, "-m", "benchmarks.report", "--results", results, "--docs", page.parent]
-    subprocess.run(report, cwd=ROOT, check=True, timeout=300)
+    words = ["--results", str(results), "--docs", str(page.parent)]
+    report.main(words)
     assert "| fp16 |" in page.read_text() and "recovered" not in page.read_text()
     data = ["--data", str(world / "eval" / "squad_dev.jsonl.gz"), "--limit", "4"]
     deep = run("storage_quality", results / "storage_quality_deep.json", *llm, *data)
@@ -190,13 +187,13 @@ def test_storage_and_its_page(tmp_path: Path, toy_folder: Path, texts: Path, wor
     rows = {row["encoding"]: row for row in quality["results"]}
     assert rows["fp16"]["to_fp16"]["f1"] == {"difference": 0, "interval": [0, 0]}
     assert len({row["nll"] for row in rows.values()}) == 3
-    subprocess.run(report, cwd=ROOT, check=True, timeout=300)
+    report.main(words)
     assert f"| 2 | int4 | {rows['int4']['bytes_per_token']:.0f} | {rows['int4']['nll']:.4f} |" in page.read_text()
     assert "## What fewer bits cost deep concepts" in page.read_text()
-    subprocess.run([*report, "--check"], cwd=ROOT, check=True, timeout=300)
+    report.main([*words, "--check"])
     page.write_text(page.read_text().replace("fp16", "fp17"))
-    stale = subprocess.run([*report, "--check"], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert stale.returncode == 1 and "storage.md not as the JSON files give" in stale.stderr
+    with pytest.raises(SystemExit, match=r"storage\.md not as the JSON files give"):
+        report.main([*words, "--check"])
 
 
 def test_committed_pages_are_what_committed_results_give() -> None:
