@@ -64,6 +64,8 @@ def tables(found: dict[str, Any]) -> list[str]:
         found: Of the folders in `RECORDS`, the record of each set by its name.
     """
     rows = [row for goal in GOALS for name in goal.sets if (row := _row(goal, name, found)) is not None]
+    if not rows:
+        return []
     return [
         "## Goals",
         "",
@@ -85,7 +87,8 @@ def _row(goal: Goal, name: str, found: dict[str, Any]) -> list[str] | None:
     for folder in goal.records:
         record = found.get(folder, {}).get(name)
         for row in record["results"] if record else ():
-            if row["mode"] == "concepts" and row["rate"] == goal.rate and row.get("narrowing") == goal.narrowing:
+            asked = (row["mode"], row["rate"], row.get("narrowing")) == ("concepts", goal.rate, goal.narrowing)
+            if asked and row["recovered"] is not None:  # where passages help little there is nothing to recover
                 return _cells(goal, record, row, folder)
     return None
 

@@ -124,6 +124,7 @@ def test_texts_alone_are_refused_since_nothing_would_judge_the_weights(
 ) -> None:
     words = ["train", kind, "--llm", toy_folder, "--texts", world / "text/stories.jsonl", "--out", tmp_path / "out"]
     words += [] if kind == "reader" else ["--reader", "none"]
+    words += ["--layers", 1, "--rank", 2] if kind == "compressor" else []
     error = run(*words, *SMALL, code=2).stderr
     assert "nothing to judge a run by" in error and "--questions" in error
     assert not (tmp_path / "out/best").exists()
