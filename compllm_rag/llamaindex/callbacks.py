@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from contextlib import suppress
 from typing import Any
 
 from llama_index.core.base.response.schema import RESPONSE_TYPE
@@ -58,18 +60,34 @@ class ConceptQueryEngine(RetrieverQueryEngine):
 
     def retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         """Nodes for a query, postprocessed."""
-        self._hand_on()
+        self.hand_on()
         return super().retrieve(query_bundle)
 
     async def aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         """`retrieve`, async."""
-        self._hand_on()
+        self.hand_on()
         return await super().aretrieve(query_bundle)
 
-    def _hand_on(self) -> None:
-        manager = self.callback_manager
-        parts: tuple[Any, ...] = (self._retriever, *self._node_postprocessors)
-        for part in parts:
-            own: CallbackManager | None = getattr(part, "callback_manager", None)
-            if own is not None and not own.handlers:
-                part.callback_manager = manager
+    def hand_on(self) -> None:
+        """Lend the manager to retriever and postprocessors that nobody listens to by themselves."""
+        lend(self.callback_manager, self._retriever, *self._node_postprocessors)
+
+
+_lent: weakref.WeakKeyDictionary[Any, weakref.ref[CallbackManager]] = weakref.WeakKeyDictionary()
+
+
+def lend(manager: CallbackManager, *parts: Any) -> None:
+    """Give a manager to parts that have none of their own that anybody hears, or one that was lent to them before."""
+    for part in parts:
+        own: CallbackManager | None = getattr(part, "callback_manager", None)
+        if own is None or own is manager:
+            continue
+        try:
+            before = _lent.get(part)
+            borrowed = before is not None and before() is own
+        except TypeError:  # cannot be remembered, as a pydantic model without a hash
+            borrowed = False
+        if borrowed or not own.handlers:
+            part.callback_manager = manager
+            with suppress(TypeError):
+                _lent[part] = weakref.ref(manager)

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from llama_index.core.base.response.schema import RESPONSE_TYPE
+from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.query_engine import CitationQueryEngine, SubQuestionQueryEngine
@@ -16,14 +18,15 @@ from llama_index.core.query_engine.citation_query_engine import (
 )
 from llama_index.core.question_gen.prompts import build_tools_text
 from llama_index.core.question_gen.types import BaseQuestionGenerator, SubQuestion
-from llama_index.core.schema import NodeWithScore, QueryBundle
+from llama_index.core.schema import NodeWithScore, QueryBundle, QueryType
 from llama_index.core.tools import QueryEngineTool, ToolMetadata
 from pydantic import BaseModel, Field, create_model
 
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.llamaindex.callbacks import ConceptQueryEngine
-from compllm_rag.llamaindex.heeded import postprocessors
+from compllm_rag.llamaindex.heeded import asked, postprocessors
 from compllm_rag.llamaindex.llm import ConceptLLM
+from compllm_rag.llamaindex.node_text import CitedNode
 from compllm_rag.llamaindex.read_options import READ_OPTIONS
 from compllm_rag.llamaindex.retrieval import VECTOR_OPTIONS, chosen_retriever
 
@@ -36,6 +39,8 @@ _SYNTHESIZER_OPTIONS = (
     "mode", "streaming", "missing", "overflow", "choose", "text_qa_template", "refine_template", "response_mode",
     "output_cls", "generation", "callback_manager", *READ_OPTIONS,
 )  # fmt: skip
+
+_OF_THE_WHOLE = ("generation", "streaming", "output_cls", "callback_manager")  # of an answer made of several
 
 _QUESTIONS = PromptTemplate(
     "These tools answer questions:\n{tools_str}\n"
@@ -99,21 +104,54 @@ class ConceptCitationEngine(CitationQueryEngine):
     """A CitationQueryEngine whose sources are the retrieved nodes, so that their concepts are found in the store.
 
     LlamaIndex's own cuts nodes into smaller sources and writes `Source n:` into their text, which makes texts of them
-    that were never ingested. Here that stands around the node's text; nodes are cut only where a size is asked for.
+    that were never ingested. Here that stands in front of the node's text, and the number is that of the sources that
+    are read; nodes are cut only where a size is asked for.
+
+    Attributes:
+        inner: The engine whose parts these are; a callback manager that is set here is handed on to all of them.
     """
 
     cuts_nodes = False
+    inner: ConceptQueryEngine | None = None
+
+    @property
+    def callback_manager(self) -> CallbackManager:
+        """That of the synthesizer."""
+        return self._response_synthesizer.callback_manager
+
+    @callback_manager.setter
+    def callback_manager(self, manager: CallbackManager) -> None:
+        if manager is not self._response_synthesizer.callback_manager:
+            self._response_synthesizer.callback_manager = manager
+
+    def retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        """Nodes for a query, postprocessed."""
+        if self.inner is not None:
+            self.inner.hand_on()
+        return super().retrieve(query_bundle)
+
+    async def aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        """`retrieve`, async."""
+        if self.inner is not None:
+            self.inner.hand_on()
+        return await super().aretrieve(query_bundle)
 
     def _create_citation_nodes(self, nodes: list[NodeWithScore]) -> list[NodeWithScore]:
         if self.cuts_nodes:
             return super()._create_citation_nodes(nodes)
-        return [
-            NodeWithScore(
-                node=found.node.model_copy(update={"text_template": f"Source {number}:\n{{content}}\n"}),
-                score=found.score,
-            )
-            for number, found in enumerate(nodes, 1)
-        ]
+        return [CitedNode(node=found.node, score=found.score) for found in nodes]
+
+    def query(self, str_or_query_bundle: QueryType) -> RESPONSE_TYPE:
+        """Answer a question.
+
+        Raises:
+            ConfigurationError: It is empty, or no text.
+        """
+        return super().query(asked(str_or_query_bundle))
+
+    async def aquery(self, str_or_query_bundle: QueryType) -> RESPONSE_TYPE:
+        """`query`, async."""
+        return await super().aquery(asked(str_or_query_bundle))
 
 
 def citation_engine(
@@ -141,9 +179,10 @@ def citation_engine(
             expected="both or none",
             next_step="give a size, or take the retrieved nodes as they are",
         )
-    options.setdefault("text_qa_template", CITATION_QA_TEMPLATE)
-    options.setdefault("refine_template", CITATION_REFINE_TEMPLATE)
-    inner = index.as_query_engine(**options)
+    if options.get("response_synthesizer") is None:  # one that is given has templates of its own
+        options.setdefault("text_qa_template", CITATION_QA_TEMPLATE)
+        options.setdefault("refine_template", CITATION_REFINE_TEMPLATE)
+    inner: Any = index.as_query_engine(**options)
     size = citation_chunk_size or DEFAULT_CITATION_CHUNK_SIZE
     made = ConceptCitationEngine(
         inner.retriever,
@@ -154,7 +193,7 @@ def citation_engine(
         node_postprocessors=inner._node_postprocessors,
         callback_manager=inner.callback_manager,
     )
-    made.cuts_nodes = citation_chunk_size is not None
+    made.cuts_nodes, made.inner = citation_chunk_size is not None, inner
     return made
 
 
@@ -230,12 +269,18 @@ def sub_question_engine(
         )
     if tools is None:
         about = "Answers questions from the documents."
-        tools = [QueryEngineTool.from_defaults(index.as_query_engine(**options), name="documents", description=about)]
+        # What is asked of the answer as a whole is not asked of its parts.
+        inner = {name: value for name, value in options.items() if name not in ("streaming", "output_cls")}
+        tools = [QueryEngineTool.from_defaults(index.as_query_engine(**inner), name="documents", description=about)]
+    own = {name: options[name] for name in _OF_THE_WHOLE if name in options}
+    first = getattr(tools[0], "query_engine", None) if tools else None
+    manager = own.get("callback_manager") or getattr(first, "callback_manager", None)
     return SubQuestionQueryEngine(
         question_gen or StructuredQuestionGenerator(index.llm),
         # What tools said is an answer, not a passage: there is nothing to find in the store.
-        index.as_synthesizer(mode="text"),
+        index.as_synthesizer(mode="text", **{**own, "callback_manager": manager}),
         tools,
+        callback_manager=manager,
         verbose=verbose,
         use_async=False,
     )

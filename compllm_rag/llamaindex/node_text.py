@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llama_index.core.schema import DEFAULT_METADATA_TMPL, DEFAULT_TEXT_NODE_TMPL, BaseNode, MetadataMode
+from llama_index.core.schema import DEFAULT_METADATA_TMPL, DEFAULT_TEXT_NODE_TMPL, BaseNode, MetadataMode, NodeWithScore
 
 from compllm_rag.errors import ConfigurationError
 from compllm_rag.llamaindex.shown import hidden_keys
 from compllm_rag.prompt import PromptTemplate, Span, TextSpan
+
+
+class CitedNode(NodeWithScore):
+    """A node that a prompt calls `Source n:`, as LlamaIndex's prompts for citations do, in place of `[n]`.
+
+    The number is that of the sources that are read, through all prompts of an answer: `source_nodes[n - 1]`.
+    """
 
 
 def text_of_node(node: BaseNode) -> str:
@@ -29,7 +36,14 @@ def _shown(node: BaseNode) -> dict[str, Any]:
     return {key: value for key, value in node.metadata.items() if key not in hidden}
 
 
-def node_spans(template: PromptTemplate, number: int, node: BaseNode, body: Sequence[Span]) -> list[Span]:
+def found_spans(template: PromptTemplate, number: int, found: NodeWithScore, body: Sequence[Span]) -> list[Span]:
+    """Spans of a retrieved node in a prompt; see `node_spans`, and `CitedNode` for those that are cited."""
+    return node_spans(template, number, found.node, body, cited=isinstance(found, CitedNode))
+
+
+def node_spans(
+    template: PromptTemplate, number: int, node: BaseNode, body: Sequence[Span], *, cited: bool = False
+) -> list[Span]:
     """Spans of one node in a prompt.
 
     A node with LlamaIndex's own templates is laid out as everywhere in this package: `[number] title`, a line for each
@@ -41,15 +55,21 @@ def node_spans(template: PromptTemplate, number: int, node: BaseNode, body: Sequ
         number: Counted from 1.
         node: The node.
         body: Its text, as tokens, concepts, or both in turn.
+        cited: Name it `Source n:`, with title and metadata below.
 
     Raises:
         ConfigurationError: The node's `text_template` has not exactly one `{content}`.
     """
-    if not has_own_templates(node):
+    if has_own_templates(node):
+        before, after = _around(node)
+    else:
         title, metadata = shown_metadata(node)
-        return template.passage(number, title, body, metadata)
-    before, after = _around(node)
-    head = f"[{number}]\n{before}"
+        if not cited:
+            return template.passage(number, title, body, metadata)
+        lines = [title] if title else []
+        lines += [f"{key}: {value}" for key, value in metadata.items()]
+        before, after = "".join(f"{line}\n" for line in lines), ""
+    head = f"Source {number}:\n{before}" if cited else f"[{number}]\n{before}"
     return [TextSpan(tuple(template.plain(head))), *body, TextSpan(tuple(template.plain(f"{after}\n\n")))]
 
 

@@ -16,7 +16,7 @@ from compllm_rag.errors import ConfigurationError, PromptTooLongError
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.account import LaidOut, NodeBody, NodeFacts, PlannedPrompt, PromptCost
 from compllm_rag.llamaindex.heeded import refuse_options
-from compllm_rag.llamaindex.node_text import node_spans, text_of_node
+from compllm_rag.llamaindex.node_text import CitedNode, found_spans, text_of_node
 from compllm_rag.llamaindex.read_options import (
     READ_OPTIONS,
     ReadOptions,
@@ -116,6 +116,7 @@ class Planner:
         existing: str | None = None,
         bodies: Sequence[NodeBody] | None = None,
         overflow: OverflowPolicy | None = None,
+        cited: int = 0,
     ) -> PlannedPrompt:
         """Plan one prompt: every node that fits what those before it left, in the order given.
 
@@ -126,6 +127,7 @@ class Planner:
             existing: An answer to refine; None for a first answer.
             bodies: What stands for each node, if that was found out before.
             overflow: For this prompt; None takes the planner's.
+            cited: How many sources earlier prompts of the same answer have; those of this one are counted on.
 
         Raises:
             PromptTooLongError: The question alone does not fit, or no passage does, or not all of them do and
@@ -138,7 +140,7 @@ class Planner:
         bundle = QueryBundle(query) if isinstance(query, str) else query
         template = self.text_qa_template if existing is None else self.refine_template
         if self._text_alone and wants_text(template, self.llm, existing=existing):
-            return self._plan_text(bundle, nodes, budget, existing, overflow)
+            return self._plan_text(bundle, nodes, budget, existing, overflow, cited)
         messages = self.messages(bundle.query_str, existing=existing)
         left = self._room(messages, budget)
         prompt = LaidOut([], [], [], [])
@@ -154,7 +156,7 @@ class Planner:
             nodes, made, policy = read.nodes, read.bodies, read.account
         for i, node in enumerate(nodes):
             number = len(prompt.nodes)
-            head, tail = node_spans(self.template, number + 1, node.node, [])
+            head, tail = found_spans(self.template, _label(number + 1, node, cited), node, [])
             if made is None and len(head) + len(tail) + self.least(node) > left:
                 dropped.append(node)  # nothing is read or compressed for it
                 continue
@@ -185,6 +187,7 @@ class Planner:
         budget: int,
         existing: str | None,
         overflow: OverflowPolicy | None,
+        cited: int,
     ) -> PlannedPrompt:
         """The same where functions of the template look at the passages' text, or change it.
 
@@ -193,7 +196,7 @@ class Planner:
         begun = time.perf_counter()
 
         def laid_out(tried: Sequence[NodeWithScore]) -> PromptPlan:
-            text = "".join(self._readable(number, node) for number, node in enumerate(tried, 1))
+            text = "".join(self._readable(_label(number, node, cited), node) for number, node in enumerate(tried, 1))
             messages = self.messages(query.query_str, existing=existing, passages=text)
             return PromptPlan(tuple(self.template.spans(messages, [])))
 
@@ -211,13 +214,13 @@ class Planner:
         prompt = LaidOut([], [], [], [])
         for number, node in enumerate(read, 1):
             body = NodeBody([TextSpan(self.library.passage(text_of_node(node.node)).ids, number - 1)])
-            spans = node_spans(self.template, number, node.node, body.spans)
+            spans = found_spans(self.template, _label(number, node, cited), node, body.spans)
             prompt.add(node, self._facts(node, body, sum(map(len, spans))), body, [])
         return self._planned(plan, prompt, dropped, begun, 0.0, 0.0)
 
     def _readable(self, number: int, node: NodeWithScore) -> str:
         """A node as a function of a template sees it: as it would stand in the prompt."""
-        before, after = node_spans(self.template, number, node.node, [])
+        before, after = found_spans(self.template, number, node, [])
         decode = self.template.tokenizer.decode
         return f"{decode(list(before.ids))}{text_of_node(node.node)}{decode(list(after.ids))}"
 
@@ -363,3 +366,8 @@ def _check_setting(name: str, value: object, kind: Any) -> None:
         raise ConfigurationError(
             f"unknown {name}", got=repr(value), expected=" or ".join(get_args(kind)), next_step="correct it"
         )
+
+
+def _label(number: int, node: NodeWithScore, cited: int) -> int:
+    """The number that a node has in a prompt; sources to be cited are counted through all prompts."""
+    return number + cited if isinstance(node, CitedNode) else number

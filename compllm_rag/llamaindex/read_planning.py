@@ -14,7 +14,7 @@ from compllm_rag.errors import ReadBudgetError
 from compllm_rag.generation.costs import CostModel
 from compllm_rag.library import ConceptLibrary
 from compllm_rag.llamaindex.account import NodeBody
-from compllm_rag.llamaindex.node_text import node_spans, shown_metadata, text_of_node
+from compllm_rag.llamaindex.node_text import found_spans, shown_metadata, text_of_node
 from compllm_rag.prompt import PromptTemplate, Span, TextSpan
 from compllm_rag.reading.choice import Reading
 from compllm_rag.reading.crossover import crossover
@@ -99,7 +99,7 @@ def read_nodes(
             text_of_node(node.node),
             shown_metadata(node.node)[0],
             node.score,
-            sum(map(len, node_spans(template, number, node.node, []))),
+            sum(map(len, found_spans(template, number, node, []))),
         )
         for number, node in enumerate(nodes, 1)
     ]

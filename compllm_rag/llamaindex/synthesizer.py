@@ -262,8 +262,9 @@ class ConceptSynthesizer(FollowsSettings, BaseSynthesizer):
             existing = self._planner.cut(self._generate(Reading(prompts[i - 1], [], own, [])), room)
             earlier.append(own)
             again = prompts[i]
+            read = sum(len(planned.nodes) for planned in prompts[:i])
             prompts[i] = self._planner.plan(
-                query, again.nodes, budget, existing=existing, bodies=again.bodies, overflow="drop"
+                query, again.nodes, budget, existing=existing, bodies=again.bodies, overflow="drop", cited=read
             )
             dropped += prompts[i].dropped
         account = joined_account(prompts, dropped) | self._facts

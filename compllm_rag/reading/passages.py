@@ -321,8 +321,13 @@ class _OneQuestion:
                 continue
             rate = self._own if part.rate is None else part.rate
             fetched = self._fetch(candidate, rate)
-            if fetched.concepts is None:
-                continue  # `missing` forbids that
+            if fetched.concepts is None:  # what a guard left as text; other concepts `missing` brings
+                raise ConfigurationError(
+                    "a read policy chose concepts that are not there",
+                    got=f"passage {candidate.id}, which is kept as text",
+                    expected="text, or nothing of it",
+                    next_step="ask `at_hand` of the passage before",
+                )
             if fetched.places is None:
                 rows.append(fetched.concepts[self._rows_of(candidate, part, rate)])
                 continue

@@ -313,6 +313,13 @@ def test_callbacks(index: ConceptIndex) -> None:
     engine.chat(TALK[0])
     assert len(debug.get_event_pairs(CBEventType.LLM)) == 1
     assert len(debug.get_event_pairs(CBEventType.SYNTHESIZE)) == 1
+    assert len(debug.get_event_pairs(CBEventType.RETRIEVE)) == 1
+    condensing = LlamaDebugHandler(print_trace_on_end=False)
+    engine = index.as_chat_engine(chat_mode="best", callback_manager=CallbackManager([condensing]))
+    for message in TALK[:2]:
+        engine.chat(message)
+    assert len(condensing.get_event_pairs(CBEventType.LLM)) == 3  # the second message was condensed
+    assert len(condensing.get_event_pairs(CBEventType.RETRIEVE)) == 2
 
 
 @pytest.mark.parametrize("architecture", ["gemma3", "mistral"])

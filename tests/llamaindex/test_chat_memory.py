@@ -123,6 +123,21 @@ def test_an_answer_that_fails_is_not_remembered(index: ConceptIndex, monkeypatch
     assert said(engine) == [("user", TALK[0]), ("assistant", before)]
 
 
+def test_a_history_that_is_refused_leaves_the_conversation_as_it_is(index: ConceptIndex) -> None:
+    engine = index.as_chat_engine(chat_mode="context")
+    engine.chat(TALK[0])
+    before = said(engine)
+    wrong = [ChatMessage(role="tool", content="z")]
+    for ask in (engine.chat, engine.stream_chat):
+        with pytest.raises(ConfigurationError, match="no such role"):
+            ask("Who?", chat_history=wrong)
+    for way in (engine.achat, engine.astream_chat):
+        with pytest.raises(ConfigurationError, match="no such role"):
+            asyncio.run(way("Who?", chat_history=wrong))
+    assert said(engine) == before
+    assert str(engine.chat(TALK[1])) and len(said(engine)) == len(before) + 2
+
+
 # The window
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.base.response.schema import StreamingResponse
+from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
 from llama_index.core.indices.postprocessor import MetadataReplacementPostProcessor
 from llama_index.core.node_parser import HierarchicalNodeParser, SentenceWindowNodeParser, get_leaf_nodes
 from llama_index.core.query_engine import RouterQueryEngine
 from llama_index.core.question_gen.types import BaseQuestionGenerator, SubQuestion
 from llama_index.core.retrievers import AutoMergingRetriever, QueryFusionRetriever, RecursiveRetriever
-from llama_index.core.schema import Document, IndexNode, TextNode
+from llama_index.core.schema import Document, IndexNode, NodeWithScore, QueryBundle, TextNode
 from llama_index.core.selectors import EmbeddingSingleSelector
 from llama_index.core.tools import QueryEngineTool
 from pydantic import BaseModel
@@ -18,7 +21,9 @@ from pydantic import BaseModel
 import toy
 from compllm_rag import Compressor, ConceptIndex, ConceptLLM, GenerationConfig
 from compllm_rag.errors import ConfigurationError
+from compllm_rag.generation.local import LocalGenerator
 from compllm_rag.llamaindex.engines import StructuredQuestionGenerator
+from compllm_rag.prompt import PromptPlan
 from toy_embedder import HashEmbedder
 
 QUESTION = "Who built the lighthouse on Gull Rock?"
@@ -50,8 +55,82 @@ async def test_citations_find_their_concepts_in_the_store(index: ConceptIndex) -
     synthesizer = engine._response_synthesizer
     nodes = engine._create_citation_nodes(index.as_retriever(similarity_top_k=2).retrieve(QUESTION))
     plan = synthesizer._planner.plan(QUESTION, nodes, 2000).plan
-    shown = toy.tokenizer().decode([i for span in plan.spans for i in getattr(span, "ids", ())])
-    assert "[1]\nSource 1:\n" in shown and "[2]\nSource 2:\n" in shown and "Every answer should include" in shown
+    shown = readable(plan)
+    assert "Source 1:\nRock\n" in shown and "Source 2:\nRock\n" in shown and "Every answer should include" in shown
+    assert "[1]\n" not in shown[shown.index("Below are") :]
+
+
+def readable(plan: PromptPlan) -> str:
+    """The tokens of a prompt, those that concepts stand for among them."""
+    return toy.tokenizer().decode([i for span in plan.spans for i in getattr(span, "ids", ())])
+
+
+def test_sources_are_numbered_as_they_are_read(index: ConceptIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Source n` is `source_nodes[n - 1]`, whatever did not fit, and through all prompts of an answer."""
+    texts = {"a": "Ada built it.", "b": toy.TEXT * 6, "c": "Bo painted it."}
+    found = [NodeWithScore(node=TextNode(id_=name, text=text)) for name, text in texts.items()]
+
+    class Given(BaseRetriever):
+        def _retrieve(self, query: QueryBundle) -> list[NodeWithScore]:
+            return list(found)
+
+    prompts: list[str] = []
+    stream = LocalGenerator.stream
+
+    def watched(self: LocalGenerator, plan: PromptPlan, *args: Any, **options: Any) -> Any:
+        prompts.append(readable(plan))
+        return stream(self, plan, *args, **options)
+
+    monkeypatch.setattr(LocalGenerator, "stream", watched)
+    response = index.as_citation_engine(retriever=Given(), mode="text").query(QUESTION)
+    assert [node.node.node_id for node in response.source_nodes] == ["a", "c"]
+    assert response.metadata["compllm"]["dropped"] == ["b"]
+    body = prompts[-1][prompts[-1].index("Below are") :]
+    assert "Source 1:\nAda built it." in body and "Source 2:\nBo painted it." in body and "Source 3" not in body
+    del found[1]
+    response = index.as_citation_engine(retriever=Given(), mode="text", response_mode="refine").query(QUESTION)
+    assert len(response.source_nodes) == 2
+    assert "Source 1:\nAda" in prompts[-2] and "Source 2:\nBo" in prompts[-1] and "Source 1:\nBo" not in prompts[-1]
+
+
+def test_a_citation_keeps_what_a_node_says_of_itself(index: ConceptIndex) -> None:
+    plain = TextNode(text="Ada built it.", metadata={"title": "Rock", "author": "Brown"})
+    own = TextNode(text="Bo.", metadata={"author": "Clay"}, text_template="BEGIN {metadata_str} {content} END")
+    engine = index.as_citation_engine(mode="text")
+    nodes = engine._create_citation_nodes([NodeWithScore(node=plain), NodeWithScore(node=own)])
+    shown = readable(engine._response_synthesizer._planner.plan(QUESTION, nodes, 2000).plan)
+    assert "Source 1:\nRock\nauthor: Brown\nAda built it." in shown
+    assert "Source 2:\nBEGIN author: Clay Bo. END" in shown
+    assert nodes[1].node.get_content() == own.get_content()
+
+
+def test_a_citation_engine_refuses_questions_and_takes_synthesizers_as_the_plain_one(index: ConceptIndex) -> None:
+    with pytest.raises(ConfigurationError, match="question"):
+        index.as_citation_engine().query(123)
+    assert str(index.as_citation_engine(response_synthesizer=index.as_synthesizer()).query(QUESTION))
+
+
+def test_one_set_on_a_citation_engine_is_heard_by_all_its_parts(index: ConceptIndex) -> None:
+    debug = LlamaDebugHandler(print_trace_on_end=False)
+    engine = index.as_citation_engine()
+    engine.callback_manager = CallbackManager([debug])
+    engine.query(QUESTION)
+    heard = {pair[0].event_type for pair in debug.get_event_pairs()}
+    assert heard >= {CBEventType.QUERY, CBEventType.RETRIEVE, CBEventType.SYNTHESIZE, CBEventType.LLM}
+
+
+def test_options_of_sub_questions_are_those_of_the_whole_answer(index: ConceptIndex) -> None:
+    debug = LlamaDebugHandler(print_trace_on_end=False)
+    options: dict[str, Any] = {"generation": GenerationConfig(max_new_tokens=3), "similarity_top_k": 2}
+    manager = CallbackManager([debug])
+    engine = index.as_sub_question_engine(question_gen=Splitter(), callback_manager=manager, **options)
+    response = engine.query(QUESTION)
+    assert response.metadata["compllm"]["new_tokens"] <= 3
+    heard = [pair[0].event_type for pair in debug.get_event_pairs()]
+    assert heard.count(CBEventType.SUB_QUESTION) == 2 and heard.count(CBEventType.LLM) == 3
+    assert heard.count(CBEventType.SYNTHESIZE) == 3 and heard.count(CBEventType.QUERY) == 3
+    streaming = index.as_sub_question_engine(question_gen=Splitter(), streaming=True, **options).query(QUESTION)
+    assert isinstance(streaming, StreamingResponse) and str(streaming) == str(response)
 
 
 def test_citations_may_be_smaller_than_nodes(index: ConceptIndex) -> None:

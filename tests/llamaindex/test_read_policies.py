@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from llama_index.core import PromptTemplate
+from llama_index.core import Document, PromptTemplate
+from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.schema import NodeWithScore, QueryBundle
 
+import toy
 from compllm_rag import ConceptIndex, GenerationConfig, MemoryStore
 from compllm_rag.errors import (
     ConfigurationError,
@@ -31,6 +33,7 @@ from tests.faults.fault_samples import documents
 from tests.llamaindex.test_synthesizer import nodes
 from tests.reading.read_samples import compressor
 from toy_embedder import HashEmbedder
+from trained import trained_deep
 
 QUESTION = "When did Marsh die?"
 SHORT = GenerationConfig(max_new_tokens=6)
@@ -274,6 +277,21 @@ def _passages(planned: Any) -> list[Any]:
     return spans[bodies[0] - 1 : bodies[-1] + 2]
 
 
+def test_concepts_of_what_a_guard_kept_as_text_are_refused() -> None:
+    class Pressing:
+        name = "pressing"
+
+        def choose(self, query: str, nodes: Sequence[Candidate], spec: ReadSpec) -> list[Reading]:
+            return [Reading.whole(node, "concepts") for node in nodes]
+
+    compressor = trained_deep(toy.llm(layers=4))
+    with ConceptIndex.create(None, compressor=compressor, embedder=HashEmbedder(), guard="exact") as index:
+        index.ingest([Document(text="4711 0815 3.1415 2.7182 1.4142 " * 4)])
+        with pytest.raises(ConfigurationError, match="concepts that are not there.*kept as text"):
+            index.as_query_engine(read_policy=Pressing()).query("Which number?")
+        assert index.as_query_engine().query("Which number?").metadata["compllm"]["nodes"]
+
+
 def test_in_a_chat_a_budget_holds_for_the_passages_of_a_turn(index: ConceptIndex) -> None:
     engine = index.as_chat_engine("context", position_budget=70, similarity_top_k=4)
     for message in (QUESTION, "Who wrote?", "And why?"):
@@ -281,6 +299,17 @@ def test_in_a_chat_a_budget_holds_for_the_passages_of_a_turn(index: ConceptIndex
         assert account["read_policy"]["taken"]["position_budget"] <= 70
         assert sum(f["positions"] for f in account["nodes"].values()) <= 70
     assert account["turns"] == 2
+    # what is found and not read takes nothing from the conversation
+    said = [(("user", f"Who {n}?"), ("assistant", "Ada.")) for n in range(8)]
+    history = [ChatMessage(role=role, content=text) for turn in said for role, text in turn]
+    for top_k in (2, 20):
+        account = (
+            index.as_chat_engine("context", position_budget=70, similarity_top_k=top_k, chat_history=list(history))
+            .chat(QUESTION)
+            .metadata["compllm"]
+        )
+        assert (account["turns"], account["turns_dropped"], account["dropped"]) == (8, 0, [])
+        assert account["read_policy"]["taken"]["position_budget"] <= 70
     with pytest.raises(ReadBudgetError):
         index.as_chat_engine("context", position_budget=2).chat(QUESTION)
 

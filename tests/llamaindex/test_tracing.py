@@ -253,6 +253,16 @@ def test_one_set_on_the_engine_later_is_heard(index: ConceptIndex) -> None:
     assert engine.callback_manager.handlers == [debug]
 
 
+def test_a_later_one_of_the_settings_takes_the_place_of_an_earlier(index: ConceptIndex, settings: None) -> None:
+    engine = index.as_query_engine()
+    first, second = (LlamaDebugHandler(print_trace_on_end=False) for _ in range(2))
+    for debug in (first, second):
+        Settings.callback_manager = CallbackManager([debug])
+        before = len(first.get_event_pairs(CBEventType.RETRIEVE))
+        engine.query(QUESTION)
+    assert kinds(second) >= WHOLE and len(first.get_event_pairs(CBEventType.RETRIEVE)) == before == 1
+
+
 def test_one_that_was_given_stays(index: ConceptIndex, settings: None) -> None:
     given, late = (LlamaDebugHandler(print_trace_on_end=False) for _ in range(2))
     engine = index.as_query_engine(callback_manager=CallbackManager([given]))

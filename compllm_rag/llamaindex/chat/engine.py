@@ -183,6 +183,7 @@ class ConceptChatEngine(ProcessBound, BaseChatEngine):
     ) -> tuple[Turn, list[NodeWithScore]]:
         checked_question(message)
         if chat_history is not None:
+            as_messages(chat_history)  # what is refused leaves the conversation as it is
             self._memory.set(list(chat_history))
         before = n_turns(self._memory.get_all())
         history = self._memory.get(input=message)
@@ -201,6 +202,7 @@ class ConceptChatEngine(ProcessBound, BaseChatEngine):
     ) -> tuple[Turn, list[NodeWithScore]]:
         checked_question(message)
         if chat_history is not None:
+            as_messages(chat_history)
             await self._memory.aset(list(chat_history))
         before = n_turns(await self._memory.aget_all())
         history = await self._memory.aget(input=message)

@@ -128,8 +128,10 @@ def _made(index: IndexAsking, mode: str, options: dict[str, Any]) -> ConceptChat
     count = _counter(index)
     memory = _memory(index, options, count)
     context_prompt = _context_prompt(options)
+    callback_manager = options.get("callback_manager")
     condenser = _condenser(index, mode, options, count)
-    callback_manager = options.pop("callback_manager", None)
+    if mode == "simple" or callback_manager is None:
+        options.pop("callback_manager", None)  # else the retriever's, too
     after = postprocessors(options.pop("node_postprocessors", None))
     chat_mode = _chat_mode(mode, options)
     reading: dict[str, Any] = {name: options.pop(name) for name in _FIXED if name in options}
@@ -239,7 +241,11 @@ def _condenser(index: IndexAsking, mode: str, options: dict[str, Any], count: Ca
             expected="{chat_history} and {question}",
             next_step="add both to the template",
         )
-    return Condenser(llm or ConceptLLM(index.generator), template, count, verbose=bool(verbose))
+    if llm is None:
+        llm = ConceptLLM(index.generator)
+        if (manager := options.get("callback_manager")) is not None:
+            llm.callback_manager = manager
+    return Condenser(llm, template, count, verbose=bool(verbose))
 
 
 def _stock_simple(llm: object, options: dict[str, Any]) -> SimpleChatEngine:

@@ -8,12 +8,13 @@ again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 
+from compllm_rag.errors import PromptTooLongError
 from compllm_rag.llamaindex.chat.turns import most_that_fit
 from compllm_rag.llamaindex.node_text import shown_metadata
 from compllm_rag.llamaindex.planner import PlannedPrompt, Planner
@@ -97,12 +98,15 @@ class ChatPlanner(Planner):
         """Plan the turn; see `Planner.plan`."""
         bundle = QueryBundle(query) if isinstance(query, str) else query
         self._passages = bool(nodes)
-        extents = [self._extent(bundle, node, i) for i, node in enumerate(nodes)]
-        n = self._in_steps(most_that_fit(len(self.turn.turns), lambda n: self._fits(n, sum(extents), budget)))
-        if not n and self.turn.turns and self.overflow == "drop" and self._fits(1, sum(extents[:1]), budget):
-            n = 1  # what was just said is worth more than the last passages
-        self._n_turns = n
-        planned = super().plan(bundle, nodes, budget, **options)
+        if self.reading is not None and nodes:
+            n, planned = self._plan_read(bundle, nodes, budget, options)
+        else:
+            extents = [self._extent(bundle, node, i) for i, node in enumerate(nodes)]
+            n = self._in_steps(most_that_fit(len(self.turn.turns), lambda n: self._fits(n, sum(extents), budget)))
+            if not n and self.turn.turns and self.overflow == "drop" and self._fits(1, sum(extents[:1]), budget):
+                n = 1  # what was just said is worth more than the last passages
+            self._n_turns = n
+            planned = super().plan(bundle, nodes, budget, **options)
         conversation = {
             "question": self.turn.question,
             "condense_s": self.turn.condense_s,
@@ -110,6 +114,32 @@ class ChatPlanner(Planner):
             "turns_dropped": self.turn.turns_before - n,
         }
         return PlannedTurn(**{f.name: getattr(planned, f.name) for f in fields(planned)}, conversation=conversation)
+
+    def _plan_read(
+        self, query: QueryBundle, nodes: Sequence[NodeWithScore], budget: int, options: dict[str, Any]
+    ) -> tuple[int, PlannedPrompt]:
+        """A turn whose passages a read policy decides about: only then is it known what they leave to earlier turns."""
+        self._n_turns = min(1, len(self.turn.turns))  # what was just said is worth more than the last passages
+        try:
+            first = super().plan(query, nodes, budget, **options)
+        except PromptTooLongError:
+            if not self._n_turns:
+                raise
+            self._n_turns = 0
+            first = super().plan(query, nodes, budget, **options)
+        passages = first.plan.extent - sum(map(len, self.template.spans(self._messages(self._n_turns), [])))
+        n = self._in_steps(most_that_fit(len(self.turn.turns), lambda n: self._fits(n, passages, budget)))
+        if n <= self._n_turns:
+            return self._n_turns, first
+        self._n_turns = n
+        again = super().plan(query, first.nodes, budget, **{**options, "bodies": first.bodies})
+        spent = max(0.0, again.seconds - again.fetch_s - again.compress_s)  # they count in both
+        return n, replace(
+            again,
+            read_policy=first.read_policy,
+            dropped=[*first.dropped, *again.dropped],
+            seconds=first.seconds + spent,
+        )
 
     def _in_steps(self, n: int) -> int:
         """Turns to keep of `n` that fit: some are given up together, so that the beginning then stays for a while."""
