@@ -186,10 +186,12 @@ def _storage(folder: Path) -> Diagnosis:
         trouble = " ".join(str(error).split())
         return Diagnosis("storage", {"folder": str(folder), "trouble": trouble}, False, "Name another folder.")
     found = {"folder": str(folder), "documents": check.documents, "chunks": check.chunks, "records": check.records}
-    found |= {"bytes": check.pack_bytes, "dead_bytes": check.dead_bytes, "findings": check.n_findings}
+    found |= {"bytes": check.pack_bytes, "dead_bytes": check.dead_bytes, "dead_records": check.dead_records}
+    found |= {"findings": check.n_findings}
     if not check.sound:
         return Diagnosis("storage", found, False, f"Damaged: compllm-rag repair {folder}")
-    if check.dead_bytes * 2 > check.pack_bytes > 0:
+    dead = check.dead_records or 0  # of text that was deleted or replaced: their bytes are none that no record uses
+    if check.dead_bytes * 2 > check.pack_bytes > 0 or dead * 2 > check.records > 0:
         return Diagnosis("storage", found, True, f"Half of it is dead: compllm-rag compact {folder}")
     return Diagnosis("storage", found, True, "Sound; compllm-rag verify --deep proves every digest.")
 

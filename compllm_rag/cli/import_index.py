@@ -38,7 +38,11 @@ def import_index(
     ] = None,
     index_id: Annotated[str | None, typer.Option(help="Which index, where there are several.")] = None,
     later: Annotated[
-        bool, typer.Option("--later", help="Leave the concepts to the next `ingest`; until then text is read.")
+        bool,
+        typer.Option(
+            "--later",
+            help="Leave the concepts to the next process that opens the storage for writing; until then text is read.",
+        ),
     ] = False,
     llm: Annotated[
         str | None, typer.Option(help=f"Target LLM: alias, folder or org/name@revision [{DEFAULT_LLM}].")

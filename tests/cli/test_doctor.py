@@ -11,8 +11,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from compllm_rag import Compressor
 from compllm_rag.cli import doctor
 from compllm_rag.cli.main import app
+from compllm_rag.storage.compaction import compact_storage
+from tests.faults.fault_samples import create, documents
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "v1" / "made"
 
@@ -75,3 +78,16 @@ def test_a_machine_that_lacks_something_is_told(monkeypatch: pytest.MonkeyPatch,
     assert "models fetch" in doctor._cache().advice
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(10))
     assert not doctor._cache().good
+
+
+def test_a_storage_whose_text_is_mostly_gone_is_to_be_compacted(tmp_path: Path, compressor: Compressor) -> None:
+    """Records of deleted documents lie in packs as all others do, until a compaction."""
+    with create(tmp_path / "s", compressor) as index:
+        index.ingest(documents(4))
+        assert "Sound" in doctor._storage(tmp_path / "s").advice
+        for document in documents(4)[1:]:
+            index.delete_ref_doc(document.id_)
+    found = doctor._storage(tmp_path / "s")
+    assert found.good and f"compllm-rag compact {tmp_path / 's'}" in found.advice
+    compact_storage(tmp_path / "s")
+    assert "Sound" in doctor._storage(tmp_path / "s").advice
