@@ -205,7 +205,7 @@ def test_a_key_that_can_be_none_is_refused_and_not_shown(
 ) -> None:
     monkeypatch.setenv(KEY_VARIABLE, "sk-1\n")  # a secret from a file
     assert VLLMSettings.from_environment().api_key.get_secret_value() == "sk-1"
-    for wrong in ("sk-\nsecret", "sk-sécret", "sk- secret"):
+    for wrong in ("sk-\nsecret", "sk-sécret", "sk-\tsecret"):
         monkeypatch.setenv(KEY_VARIABLE, wrong)
         with pytest.raises(ConfigurationError, match=KEY_VARIABLE) as caught:
             VLLMGenerator(server.url, llm)

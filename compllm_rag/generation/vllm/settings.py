@@ -40,8 +40,9 @@ class VLLMSettings(Frozen):
     @field_validator("api_key")
     @classmethod
     def _fits_a_header(cls, key: SecretStr | None) -> SecretStr | None:
-        if key is not None and not all("!" <= sign <= "~" for sign in key.get_secret_value()):
-            raise ValueError("an API key has no blanks, line breaks or signs beyond ASCII")
+        told = "" if key is None else key.get_secret_value()
+        if told != told.strip() or not all(" " <= sign <= "~" for sign in told):
+            raise ValueError("an API key has no line breaks, blanks at its ends or signs beyond ASCII")
         return key
 
     @classmethod
