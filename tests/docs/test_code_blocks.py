@@ -64,9 +64,10 @@ def user(tmp_path: Path, toy_llm: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     """A user's folder with a document in `docs`, and toy models where a user would load real ones."""
     load = TargetLLM.from_pretrained
     embedder = (HashEmbedder(dim=384), "hash-384", "0" * 64)
+    # The package first: it remembers what it has loaded from its modules, and must not remember the stand-in.
+    monkeypatch.setattr(compllm_rag, "load_embedder", lambda *args, **options: embedder, raising=False)
     for where in ("compllm_rag.llamaindex.embedding", "compllm_rag.llamaindex.storage_parts"):
         monkeypatch.setattr(f"{where}.load_embedder", lambda *args, **options: embedder)
-    monkeypatch.setattr(compllm_rag, "load_embedder", lambda *args, **options: embedder, raising=False)
     monkeypatch.setattr(TargetLLM, "from_pretrained", lambda spec, **options: load(toy_llm, **options))
     for where in ("compllm_rag.compression.loading", "compllm_rag.llamaindex.storage_parts"):
         monkeypatch.setattr(f"{where}.shipped_adapter", lambda llm, kind: None)
