@@ -6,6 +6,7 @@ import weakref
 from contextlib import suppress
 from typing import Any
 
+from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.response.schema import RESPONSE_TYPE
 from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.query_engine import RetrieverQueryEngine
@@ -30,16 +31,21 @@ class FollowsSettings:
         self._given_manager = None if manager is Settings.callback_manager else manager
 
 
-class ConceptQueryEngine(RetrieverQueryEngine):
-    """A RetrieverQueryEngine with one callback manager, that of its synthesizer, for all of its parts.
+class OneManager(BaseQueryEngine):
+    """For query engines of LlamaIndex over a retriever: one callback manager, the synthesizer's, for all their parts.
 
     Setting `callback_manager` reaches the synthesizer, and a retriever that nobody listens to by itself.
     """
 
+    _response_synthesizer: Any
+    _retriever: Any
+    _node_postprocessors: Any
+
     @property
     def callback_manager(self) -> CallbackManager:
         """That of the synthesizer."""
-        return self._response_synthesizer.callback_manager
+        manager: CallbackManager = self._response_synthesizer.callback_manager
+        return manager
 
     @callback_manager.setter
     def callback_manager(self, manager: CallbackManager) -> None:
@@ -66,11 +72,16 @@ class ConceptQueryEngine(RetrieverQueryEngine):
     async def aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         """`retrieve`, async."""
         self.hand_on()
-        return await super().aretrieve(query_bundle)
+        found: list[NodeWithScore] = await super().aretrieve(query_bundle)  # type: ignore[misc]  # not in the base
+        return found
 
     def hand_on(self) -> None:
         """Lend the manager to retriever and postprocessors that nobody listens to by themselves."""
         lend(self.callback_manager, self._retriever, *self._node_postprocessors)
+
+
+class ConceptQueryEngine(OneManager, RetrieverQueryEngine):
+    """A RetrieverQueryEngine that refuses what is no question, with one callback manager."""
 
 
 _lent: weakref.WeakKeyDictionary[Any, weakref.ref[CallbackManager]] = weakref.WeakKeyDictionary()

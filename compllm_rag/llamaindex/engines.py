@@ -6,8 +6,6 @@ import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from llama_index.core.base.response.schema import RESPONSE_TYPE
-from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.query_engine import CitationQueryEngine, SubQuestionQueryEngine
@@ -18,13 +16,13 @@ from llama_index.core.query_engine.citation_query_engine import (
 )
 from llama_index.core.question_gen.prompts import build_tools_text
 from llama_index.core.question_gen.types import BaseQuestionGenerator, SubQuestion
-from llama_index.core.schema import NodeWithScore, QueryBundle, QueryType
+from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index.core.tools import QueryEngineTool, ToolMetadata
 from pydantic import BaseModel, Field, create_model
 
 from compllm_rag.errors import ConfigurationError
-from compllm_rag.llamaindex.callbacks import ConceptQueryEngine
-from compllm_rag.llamaindex.heeded import asked, postprocessors
+from compllm_rag.llamaindex.callbacks import ConceptQueryEngine, OneManager
+from compllm_rag.llamaindex.heeded import postprocessors
 from compllm_rag.llamaindex.llm import ConceptLLM
 from compllm_rag.llamaindex.node_text import CitedNode
 from compllm_rag.llamaindex.read_options import READ_OPTIONS
@@ -100,58 +98,20 @@ def _settings_of(index: IndexAsking, llm: object, own: dict[str, Any]) -> object
     return None
 
 
-class ConceptCitationEngine(CitationQueryEngine):
+class ConceptCitationEngine(OneManager, CitationQueryEngine):
     """A CitationQueryEngine whose sources are the retrieved nodes, so that their concepts are found in the store.
 
     LlamaIndex's own cuts nodes into smaller sources and writes `Source n:` into their text, which makes texts of them
     that were never ingested. Here that stands in front of the node's text, and the number is that of the sources that
     are read; nodes are cut only where a size is asked for.
-
-    Attributes:
-        inner: The engine whose parts these are; a callback manager that is set here is handed on to all of them.
     """
 
     cuts_nodes = False
-    inner: ConceptQueryEngine | None = None
-
-    @property
-    def callback_manager(self) -> CallbackManager:
-        """That of the synthesizer."""
-        return self._response_synthesizer.callback_manager
-
-    @callback_manager.setter
-    def callback_manager(self, manager: CallbackManager) -> None:
-        if manager is not self._response_synthesizer.callback_manager:
-            self._response_synthesizer.callback_manager = manager
-
-    def retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        """Nodes for a query, postprocessed."""
-        if self.inner is not None:
-            self.inner.hand_on()
-        return super().retrieve(query_bundle)
-
-    async def aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        """`retrieve`, async."""
-        if self.inner is not None:
-            self.inner.hand_on()
-        return await super().aretrieve(query_bundle)
 
     def _create_citation_nodes(self, nodes: list[NodeWithScore]) -> list[NodeWithScore]:
         if self.cuts_nodes:
             return super()._create_citation_nodes(nodes)
         return [CitedNode(node=found.node, score=found.score) for found in nodes]
-
-    def query(self, str_or_query_bundle: QueryType) -> RESPONSE_TYPE:
-        """Answer a question.
-
-        Raises:
-            ConfigurationError: It is empty, or no text.
-        """
-        return super().query(asked(str_or_query_bundle))
-
-    async def aquery(self, str_or_query_bundle: QueryType) -> RESPONSE_TYPE:
-        """`query`, async."""
-        return await super().aquery(asked(str_or_query_bundle))
 
 
 def citation_engine(
@@ -193,7 +153,7 @@ def citation_engine(
         node_postprocessors=inner._node_postprocessors,
         callback_manager=inner.callback_manager,
     )
-    made.cuts_nodes, made.inner = citation_chunk_size is not None, inner
+    made.cuts_nodes = citation_chunk_size is not None
     return made
 
 
