@@ -14,7 +14,7 @@ test: $(VENV)/.installed-dev check
 	$(BIN)/python -m pytest -n auto --dist worksteal --max-worker-restart=0 -m "not network and not gpu and not slow" \
 		-rs --cov --cov-report=term:skip-covered --cov-fail-under=85 $(TEST_ARGS)
 
-# Types take as long as all the rest: beside it.
+# Types are checked beside all the rest.
 check: $(VENV)/.installed-dev
 	$(MAKE) -j2 --output-sync=target types style
 
